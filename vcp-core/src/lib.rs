@@ -1,1 +1,9 @@
-//! skeleton
+//! What makes a process a virtual channel processor (VCP): guest memory and virtqueue access, the vhost-user server,
+//! the poll loop that owns one hardware thread, the control socket and metrics.
+//!
+//! A device model (virtio semantics) sits on top of this crate and implements `device::RingDevice`; nothing in here
+//! knows what a disk or a network is. `unsafe` is confined to [`mem`] and [`sock`], the two places that touch memory
+//! another party can write.
+
+pub mod mem;
+pub mod sock;

@@ -1,1 +1,7 @@
-//! skeleton
+//! The iSCSI initiator as a virtual channel processor: each LUN is one vhost-user-blk device.
+//!
+//! `blk` is the device model (virtio semantics), `portal` the engine (iSCSI sessions on real sockets); they meet at
+//! [`engine`] and know nothing else of each other. `serve` joins them to the poll loop of `vcp-core`.
+#![forbid(unsafe_code)]
+
+pub mod engine;
