@@ -1,0 +1,175 @@
+//! What a benchmark leaves behind: a table on the terminal, `target/bench/NAME.json` with every round, and
+//! `target/bench/NAME.html` with the same figures as bars. Measuring is the benchmarks' own business.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use plotters::prelude::*;
+use serde::Serialize;
+
+use super::stats::{Summary, ratio};
+use crate::cmd;
+
+/// One figure that is measured for every case and contender.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Metric {
+    /// Name with its unit, as a column title.
+    pub title: &'static str,
+    /// Whether more is better.
+    pub more_is_better: bool,
+    /// Digits after the point.
+    pub digits: usize,
+}
+
+/// All rounds of one contender in one case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The workload.
+    pub case: String,
+    /// Who did it.
+    pub contender: String,
+    /// For each metric its value in every round.
+    pub rounds: Vec<Vec<f64>>,
+    /// For each metric the summary; filled by [`Report::finish`].
+    pub summary: Vec<Summary>,
+}
+
+/// A finished comparison.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// File name stem.
+    pub name: &'static str,
+    /// What was compared, how, on what: for the reader.
+    pub preface: Vec<String>,
+    /// The columns.
+    pub metrics: Vec<Metric>,
+    /// Every case times every contender; the first contender of a case is ours.
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// Computes the summaries, prints the table, writes JSON and HTML.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn finish(mut self) -> Result<()> {
+        for row in &mut self.rows {
+            row.summary = row.rounds.iter().map(|values| Summary::of(values.iter().copied())).collect();
+        }
+        let table = self.table();
+        for line in &self.preface {
+            println!("{line}");
+        }
+        println!("\n{table}");
+        let directory = cmd::target_dir().join("bench");
+        std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        let json = directory.join(format!("{}.json", self.name));
+        std::fs::write(&json, serde_json::to_string_pretty(&self)?)
+            .with_context(|| format!("cannot write {}", json.display()))?;
+        let html = directory.join(format!("{}.html", self.name));
+        std::fs::write(&html, self.html(&table)?).with_context(|| format!("cannot write {}", html.display()))?;
+        println!("written: {} and {}", json.display(), html.display());
+        Ok(())
+    }
+
+    /// The first row of the same case: what others are compared with.
+    fn ours(&self, case: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.case == case)
+    }
+
+    fn table(&self) -> String {
+        let mut lines = vec![vec!["workload".to_owned(), "backend".to_owned()]];
+        lines[0].extend(self.metrics.iter().map(|metric| metric.title.to_owned()));
+        for row in &self.rows {
+            let mut line = vec![row.case.clone(), row.contender.clone()];
+            let ours = self.ours(&row.case).filter(|ours| ours.contender != row.contender);
+            for (index, (metric, summary)) in self.metrics.iter().zip(&row.summary).enumerate() {
+                let mut cell = format!("{:.*}", metric.digits, summary.median);
+                if let Some(ours) = ours {
+                    let _ = write!(cell, " ({:.2}x)", ratio(ours.summary[index].median, summary.median));
+                }
+                line.push(cell);
+            }
+            lines.push(line);
+        }
+        let widths: Vec<usize> = (0..lines[0].len())
+            .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
+            .collect();
+        let mut text = String::new();
+        for line in &lines {
+            for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
+                let _ = if column < 2 { write!(text, "{cell:<width$}  ") } else { write!(text, "{cell:>width$}  ") };
+            }
+            text.truncate(text.trim_end().len());
+            text.push('\n');
+        }
+        text.push_str("medians of the rounds; (Nx) is ours divided by this one\n");
+        text
+    }
+
+    fn html(&self, table: &str) -> Result<String> {
+        let mut page = format!("<!doctype html><meta charset=utf-8><title>bench {0}</title><h1>bench {0}</h1>", self.name);
+        for line in &self.preface {
+            let _ = write!(page, "<p>{}</p>", escape(line));
+        }
+        let _ = write!(page, "<pre>{}</pre>", escape(table));
+        for index in 0..self.metrics.len() {
+            page.push_str(&self.plot(index)?);
+        }
+        Ok(page)
+    }
+
+    /// Bars of one metric: a group for each case, a colour for each contender.
+    fn plot(&self, index: usize) -> Result<String> {
+        let metric = self.metrics[index];
+        let mut contenders: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !contenders.contains(&row.contender.as_str()) {
+                contenders.push(&row.contender);
+            }
+        }
+        let top = self.rows.iter().map(|row| row.summary[index].max).fold(0.0, f64::max) * 1.1;
+        if top <= 0.0 {
+            return Ok(String::new());
+        }
+        let height = 120 + 22 * u32::try_from(self.rows.len())?;
+        let mut svg = String::new();
+        {
+            let area = SVGBackend::with_string(&mut svg, (900, height)).into_drawing_area();
+            area.fill(&WHITE)?;
+            let better = if metric.more_is_better { "more is better" } else { "less is better" };
+            let rows = self.rows.len() as f64;
+            let mut chart = ChartBuilder::on(&area)
+                .caption(format!("{}, {better}", metric.title), ("sans-serif", 18))
+                .margin(12)
+                .x_label_area_size(28)
+                .y_label_area_size(250)
+                .build_cartesian_2d(0.0..top, 0.0..rows)?;
+            let name = |y: &f64| {
+                let place = (rows - y.ceil()).max(0.0) as usize;
+                self.rows.get(place).map_or(String::new(), |row| format!("{} {}", row.case, row.contender))
+            };
+            chart
+                .configure_mesh()
+                .disable_y_mesh()
+                .y_labels(self.rows.len() * 2)
+                .y_label_formatter(&|y| if (y.fract() - 0.5).abs() < 0.01 { name(y) } else { String::new() })
+                .draw()?;
+            for (place, row) in self.rows.iter().enumerate() {
+                let y = rows - place as f64;
+                let colour = Palette99::pick(contenders.iter().position(|c| *c == row.contender).unwrap_or(0));
+                let summary = row.summary[index];
+                chart.draw_series([Rectangle::new([(0.0, y - 0.85), (summary.median, y - 0.15)], colour.filled())])?;
+                let whisker = [(summary.min, y - 0.5), (summary.max, y - 0.5)];
+                chart.draw_series([PathElement::new(whisker.to_vec(), BLACK.stroke_width(1))])?;
+            }
+            area.present()?;
+        }
+        Ok(svg)
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}
