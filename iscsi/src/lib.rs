@@ -1,1 +1,4 @@
-//! skeleton
+//! iSCSI (RFC 7143) and the SCSI it carries, as pure state machines: no sockets, no clock, no allocation per command.
+#![forbid(unsafe_code)]
+
+pub mod scsi;
