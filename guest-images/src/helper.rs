@@ -1,0 +1,192 @@
+//! The helper VM: Debian's stock cloud kernel under QEMU's emulation (TCG), which emulates AMD-V with nested paging, so
+//! that `/dev/kvm` works inside wherever this runs. Files of the host lie in it at the same paths with the libraries
+//! they need; a job script runs as root; its output and exit status come back.
+//!
+//! ```no_run
+//! # fn main() -> guest_images::Result<()> {
+//! let done = guest_images::helper::HelperVm::new()
+//!     .program("/usr/bin/fio")?
+//!     .run("ls -l /dev/kvm && fio --version")?;
+//! assert_eq!(done.status, 0, "{}", done.output);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::linux::{Initramfs, job_status};
+use crate::modules::Kernel;
+use crate::qemu::Qemu;
+use crate::tree::Tree;
+use crate::{Error, Result};
+
+const WHAT: &str = "the helper VM";
+/// Modules that ask the kernel's crypto interface for CRC32C when a connection starts; there is no modprobe inside.
+const NEED_CRC32C: [&str; 2] = ["iscsi_tcp", "iscsi_target_mod"];
+
+/// What a helper VM has and runs.
+#[derive(Clone, Debug)]
+pub struct HelperVm {
+    tree: Tree,
+    modules: Vec<String>,
+    disks: Vec<PathBuf>,
+    memory_mib: u32,
+    cpus: u32,
+    deadline: Duration,
+    echo: bool,
+}
+
+/// How a job in the helper VM ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Exit status of the job script.
+    pub status: i32,
+    /// All that came over the serial console.
+    pub output: String,
+    /// From the start of QEMU to its end.
+    pub elapsed: Duration,
+}
+
+impl Default for HelperVm {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl HelperVm {
+    /// A machine with 2 CPUs, 3 GiB of memory, `kvm_amd`, virtio and 300 s to live.
+    pub fn new() -> Self {
+        Self {
+            tree: Tree::new(),
+            modules: vec!["kvm_amd".into(), "tun".into()],
+            disks: Vec::new(),
+            memory_mib: 3072,
+            cpus: 2,
+            deadline: Duration::from_secs(300),
+            echo: false,
+        }
+    }
+
+    /// Copies a program of the host, with its libraries, to the same path. A file that is no program is copied as it is,
+    /// a directory with all that is in it (but without libraries).
+    pub fn program(self, path: impl AsRef<Path>) -> Result<Self> {
+        let path = std::path::absolute(path.as_ref()).map_err(Error::io("find", path.as_ref()))?;
+        let at = path.to_str().map(str::to_owned);
+        let at = at.ok_or_else(|| Error::Path { path: path.display().to_string(), reason: "not UTF-8" })?;
+        self.program_at(&path, &at)
+    }
+
+    /// Copies a program of the host, with its libraries, to the path `at`.
+    pub fn program_at(mut self, host: &Path, at: &str) -> Result<Self> {
+        if host.is_dir() {
+            self.tree.host(at, host)?;
+        } else {
+            self.tree.program(at, host)?;
+        }
+        Ok(self)
+    }
+
+    /// Puts a file with this content at the path `at`.
+    pub fn content(mut self, at: &str, mode: u32, data: impl Into<Vec<u8>>) -> Result<Self> {
+        self.tree.bytes(at, mode, data)?;
+        Ok(self)
+    }
+
+    /// Inserts a kernel module, with those it needs, before the job starts: `iscsi_tcp`, `target_core_mod`, ...
+    #[must_use]
+    pub fn module(mut self, name: &str) -> Self {
+        if NEED_CRC32C.contains(&name) {
+            self.modules.extend(["crc32c_generic".to_owned(), "crc32c_intel".to_owned()]);
+        }
+        self.modules.push(name.to_owned());
+        self
+    }
+
+    /// Attaches a raw image file as the next virtio disk (`/dev/vda`, `/dev/vdb`, ...), writable.
+    #[must_use]
+    pub fn disk(mut self, image: impl Into<PathBuf>) -> Self {
+        self.disks.push(image.into());
+        self
+    }
+
+    /// Sets the memory size in MiB. All copied files lie in it, twice while it boots.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Sets the number of CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Sets the time after which the machine is killed and [`Error::Deadline`] is returned.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Copies the console to our standard error as it comes.
+    #[must_use]
+    pub fn echo(mut self, echo: bool) -> Self {
+        self.echo = echo;
+        self
+    }
+
+    /// Runs `script` (POSIX shell, busybox commands) and waits for its end.
+    pub fn run(&self, script: &str) -> Result<Outcome> {
+        let started = Instant::now();
+        let ended = self.start(script)?.wait()?;
+        match job_status(&ended.output) {
+            Some(status) => Ok(Outcome { status, output: ended.output, elapsed: started.elapsed() }),
+            None => Err(Error::NoStatus {
+                what: WHAT.into(),
+                status: ended.status.to_string(),
+                tail: crate::error::tail(&ended.output, 5),
+            }),
+        }
+    }
+
+    /// Starts the machine with `script` as its job and returns at once. It is killed when the calling thread ends.
+    pub fn start(&self, script: &str) -> Result<Qemu> {
+        let kernel = Kernel::find()?;
+        let mut initramfs = Initramfs::new().tree(&self.tree).job(script)?;
+        for module in &self.modules {
+            initramfs = initramfs.module(module);
+        }
+        let initrd = initramfs.build(&kernel)?;
+        let mut args: Vec<String> = [
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-M",
+            "q35",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+            "-append",
+            "console=ttyS0 panic=-1 quiet",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        args.extend(["-smp".into(), self.cpus.to_string(), "-m".into(), self.memory_mib.to_string()]);
+        args.extend(["-kernel".into(), kernel.image.display().to_string()]);
+        args.extend(["-initrd".into(), initrd.display().to_string()]);
+        for (n, disk) in self.disks.iter().enumerate() {
+            // In QEMU's option syntax a comma in a value is doubled.
+            let file = disk.display().to_string().replace(',', ",,");
+            args.extend(["-drive".into(), format!("file={file},if=none,id=disk{n},format=raw,cache=unsafe")]);
+            args.extend(["-device".into(), format!("virtio-blk-pci,drive=disk{n}")]);
+        }
+        Qemu::start(WHAT, &args, self.deadline, self.echo)
+    }
+}

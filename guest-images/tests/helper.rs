@@ -1,0 +1,35 @@
+//! Boots the helper VM for real: the exit status and output of a job come back, `/dev/kvm` is there, and a machine that
+//! does not end is killed at its deadline.
+
+use std::time::Duration;
+
+use guest_images::Error;
+use guest_images::helper::HelperVm;
+use guest_images::modules::Kernel;
+
+#[test]
+fn job_prints_the_kernel_and_its_status_comes_back() {
+    let done = HelperVm::new()
+        .memory_mib(1024)
+        .program("/usr/bin/env")
+        .unwrap()
+        .content("/etc/answer", 0o644, "forty-two\n")
+        .unwrap()
+        .deadline(Duration::from_secs(120))
+        .run("uname -r; [ -c /dev/kvm ] && /usr/bin/env cat /etc/answer; exit 7")
+        .unwrap();
+    assert_eq!(done.status, 7, "{}", done.output);
+    assert!(done.output.contains(&Kernel::find().unwrap().version), "{}", done.output);
+    assert!(done.output.contains("forty-two"), "{}", done.output);
+}
+
+#[test]
+fn machine_that_does_not_end_is_killed() {
+    let error = HelperVm::new()
+        .memory_mib(512)
+        .deadline(Duration::from_secs(20))
+        .run("echo still here; while :; do sleep 60; done")
+        .unwrap_err();
+    assert!(matches!(error, Error::Deadline { .. }), "{error}");
+    assert!(error.to_string().contains("still here"), "{error}");
+}
