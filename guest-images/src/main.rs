@@ -117,7 +117,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<ExitCode> {
     match args.command {
         Task::Build(build) => run_build(build).map(|()| ExitCode::SUCCESS),
-        Task::Helper(helper) => run_helper(helper),
+        Task::Helper(helper) => run_helper(&helper),
     }
 }
 
@@ -146,7 +146,7 @@ fn run_build(build: Build) -> Result<()> {
     }
 }
 
-fn run_helper(args: Helper) -> Result<ExitCode> {
+fn run_helper(args: &Helper) -> Result<ExitCode> {
     let script = read(&args.script)?;
     let mut vm =
         HelperVm::new().memory_mib(args.memory_mib).deadline(Duration::from_secs(args.deadline)).echo(true);

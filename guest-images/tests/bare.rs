@@ -2,7 +2,7 @@
 //! asks for ring 3, and load segments above low memory.
 
 #[path = "../bare/src/abi.rs"]
-#[allow(dead_code, missing_docs)]
+#[allow(dead_code, missing_docs, unreachable_pub)]
 mod abi;
 
 const PT_LOAD: u32 = 1;
