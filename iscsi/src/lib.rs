@@ -1,4 +1,7 @@
 //! iSCSI (RFC 7143) and the SCSI it carries, as pure state machines: no sockets, no clock, no allocation per command.
 #![forbid(unsafe_code)]
 
+pub mod digest;
+pub mod pdu;
 pub mod scsi;
+pub mod serial;

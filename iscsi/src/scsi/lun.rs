@@ -84,7 +84,7 @@ impl ReportLuns {
     pub fn parse(data: &[u8]) -> Result<Self, DataError> {
         need("REPORT LUNS data", data, 8)?;
         let list_bytes = be32(data, 0);
-        if list_bytes % 8 != 0 {
+        if !list_bytes.is_multiple_of(8) {
             return Err(DataError::Field {
                 what: "REPORT LUNS data",
                 field: "LUN list length",
