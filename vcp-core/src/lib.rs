@@ -1,9 +1,17 @@
 //! What makes a process a virtual channel processor (VCP): guest memory and virtqueue access, the vhost-user server,
 //! the poll loop that owns one hardware thread, the control socket and metrics.
 //!
-//! A device model (virtio semantics) sits on top of this crate and implements `device::RingDevice`; nothing in here
+//! A device model (virtio semantics) sits on top of this crate and implements [`device::RingDevice`]; nothing in here
 //! knows what a disk or a network is. `unsafe` is confined to [`mem`] and [`sock`], the two places that touch memory
-//! another party can write.
+//! another party can write, and to the signal mask in [`process`].
 
+pub mod control;
+pub mod device;
+pub mod mailbox;
 pub mod mem;
+pub mod metrics;
+pub mod poll;
+pub mod process;
+pub mod queue;
 pub mod sock;
+pub mod vu;

@@ -171,6 +171,39 @@ impl GuestBuf {
         }
     }
 
+    /// Drops the first `len_bytes` bytes.
+    ///
+    /// # Panics
+    /// If the buffer is shorter.
+    pub fn advance(&mut self, len_bytes: usize) {
+        assert!(
+            len_bytes <= self.len_bytes,
+            "advance by {len_bytes} in a buffer of {} bytes",
+            self.len_bytes
+        );
+        let (mut left, mut whole) = (len_bytes, 0);
+        for piece in &mut self.pieces {
+            if left < piece.len_bytes {
+                piece.ptr = piece.ptr.wrapping_add(left);
+                piece.len_bytes -= left;
+                break;
+            }
+            left -= piece.len_bytes;
+            whole += 1;
+        }
+        self.pieces.drain(..whole);
+        self.len_bytes -= len_bytes;
+    }
+
+    /// Moves the bytes from `at` on into `tail` (whose storage is reused); keeps those before.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than `at`.
+    pub fn split_off_into(&mut self, at: usize, tail: &mut GuestBuf) {
+        self.slice_into(at, self.len_bytes - at, tail);
+        self.truncate(at);
+    }
+
     /// Copies bytes from `offset` on into `to`, all of it.
     ///
     /// # Panics
@@ -343,6 +376,21 @@ mod tests {
         assert!(weak.upgrade().is_some());
         buf.clear();
         assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
+    fn head_and_tail_come_off_piece_by_piece() {
+        let mut buf = GuestBuf::for_test_pieces(&[4, 4, 4]);
+        buf.copy_from(0, b"abcdefghijkl");
+        let mut tail = GuestBuf::new();
+        buf.split_off_into(7, &mut tail);
+        buf.advance(4);
+        let (mut head, mut rest) = ([0; 3], [0; 5]);
+        buf.copy_to(0, &mut head);
+        tail.copy_to(0, &mut rest);
+        assert_eq!((&head, &rest), (b"efg", b"hijkl"));
+        buf.advance(3);
+        assert!(buf.is_empty());
     }
 
     #[test]

@@ -7,7 +7,10 @@
 #![allow(unsafe_code)] // Pointers into mappings shared with the guest have no safe form.
 
 mod buf;
+mod table;
 
 pub use buf::{BufError, GuestBuf};
+pub use table::{MAX_REGIONS, MemError, MemTable, RegionSpec};
+
 /// Guest memory as mapped here: regions sorted by guest physical address.
 pub type GuestMap = vm_memory::GuestMemoryMmap<()>;

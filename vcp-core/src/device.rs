@@ -1,0 +1,80 @@
+//! The seam between a device model and whatever runs it: the poll loop ([`crate::vu`]) or the epoll server
+//! ([`crate::epoll`]).
+//!
+//! A [`RingDevice`] knows virtio semantics and an engine below it. It never sees a ring, a file descriptor of the front
+//! end or a connection; those are the runner's.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::metrics::DeviceMetrics;
+use crate::queue::{Chain, ChainId, RingError};
+
+/// What has to happen before [`RingDevice::poll`] must be called again (besides a kick).
+#[derive(Debug, Default)]
+pub struct Wait<'a> {
+    /// Readiness to wait for; `None` while the engine has no socket.
+    pub fd: Option<BorrowedFd<'a>>,
+    /// Whether it also waits to write (it always waits to read).
+    pub writable: bool,
+    /// When it must be polled even if nothing happens.
+    pub deadline: Option<Instant>,
+}
+
+/// The virtqueues of one device, as the device model sees them.
+pub trait Rings {
+    /// Takes the next chain of queue `queue` into `chain`; false if there is none or the queue does not run. A broken
+    /// ring is dealt with inside: the queue stops.
+    fn take(&mut self, queue: u16, chain: &mut Chain) -> bool;
+
+    /// Gives a chain back with the number of bytes written to it. Exactly once for each chain taken; the runner knows
+    /// which completions belong to a ring that no longer exists.
+    fn complete(&mut self, id: ChainId, len_bytes: u32);
+
+    /// The request in this chain breaks the rules of the device: its queue stops, the chain is not given back.
+    fn fail(&mut self, id: ChainId, error: RingError);
+}
+
+/// A virtio device model that can be run by either server.
+pub trait RingDevice: Send + 'static {
+    /// Number of virtqueues, at most 256.
+    fn queues(&self) -> u16;
+
+    /// Largest virtqueue size, a power of two.
+    fn queue_size_max(&self) -> u16;
+
+    /// Feature bits offered, without the vhost-user one.
+    fn features(&self) -> u64;
+
+    /// The driver's choice of [`features`](Self::features); also 0 at reset.
+    fn set_features(&mut self, acked: u64);
+
+    /// Fills `out` with the configuration space from `offset`; bytes past its end read as 0.
+    fn read_config(&self, offset: u32, out: &mut [u8]);
+
+    /// The driver writes to the configuration space. Fields that cannot be written are left as they are.
+    fn write_config(&mut self, offset: u32, data: &[u8]);
+
+    /// Takes chains while there is room, moves the engine, completes what ended. Never blocks; returns whether
+    /// anything moved.
+    fn poll<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool;
+
+    /// What to wait for.
+    fn wait(&self) -> Wait<'_>;
+
+    /// Whether the configuration space changed by itself since the last call.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
+
+    /// The guest no longer waits for what is in flight (reset, or a stop that took too long): end it as soon as it is
+    /// certain that it has no further effect on guest memory. Completions are still reported.
+    fn abandon(&mut self) {}
+
+    /// Bytes of memory it can take at most, all of it taken at start.
+    fn memory_bound_bytes(&self) -> u64;
+
+    /// Its counters.
+    fn metrics(&self) -> &Arc<DeviceMetrics>;
+}

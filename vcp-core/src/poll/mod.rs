@@ -1,0 +1,199 @@
+//! The data thread: one loop that runs every queue of every device to completion.
+//!
+//! A pass looks into the mailbox, then lets each device take, submit, reap and complete. After a pass in which nothing
+//! moved the thread spins for a while ([`spin`]), then arms notifications on every ring, looks once more
+//! ([`crate::queue::notify`]), and sleeps until a kick, an engine's socket, the mailbox or a deadline.
+
+mod cpu;
+pub mod spin;
+
+pub use cpu::{CpuError, check_cpu, pin_to};
+pub use spin::{PollMode, Spin};
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
+
+use crate::device::RingDevice;
+use crate::mailbox::Mailbox;
+use crate::metrics::LoopMetrics;
+use crate::vu::port::{Command, Port};
+
+/// How long the loop waits at its end for requests in flight. A target that is gone must not hold up a SIGTERM.
+const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
+
+/// Engine descriptors waited for without allocating; more devices than this cost an allocation per sleep.
+const INLINE_FDS: usize = 16;
+
+/// The loop and all that it owns.
+pub struct DataLoop<D> {
+    ports: Vec<Port<D>>,
+    mailbox: Arc<Mailbox<Command>>,
+    /// Kick descriptors and the mailbox, all edge-triggered.
+    epoll: OwnedFd,
+    spin: Spin,
+    stop: Arc<AtomicBool>,
+    metrics: Arc<LoopMetrics>,
+}
+
+impl<D: RingDevice> DataLoop<D> {
+    /// A loop over `ports`, commanded through `mailbox`, that ends when `stop` is set (and the mailbox woken).
+    ///
+    /// # Errors
+    /// No epoll instance could be had.
+    pub fn new(
+        ports: Vec<Port<D>>,
+        mailbox: Arc<Mailbox<Command>>,
+        mode: PollMode,
+        stop: Arc<AtomicBool>,
+        metrics: Arc<LoopMetrics>,
+    ) -> rustix::io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, &*mailbox, epoll::EventData::new_u64(1), flags)?;
+        Ok(Self { ports, mailbox, epoll, spin: Spin::new(mode), stop, metrics })
+    }
+
+    /// Runs until told to stop, then gives what is in flight a moment to end.
+    ///
+    /// # Errors
+    /// Waiting failed, which it does only when the system is out of memory.
+    pub fn run(&mut self) -> rustix::io::Result<()> {
+        let mut idle_since: Option<Instant> = None;
+        while !self.stop.load(Ordering::Relaxed) {
+            let now = Instant::now();
+            if self.pass(now) {
+                idle_since = None;
+                self.metrics.busy_passes.add(1);
+                continue;
+            }
+            let since = *idle_since.get_or_insert(now);
+            if self.spin.keeps_looking(now - since) || self.ports.iter().any(|port| port.rings.must_poll()) {
+                std::hint::spin_loop();
+                continue;
+            }
+            if self.arm() || self.mailbox.has_mail() {
+                self.disarm();
+                idle_since = None;
+                continue;
+            }
+            self.sleep(now)?;
+            self.disarm();
+            self.spin.slept(since.elapsed());
+            self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
+            idle_since = None;
+        }
+        self.drain()
+    }
+
+    /// One pass over mailbox and devices; whether anything moved.
+    fn pass(&mut self, now: Instant) -> bool {
+        let mut moved = false;
+        if self.mailbox.has_mail() {
+            while let Some(command) = self.mailbox.take() {
+                moved = true;
+                match self.ports.get_mut(command.device) {
+                    Some(port) => port.command(&self.epoll, command.what, command.reply, now),
+                    None => {
+                        tracing::error!(device = command.device, "command for a device that is not there")
+                    }
+                }
+            }
+        }
+        for port in &mut self.ports {
+            moved |= port.pass(&self.epoll, now);
+        }
+        self.metrics.passes.add(1);
+        moved
+    }
+
+    fn arm(&mut self) -> bool {
+        // Every ring is armed even if an early one has work: all of them are disarmed together.
+        self.ports.iter_mut().fold(false, |more, port| port.rings.arm() | more)
+    }
+
+    fn disarm(&mut self) {
+        self.ports.iter_mut().for_each(|port| port.rings.disarm());
+    }
+
+    /// Sleeps until something that was waited for happens.
+    fn sleep(&mut self, now: Instant) -> rustix::io::Result<()> {
+        let waits = || self.ports.iter().map(|port| port.device.wait());
+        let deadlines = waits().filter_map(|wait| wait.deadline);
+        let deadline = deadlines.chain(self.ports.iter().filter_map(|port| port.rings.deadline())).min();
+        let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(now)));
+        self.metrics.sleeps.add(1);
+        self.metrics.sleeping.set(1);
+        let fds = waits().filter_map(|wait| {
+            let writable = if wait.writable { PollFlags::OUT } else { PollFlags::empty() };
+            wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
+        });
+        let own = || PollFd::new(&self.epoll, PollFlags::IN);
+        let result = if self.ports.len() <= INLINE_FDS {
+            let mut inline: [PollFd<'_>; INLINE_FDS + 1] = std::array::from_fn(|_| own());
+            let used = 1 + inline[1..].iter_mut().zip(fds).map(|(place, fd)| *place = fd).count();
+            wait_for(&mut inline[..used], timeout.as_ref())
+        } else {
+            let mut all: Vec<PollFd<'_>> = std::iter::once(own()).chain(fds).collect();
+            wait_for(&mut all, timeout.as_ref())
+        };
+        self.metrics.sleeping.set(0);
+        let woken = result?;
+        if woken {
+            // Takes the edges; which ring it was does not matter, all of them are looked at.
+            let mut events =
+                [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 32];
+            match epoll::wait(&self.epoll, &mut events[..], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets what is in flight end, within [`DRAIN_AT_EXIT`].
+    fn drain(&mut self) -> rustix::io::Result<()> {
+        let deadline = Instant::now() + DRAIN_AT_EXIT;
+        self.ports.iter_mut().for_each(|port| port.rings.close());
+        loop {
+            let now = Instant::now();
+            let moved = self.pass(now);
+            let inflight: u32 = self.ports.iter().map(|port| port.rings.inflight()).sum();
+            if inflight == 0 {
+                return Ok(());
+            }
+            if now >= deadline {
+                tracing::warn!(
+                    inflight,
+                    "ending with requests in flight; the front end repeats them after a reconnect"
+                );
+                return Ok(());
+            }
+            if !moved {
+                let timeout = timespec(Duration::from_millis(10).min(deadline - now));
+                let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
+                let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+                wait_for(&mut fds, Some(&timeout))?;
+            }
+        }
+    }
+}
+
+/// Polls; true if the first descriptor is ready.
+fn wait_for(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> rustix::io::Result<bool> {
+    match rustix::event::poll(fds, timeout) {
+        Ok(_) => Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty())),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    }
+}

@@ -1,0 +1,46 @@
+//! Logging to standard error, with a level that can change while the process runs.
+
+use std::io::IsTerminal;
+use std::sync::OnceLock;
+
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+/// Logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "`{0}` is not a log filter: use error, warn, info, debug, trace, or a filter such as vcp_core=debug,warn"
+)]
+pub struct LogError(String);
+
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// Sets logging up: `level` (`--log`) before `RUST_LOG` before `warn`. A second call changes nothing.
+///
+/// # Errors
+/// [`LogError`]: not a filter.
+pub fn init_log(level: Option<&str>) -> Result<(), LogError> {
+    let wanted = level.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
+    let filter = parse(wanted.as_deref().unwrap_or("warn"))?;
+    let (layer, handle) = reload::Layer::new(filter);
+    let output = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    if tracing_subscriber::registry().with(layer).with(output).try_init().is_ok() {
+        let _ = FILTER.set(handle);
+    }
+    Ok(())
+}
+
+/// Changes the level of a process whose logging was set up by [`init_log`].
+///
+/// # Errors
+/// A line that says what is wrong.
+pub fn set_log_level(level: &str) -> Result<(), String> {
+    let filter = parse(level).map_err(|error| error.to_string())?;
+    let handle = FILTER.get().ok_or("logging is not set up")?;
+    handle.reload(filter).map_err(|error| error.to_string())
+}
+
+fn parse(text: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::builder().parse(text).map_err(|_| LogError(text.to_owned()))
+}

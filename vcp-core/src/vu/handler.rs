@@ -1,0 +1,271 @@
+//! [`Handler`]: the messages of one connection, turned into commands for the data thread.
+//!
+//! It keeps what only set-up needs (the memory table with the front end's addresses); the rest lives on the data
+//! thread. Each message waits for its command to be carried out, so their order is the order of the messages.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use super::port::{Answer, Command, F_PROTOCOL_FEATURES, PortError, What};
+use super::rings::STOP_TIMEOUT;
+use crate::mailbox::Mailbox;
+use crate::mem::{MAX_REGIONS, MemTable, RegionSpec};
+
+/// How long a message waits for the data thread, which looks into its mailbox every pass.
+const ANSWER_TIMEOUT: Duration = STOP_TIMEOUT.saturating_add(Duration::from_secs(5));
+
+/// What the front end may know before the data thread is asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Facts {
+    pub(crate) features: u64,
+    pub(crate) queues: u16,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Handler {
+    pub(crate) device: usize,
+    pub(crate) facts: Facts,
+    pub(crate) mailbox: Arc<Mailbox<Command>>,
+    memory: MemTable,
+    /// Protocol features that the front end took.
+    protocol: VhostUserProtocolFeatures,
+}
+
+impl Handler {
+    pub(crate) fn new(device: usize, facts: Facts, mailbox: Arc<Mailbox<Command>>) -> Self {
+        Self {
+            device,
+            facts,
+            mailbox,
+            memory: MemTable::default(),
+            protocol: VhostUserProtocolFeatures::empty(),
+        }
+    }
+
+    /// Has the data thread carry out `what`.
+    pub(crate) fn ask(&self, what: What) -> std::result::Result<Answer, PortError> {
+        let (reply, answer) = sync_channel(1);
+        self.mailbox.send(Command { device: self.device, what, reply });
+        answer.recv_timeout(ANSWER_TIMEOUT).unwrap_or(Err(PortError::NoAnswer))
+    }
+
+    fn order(&self, what: What) -> Result<()> {
+        self.ask(what).map(drop).map_err(failed)
+    }
+
+    fn guest_addr(&self, user_addr: u64) -> Result<u64> {
+        self.memory.guest_addr(user_addr).ok_or_else(|| failed(PortError::Address(user_addr)))
+    }
+
+    /// Whether failures of messages can be told to the front end, so that the connection may go on after one.
+    pub(crate) fn has_reply_ack(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK)
+    }
+}
+
+/// An error of ours as the crate wants it: the chain in one line.
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(io::Error::other(crate::process::chain(&error)))
+}
+
+fn unsupported<T>(what: &'static str) -> Result<T> {
+    Err(Error::InvalidOperation(what))
+}
+
+fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+    RegionSpec {
+        guest_addr: region.guest_phys_addr,
+        len_bytes: region.memory_size,
+        user_addr: region.user_addr,
+        offset: region.mmap_offset,
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Handler {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.order(What::Reset)
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.order(What::Reset)
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.facts.features | F_PROTOCOL_FEATURES)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        self.order(What::SetFeatures(features))
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        // The crate made sure that there are as many files as regions.
+        self.memory = MemTable::new(regions.iter().map(spec).zip(files)).map_err(failed)?;
+        self.order(What::SetMemory(self.memory.map()))?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, queue: u32, size: u32) -> Result<()> {
+        self.order(What::SetVringNum { queue, size })
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        queue: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return unsupported("dirty page logging was not offered");
+        }
+        let (desc, avail, used) =
+            (self.guest_addr(descriptor)?, self.guest_addr(available)?, self.guest_addr(used)?);
+        self.order(What::SetVringAddr { queue, desc, avail, used })
+    }
+
+    fn set_vring_base(&mut self, queue: u32, base: u32) -> Result<()> {
+        self.order(What::SetVringBase { queue, base })
+    }
+
+    fn get_vring_base(&mut self, queue: u32) -> Result<VhostUserVringState> {
+        match self.ask(What::GetVringBase { queue }).map_err(failed)? {
+            Answer::Base(base) => Ok(VhostUserVringState::new(queue, base)),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    fn set_vring_kick(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        self.order(What::SetVringKick { queue: queue.into(), fd })
+    }
+
+    fn set_vring_call(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        self.order(What::SetVringCall { queue: queue.into(), fd })
+    }
+
+    fn set_vring_err(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        self.order(What::SetVringErr { queue: queue.into(), fd })
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let taken = VhostUserProtocolFeatures::from_bits_truncate(features);
+        if features & !protocol_features().bits() != 0 {
+            return Err(failed(PortError::Features(features & !protocol_features().bits())));
+        }
+        self.protocol = taken;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.facts.queues.into())
+    }
+
+    fn set_vring_enable(&mut self, queue: u32, enable: bool) -> Result<()> {
+        self.order(What::SetVringEnable { queue, enable })
+    }
+
+    fn get_config(&mut self, offset: u32, len_bytes: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        match self.ask(What::GetConfig { offset, len_bytes }).map_err(failed)? {
+            Answer::Config(bytes) => Ok(bytes),
+            _ => Err(Error::BackendInternalError),
+        }
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        self.order(What::SetConfig { offset, data: data.to_vec() })
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        unsupported("no gpu here")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        unsupported("shared objects were not offered")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        unsupported("the in-flight log was not offered")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        unsupported("the in-flight log was not offered")
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.memory.add(spec(region), fd).map_err(failed)?;
+        self.order(What::SetMemory(self.memory.map()))?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.memory.remove(region.guest_phys_addr, region.memory_size, region.user_addr).map_err(failed)?;
+        self.order(What::SetMemory(self.memory.map()))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        unsupported("device state transfer was not offered")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        unsupported("device state transfer was not offered")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        unsupported("shared memory regions were not offered")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        unsupported("dirty page logging was not offered")
+    }
+}
+
+/// The protocol features offered. `REPLY_ACK` is the crate's own work.
+pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::BACKEND_REQ
+}

@@ -1,0 +1,18 @@
+//! The vhost-user server: set-up messages on a thread per connection, rings on the data thread.
+//!
+//! * [`port`]: the data thread's side of one device: its rings, and the commands that change them.
+//! * [`handler`]: the connection's side: the messages of the `vhost` crate turned into commands.
+//! * [`listen`]: the socket file.
+//! * [`server`]: accepts, refuses, reconnects; puts it all together.
+//!
+//! `docs/decisions/vhost-user-server.md` says why this is not `vhost-user-backend`'s daemon.
+
+pub(crate) mod channel;
+mod handler;
+pub mod listen;
+pub mod port;
+mod rings;
+pub mod server;
+
+pub use rings::RingSet;
+pub use server::{DeviceSpec, ServeError, ServeOptions, serve};

@@ -1,0 +1,236 @@
+//! [`Port`]: one device on the data thread, and the commands by which the set-up thread changes it.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::Instant;
+
+use super::RingSet;
+use super::channel::notify_config_change;
+use crate::device::RingDevice;
+use crate::mem::GuestMap;
+use crate::queue::RingError;
+
+/// `VIRTIO_RING_F_INDIRECT_DESC`, `VIRTIO_RING_F_EVENT_IDX`, `VHOST_USER_F_PROTOCOL_FEATURES`.
+const F_INDIRECT: u64 = 1 << 28;
+const F_EVENT_IDX: u64 = 1 << 29;
+/// The vhost-user feature bit, taken from the driver's bits before the device sees them.
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// A set-up message that cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PortError {
+    /// Queue index out of range.
+    #[error("queue {queue} of a device with {queues}")]
+    NoSuchQueue {
+        /// The index.
+        queue: u32,
+        /// Queues of the device.
+        queues: usize,
+    },
+    /// Queue size zero, no power of two, or too large.
+    #[error("queue {queue}: size {size} is not a power of two up to {max}")]
+    Size {
+        /// The queue.
+        queue: u32,
+        /// The size asked for.
+        size: u32,
+        /// Largest size.
+        max: u16,
+    },
+    /// Ring addresses not aligned as VIRTIO 1.2, 2.7 asks.
+    #[error("queue {queue}: misaligned ring: descriptors {desc:#x}, available {avail:#x}, used {used:#x}")]
+    Alignment {
+        /// The queue.
+        queue: u32,
+        /// Descriptor table.
+        desc: u64,
+        /// Available ring.
+        avail: u64,
+        /// Used ring.
+        used: u64,
+    },
+    /// A base that is no 16-bit index.
+    #[error("queue {queue}: base {base:#x} is not a split ring index")]
+    Base {
+        /// The queue.
+        queue: u32,
+        /// The base.
+        base: u32,
+    },
+    /// Size, base or addresses changed while the ring runs.
+    #[error("queue {queue} is running")]
+    Running {
+        /// The queue.
+        queue: u32,
+    },
+    /// The ring cannot start where it was told to.
+    #[error("queue {queue} cannot start")]
+    Ring {
+        /// The queue.
+        queue: u32,
+        /// Why.
+        #[source]
+        source: RingError,
+    },
+    /// A kick, call or error descriptor that cannot be used as one.
+    #[error("queue {queue}: descriptor cannot be used: {error}")]
+    Descriptor {
+        /// The queue.
+        queue: u32,
+        /// Why.
+        error: rustix::io::Errno,
+    },
+    /// Feature bits that were not offered.
+    #[error("features {0:#x} were not offered")]
+    Features(u64),
+    /// A ring address that the memory table does not have.
+    #[error("front-end address {0:#x} is not in the memory table")]
+    Address(u64),
+    /// The data thread ended or hangs.
+    #[error("the data thread does not answer")]
+    NoAnswer,
+}
+
+/// What a command gives back.
+#[derive(Debug)]
+pub enum Answer {
+    /// Nothing.
+    Done,
+    /// `GET_VRING_BASE`.
+    Base(u32),
+    /// `GET_CONFIG`.
+    Config(Vec<u8>),
+}
+
+/// The reply to a command.
+pub type Reply = Result<Answer, PortError>;
+
+/// What to change; the names are those of the vhost-user messages.
+#[derive(Debug)]
+#[allow(missing_docs)] // One per vhost-user message.
+pub enum What {
+    Attach,
+    Detach,
+    Reset,
+    SetFeatures(u64),
+    SetMemory(Arc<GuestMap>),
+    SetVringNum { queue: u32, size: u32 },
+    SetVringAddr { queue: u32, desc: u64, avail: u64, used: u64 },
+    SetVringBase { queue: u32, base: u32 },
+    GetVringBase { queue: u32 },
+    SetVringKick { queue: u32, fd: Option<File> },
+    SetVringCall { queue: u32, fd: Option<File> },
+    SetVringErr { queue: u32, fd: Option<File> },
+    SetVringEnable { queue: u32, enable: bool },
+    GetConfig { offset: u32, len_bytes: u32 },
+    SetConfig { offset: u32, data: Vec<u8> },
+    SetChannel(UnixStream),
+}
+
+/// A message for the data thread.
+#[derive(Debug)]
+pub struct Command {
+    /// Index of the device.
+    pub device: usize,
+    /// What to do.
+    pub what: What,
+    /// Where the answer goes; has room for one.
+    pub reply: SyncSender<Reply>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Port<D> {
+    pub(crate) device: D,
+    pub(crate) rings: RingSet,
+    /// The back-end channel, for configuration changes.
+    channel: Option<UnixStream>,
+}
+
+impl<D: RingDevice> Port<D> {
+    /// A device without a front end.
+    pub fn new(name: Arc<str>, device: D) -> Self {
+        let metrics = Arc::clone(device.metrics());
+        let rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
+        Self { device, rings, channel: None }
+    }
+
+    /// One pass: device, engine, used rings, notifications. Returns whether anything moved.
+    pub(crate) fn pass(&mut self, epoll: &OwnedFd, now: Instant) -> bool {
+        let moved = self.device.poll(&mut self.rings, now);
+        if moved {
+            self.rings.publish_all();
+        }
+        if self.rings.deadline().is_some() && self.rings.finish_stops(epoll, now) {
+            self.device.abandon();
+        }
+        if self.device.take_config_change()
+            && let Some(channel) = &self.channel
+            && let Err(error) = notify_config_change(channel)
+        {
+            tracing::warn!(%error, "cannot tell the front end of a configuration change");
+            self.channel = None;
+        }
+        moved
+    }
+
+    /// Carries out a command and answers it (a stop answers later).
+    pub(crate) fn command(&mut self, epoll: &OwnedFd, what: What, reply: SyncSender<Reply>, now: Instant) {
+        if let What::GetVringBase { queue } = what {
+            self.rings.stop(epoll, queue, reply, now);
+            return;
+        }
+        let answer = self.carry_out(epoll, what);
+        // The asker may have given up; then nobody wants the answer.
+        let _ = reply.try_send(answer);
+    }
+
+    fn carry_out(&mut self, epoll: &OwnedFd, what: What) -> Reply {
+        match what {
+            What::Attach => {}
+            What::Detach => {
+                self.reset(epoll);
+                self.channel = None;
+                self.rings.set_map(Arc::default());
+            }
+            What::Reset => self.reset(epoll),
+            What::SetFeatures(acked) => {
+                let device_bits = acked & !F_PROTOCOL_FEATURES;
+                if device_bits & !self.device.features() != 0 {
+                    return Err(PortError::Features(device_bits & !self.device.features()));
+                }
+                self.device.set_features(device_bits);
+                let enable_all = acked & F_PROTOCOL_FEATURES == 0;
+                self.rings.set_features(acked & F_EVENT_IDX != 0, acked & F_INDIRECT != 0, enable_all);
+            }
+            What::SetMemory(map) => self.rings.set_map(map),
+            What::SetVringNum { queue, size } => self.rings.set_size(queue, size)?,
+            What::SetVringAddr { queue, desc, avail, used } => {
+                self.rings.set_addresses(queue, desc, avail, used)?;
+            }
+            What::SetVringBase { queue, base } => self.rings.set_base(queue, base)?,
+            What::GetVringBase { .. } => unreachable!("answered by `command`"),
+            What::SetVringKick { queue, fd } => self.rings.set_kick(epoll, queue, fd)?,
+            What::SetVringCall { queue, fd } => self.rings.set_call(queue, fd)?,
+            What::SetVringErr { queue, fd } => self.rings.set_err(queue, fd)?,
+            What::SetVringEnable { queue, enable } => self.rings.set_enabled(queue, enable)?,
+            What::GetConfig { offset, len_bytes } => {
+                // The message bounds the length to its own maximum size.
+                let mut bytes = vec![0; len_bytes as usize];
+                self.device.read_config(offset, &mut bytes);
+                return Ok(Answer::Config(bytes));
+            }
+            What::SetConfig { offset, data } => self.device.write_config(offset, &data),
+            What::SetChannel(stream) => self.channel = Some(stream),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn reset(&mut self, epoll: &OwnedFd) {
+        self.rings.reset(epoll);
+        self.device.set_features(0);
+    }
+}

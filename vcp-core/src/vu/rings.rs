@@ -1,0 +1,473 @@
+//! [`RingSet`]: the virtqueues of one device on the data thread, and the lives they go through.
+//!
+//! A queue's *epoch* changes whenever its ring starts anew. A completion that carries an older epoch belongs to a ring
+//! that is gone and is dropped; until all of those have come back the new ring is not read, because the driver may
+//! repeat the very requests that are still under way.
+//!
+//! ```text
+//!            SET_VRING_KICK                GET_VRING_BASE, nothing in flight
+//! Stopped ------------------> Running ------------------------------------> Stopped
+//!    ^                         |  | GET_VRING_BASE       all came back        ^
+//!    |   broken rule, reset,   |  +----------------> Stopping ----------------+
+//!    +--- disconnect ----------+                        | deadline
+//!                                                       v
+//!                              Parked (resumes if the ring starts again exactly where it stopped)
+//! ```
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+
+use super::port::{Answer, PortError, Reply};
+use crate::device::Rings;
+use crate::mem::GuestMap;
+use crate::metrics::DeviceMetrics;
+use crate::queue::{Chain, ChainId, RingError, SplitQueue, VirtQueue};
+
+/// How long `GET_VRING_BASE` waits for requests in flight. The front end (and with it the guest) stands still
+/// meanwhile, so it must be short of what a user takes for a hang; a healthy target answers in milliseconds.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A ring that was stopped with requests in flight, as the front end was told.
+#[derive(Debug)]
+struct Parked {
+    base: u16,
+    used: u16,
+    desc_table: u64,
+    /// Ended since: given back if the ring resumes.
+    late: Vec<(u16, u32)>,
+}
+
+#[derive(Debug)]
+struct Vring {
+    /// Size and addresses for the next start.
+    setup: Queue,
+    addresses_set: bool,
+    base: u16,
+    ring: Option<SplitQueue>,
+    enabled: bool,
+    kick: Option<OwnedFd>,
+    /// `SET_VRING_KICK` came without a descriptor: the ring has to be polled.
+    polled: bool,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    epoch: u32,
+    inflight: u32,
+    /// In flight of earlier epochs.
+    orphans: u32,
+    unpublished: bool,
+    stopping: Option<(SyncSender<Reply>, Instant)>,
+    parked: Option<Parked>,
+}
+
+impl Vring {
+    fn new(size_max: u16) -> Self {
+        Self {
+            setup: Queue::new(size_max).expect("device queue size is a power of two"),
+            addresses_set: false,
+            base: 0,
+            ring: None,
+            enabled: false,
+            kick: None,
+            polled: false,
+            call: None,
+            err: None,
+            epoch: 0,
+            inflight: 0,
+            orphans: 0,
+            unpublished: false,
+            stopping: None,
+            parked: None,
+        }
+    }
+
+    fn runs(&self) -> bool {
+        self.ring.is_some() && self.enabled && self.stopping.is_none() && self.orphans == 0
+    }
+
+    /// Everything in flight now belongs to the past.
+    fn orphan(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+        self.orphans += self.inflight;
+        self.inflight = 0;
+        self.parked = None;
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct RingSet {
+    name: Arc<str>,
+    vrings: Vec<Vring>,
+    map: Arc<GuestMap>,
+    size_max: u16,
+    event_idx: bool,
+    indirect: bool,
+    closing: bool,
+    metrics: Arc<DeviceMetrics>,
+}
+
+impl RingSet {
+    /// `queues` stopped queues of at most `size_max` entries.
+    #[must_use]
+    pub fn new(name: Arc<str>, queues: u16, size_max: u16, metrics: Arc<DeviceMetrics>) -> Self {
+        let vrings = (0..queues).map(|_| Vring::new(size_max)).collect();
+        let map = Arc::default();
+        Self { name, vrings, map, size_max, event_idx: false, indirect: false, closing: false, metrics }
+    }
+
+    /// Requests in flight, of this and earlier lives.
+    #[must_use]
+    pub fn inflight(&self) -> u32 {
+        self.vrings.iter().map(|vring| vring.inflight + vring.orphans).sum()
+    }
+
+    /// Takes no more chains from now on (the process ends).
+    pub(crate) fn close(&mut self) {
+        self.closing = true;
+    }
+
+    pub(crate) fn set_features(&mut self, event_idx: bool, indirect: bool, enable_all: bool) {
+        (self.event_idx, self.indirect) = (event_idx, indirect);
+        if enable_all {
+            self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
+        }
+    }
+
+    pub(crate) fn set_map(&mut self, map: Arc<GuestMap>) {
+        self.map = map;
+    }
+
+    fn vring(&mut self, queue: u32) -> Result<&mut Vring, PortError> {
+        let queues = self.vrings.len();
+        self.vrings.get_mut(queue as usize).ok_or(PortError::NoSuchQueue { queue, queues })
+    }
+
+    fn stopped(&mut self, queue: u32) -> Result<&mut Vring, PortError> {
+        let vring = self.vring(queue)?;
+        if vring.ring.is_some() { Err(PortError::Running { queue }) } else { Ok(vring) }
+    }
+
+    pub(crate) fn set_size(&mut self, queue: u32, size: u32) -> Result<(), PortError> {
+        let max = self.size_max;
+        let vring = self.stopped(queue)?;
+        let small = u16::try_from(size).map_err(|_| PortError::Size { queue, size, max })?;
+        vring.setup.try_set_size(small).map_err(|_| PortError::Size { queue, size, max })
+    }
+
+    pub(crate) fn set_addresses(
+        &mut self,
+        queue: u32,
+        desc: u64,
+        avail: u64,
+        used: u64,
+    ) -> Result<(), PortError> {
+        let vring = self.vring(queue)?;
+        let misaligned = |_| PortError::Alignment { queue, desc, avail, used };
+        if let Some(ring) = &vring.ring {
+            // Front ends repeat the addresses to switch logging on and off; anything else needs a stop first.
+            let now = ring.queue();
+            let same = (now.desc_table(), now.avail_ring(), now.used_ring()) == (desc, avail, used);
+            return if same { Ok(()) } else { Err(PortError::Running { queue }) };
+        }
+        vring.setup.try_set_desc_table_address(GuestAddress(desc)).map_err(misaligned)?;
+        vring.setup.try_set_avail_ring_address(GuestAddress(avail)).map_err(misaligned)?;
+        vring.setup.try_set_used_ring_address(GuestAddress(used)).map_err(misaligned)?;
+        vring.addresses_set = true;
+        Ok(())
+    }
+
+    pub(crate) fn set_base(&mut self, queue: u32, base: u32) -> Result<(), PortError> {
+        let vring = self.stopped(queue)?;
+        vring.base = u16::try_from(base).map_err(|_| PortError::Base { queue, base })?;
+        Ok(())
+    }
+
+    pub(crate) fn set_enabled(&mut self, queue: u32, enabled: bool) -> Result<(), PortError> {
+        self.vring(queue)?.enabled = enabled;
+        Ok(())
+    }
+
+    pub(crate) fn set_call(&mut self, queue: u32, fd: Option<File>) -> Result<(), PortError> {
+        self.vring(queue)?.call = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
+        Ok(())
+    }
+
+    pub(crate) fn set_err(&mut self, queue: u32, fd: Option<File>) -> Result<(), PortError> {
+        self.vring(queue)?.err = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
+        Ok(())
+    }
+
+    /// `SET_VRING_KICK`: the ring starts.
+    pub(crate) fn set_kick(
+        &mut self,
+        epoll: &OwnedFd,
+        queue: u32,
+        fd: Option<File>,
+    ) -> Result<(), PortError> {
+        let vring = self.vring(queue)?;
+        drop_kick(epoll, vring);
+        vring.polled = fd.is_none();
+        if let Some(fd) = fd {
+            let fd = OwnedFd::from(fd);
+            // Edge-triggered and never read: each kick is an edge, and there is nothing that could block.
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            epoll::add(epoll, &fd, epoll::EventData::new_u64(0), flags)
+                .map_err(|error| PortError::Descriptor { queue, error })?;
+            vring.kick = Some(fd);
+        }
+        if vring.ring.is_none() && vring.addresses_set {
+            self.start(queue as usize)?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, queue: usize) -> Result<(), PortError> {
+        let (event_idx, indirect, max) = (self.event_idx, self.indirect, self.size_max);
+        let vring = &mut self.vrings[queue];
+        let mut setup = Queue::new(max).expect("as at creation");
+        // Values that were accepted before are accepted again.
+        let _ = setup.try_set_size(vring.setup.size());
+        let _ = setup.try_set_desc_table_address(GuestAddress(vring.setup.desc_table()));
+        let _ = setup.try_set_avail_ring_address(GuestAddress(vring.setup.avail_ring()));
+        let _ = setup.try_set_used_ring_address(GuestAddress(vring.setup.used_ring()));
+        setup.set_event_idx(event_idx);
+        let mut ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
+            .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
+        let here = (vring.base, ring.queue().next_used(), ring.queue().desc_table());
+        match vring.parked.take() {
+            Some(parked) if (parked.base, parked.used, parked.desc_table) == here => {
+                for (head, len_bytes) in parked.late {
+                    ring.put_used(&self.map, head, len_bytes)
+                        .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
+                    vring.unpublished = true;
+                }
+            }
+            _ => vring.orphan(),
+        }
+        tracing::debug!(
+            device = &*self.name,
+            queue,
+            base = vring.base,
+            orphans = vring.orphans,
+            "ring starts"
+        );
+        vring.ring = Some(ring);
+        Ok(())
+    }
+
+    /// `GET_VRING_BASE`: the ring stops; the reply is sent when nothing is in flight or the time is up.
+    pub(crate) fn stop(&mut self, epoll: &OwnedFd, queue: u32, reply: SyncSender<Reply>, now: Instant) {
+        let vring = match self.vring(queue) {
+            Ok(vring) => vring,
+            Err(error) => {
+                let _ = reply.try_send(Err(error));
+                return;
+            }
+        };
+        vring.stopping = Some((reply, now + STOP_TIMEOUT));
+        self.finish_stops(epoll, now);
+    }
+
+    /// Ends the stops that can end; returns whether a time ran out (the device should hurry).
+    pub(crate) fn finish_stops(&mut self, epoll: &OwnedFd, now: Instant) -> bool {
+        let mut late = false;
+        for queue in 0..self.vrings.len() {
+            let Some((_, deadline)) = self.vrings[queue].stopping else { continue };
+            let drained = self.vrings[queue].inflight == 0;
+            if !drained && now < deadline {
+                continue;
+            }
+            self.publish(queue);
+            let vring = &mut self.vrings[queue];
+            let Some((reply, _)) = vring.stopping.take() else { continue };
+            if let Some(ring) = vring.ring.take() {
+                vring.base = ring.queue().next_avail();
+                if !drained {
+                    late = true;
+                    tracing::warn!(
+                        device = &*self.name,
+                        queue,
+                        inflight = vring.inflight,
+                        "ring stopped with requests in flight: they did not end in {STOP_TIMEOUT:?}"
+                    );
+                    vring.parked = Some(Parked {
+                        base: vring.base,
+                        used: ring.queue().next_used(),
+                        desc_table: ring.queue().desc_table(),
+                        late: Vec::with_capacity(vring.inflight as usize),
+                    });
+                }
+            }
+            drop_kick(epoll, vring);
+            vring.polled = false;
+            vring.call = None;
+            let _ = reply.try_send(Ok(Answer::Base(u32::from(vring.base))));
+        }
+        late
+    }
+
+    /// Back to the state before the first message (disconnect) or of a reset device.
+    pub(crate) fn reset(&mut self, epoll: &OwnedFd) {
+        for vring in &mut self.vrings {
+            drop_kick(epoll, vring);
+            vring.orphan();
+            let (epoch, orphans) = (vring.epoch, vring.orphans);
+            *vring = Vring { epoch, orphans, ..Vring::new(self.size_max) };
+        }
+        (self.event_idx, self.indirect) = (false, false);
+    }
+
+    /// When [`finish_stops`](Self::finish_stops) has to be called again at the latest.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.vrings.iter().filter_map(|vring| vring.stopping.as_ref().map(|(_, deadline)| *deadline)).min()
+    }
+
+    /// Whether a running ring has no kick descriptor, so that the loop must not sleep.
+    pub(crate) fn must_poll(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.polled && vring.runs())
+    }
+
+    /// Publishes what was completed and notifies the driver where it wants it: once per queue and batch.
+    pub(crate) fn publish_all(&mut self) {
+        for queue in 0..self.vrings.len() {
+            self.publish(queue);
+        }
+    }
+
+    fn publish(&mut self, queue: usize) {
+        let vring = &mut self.vrings[queue];
+        if !std::mem::take(&mut vring.unpublished) {
+            return;
+        }
+        let Some(ring) = &mut vring.ring else { return };
+        match ring.publish(&self.map) {
+            Ok(true) => {
+                if let Some(call) = &vring.call {
+                    let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+                    self.metrics.notifications.add(1);
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.break_queue(queue, error),
+        }
+    }
+
+    /// Arms kicks on all running rings; true if one of them has something already.
+    pub(crate) fn arm(&mut self) -> bool {
+        let mut more = false;
+        for queue in 0..self.vrings.len() {
+            let vring = &mut self.vrings[queue];
+            if !vring.runs() || self.closing {
+                continue;
+            }
+            match vring.ring.as_mut().map(|ring| ring.arm(&self.map)) {
+                Some(Ok(pending)) => more |= pending,
+                Some(Err(error)) => self.break_queue(queue, error),
+                None => {}
+            }
+        }
+        more
+    }
+
+    /// Disarms kicks on all running rings.
+    pub(crate) fn disarm(&mut self) {
+        for queue in 0..self.vrings.len() {
+            let vring = &mut self.vrings[queue];
+            if !vring.runs() {
+                continue;
+            }
+            if let Some(Err(error)) = vring.ring.as_mut().map(|ring| ring.disarm(&self.map)) {
+                self.break_queue(queue, error);
+            }
+        }
+    }
+
+    /// Stops one queue whose driver broke a rule, and says so through its error descriptor.
+    fn break_queue(&mut self, queue: usize, error: RingError) {
+        let vring = &mut self.vrings[queue];
+        if let Some(ring) = vring.ring.take() {
+            vring.base = ring.queue().next_avail();
+        }
+        vring.orphan();
+        vring.unpublished = false;
+        self.metrics.broken_queues.add(1);
+        tracing::warn!(device = &*self.name, queue, %error, "queue stopped: the driver broke a rule");
+        if let Some(err) = &vring.err {
+            let _ = rustix::io::write(err, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Rings for RingSet {
+    fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
+        let Some(vring) = self.vrings.get_mut(usize::from(queue)) else { return false };
+        if !vring.runs() || self.closing {
+            return false;
+        }
+        match vring.ring.as_mut().map(|ring| ring.take(&self.map, chain)) {
+            Some(Ok(true)) => {
+                chain.id.queue = queue;
+                chain.id.epoch = vring.epoch;
+                vring.inflight += 1;
+                true
+            }
+            Some(Ok(false)) | None => false,
+            Some(Err(error)) => {
+                self.break_queue(usize::from(queue), error);
+                false
+            }
+        }
+    }
+
+    fn complete(&mut self, id: ChainId, len_bytes: u32) {
+        let queue = usize::from(id.queue);
+        let Some(vring) = self.vrings.get_mut(queue) else { return };
+        if id.epoch != vring.epoch {
+            vring.orphans = vring.orphans.saturating_sub(1);
+            self.metrics.stale_completions.add(1);
+            return;
+        }
+        vring.inflight = vring.inflight.saturating_sub(1);
+        match (&mut vring.ring, &mut vring.parked) {
+            (Some(ring), _) => match ring.put_used(&self.map, id.head, len_bytes) {
+                Ok(()) => vring.unpublished = true,
+                Err(error) => self.break_queue(queue, error),
+            },
+            (None, Some(parked)) => parked.late.push((id.head, len_bytes)),
+            (None, None) => self.metrics.stale_completions.add(1),
+        }
+    }
+
+    fn fail(&mut self, id: ChainId, error: RingError) {
+        let queue = usize::from(id.queue);
+        let Some(vring) = self.vrings.get_mut(queue) else { return };
+        if id.epoch == vring.epoch {
+            vring.inflight = vring.inflight.saturating_sub(1);
+            self.break_queue(queue, error);
+        } else {
+            vring.orphans = vring.orphans.saturating_sub(1);
+        }
+    }
+}
+
+fn drop_kick(epoll: &OwnedFd, vring: &mut Vring) {
+    if let Some(kick) = vring.kick.take() {
+        // Closing our descriptor would not end the registration while the front end holds the other one.
+        let _ = epoll::delete(epoll, &kick);
+    }
+}
+
+/// A descriptor that we write to must never make the data thread wait, whatever the front end does with it.
+fn nonblocking(fd: File, queue: u32) -> Result<OwnedFd, PortError> {
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(|error| PortError::Descriptor { queue, error })?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
+        .map_err(|error| PortError::Descriptor { queue, error })?;
+    Ok(fd.into())
+}
