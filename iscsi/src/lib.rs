@@ -6,3 +6,4 @@ pub mod initiator;
 pub mod pdu;
 pub mod scsi;
 pub mod serial;
+pub mod target;
