@@ -1,0 +1,42 @@
+//! CPU time of another process.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+/// Returns the user and system time that a process and its threads have taken, in steps of a clock tick (10 ms).
+pub(super) fn time(pid: u32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {path}; is {pid} the backend's?"))?;
+    parse(&text, rustix::param::clock_ticks_per_second())
+        .with_context(|| format!("{path} is not as expected"))
+}
+
+/// Takes utime and stime (fields 14 and 15) out of a stat line. The command (field 2) may itself have blanks and
+/// parentheses.
+fn parse(stat: &str, ticks_per_second: u64) -> Option<Duration> {
+    let (_, after) = stat.rsplit_once(')')?;
+    let mut fields = after.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_secs_f64((user + system) as f64 / ticks_per_second as f64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_line_with_blanks_in_the_command() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 250 50 9 9 20 0 1 0 5";
+        assert_eq!(parse(stat, 100), Some(Duration::from_secs(3)));
+        assert_eq!(parse("7 (x) S 1", 100), None);
+    }
+
+    #[test]
+    fn own_time_is_read() {
+        time(std::process::id()).unwrap();
+    }
+}
