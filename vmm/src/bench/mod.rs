@@ -36,3 +36,6 @@ fn blk(args: &BlkArgs) -> Result<()> {
     let text = if args.json { serde_json::to_string(&report)? + "\n" } else { report.to_string() };
     std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the result")
 }
+
+#[cfg(test)]
+mod backend_tests;

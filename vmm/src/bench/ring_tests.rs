@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -47,7 +47,7 @@ impl Device {
     fn serve(&mut self, shared: &Shared) -> Vec<u64> {
         self.copy_in(shared);
         let mut sectors = Vec::new();
-        while let Some(mut chain) = self.queue.pop_descriptor_chain(self.memory.clone()) {
+        while let Some(mut chain) = self.queue.pop_descriptor_chain(&self.memory) {
             let head = chain.head_index();
             let header = chain.next().unwrap();
             assert!(!header.is_write_only() && header.len() == 16);
