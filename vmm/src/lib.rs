@@ -1,1 +1,54 @@
-//! skeleton
+//! `vcp`: a KVM monitor whose devices are virtual channel processors.
+//!
+//! One process per virtual machine. It boots a guest, gives it virtio devices whose queues are served by other processes
+//! (VCPs) in shared memory, starts and ends those, and is the guest's serial console. It never looks at a request of a
+//! device that has a VCP.
+//!
+//! | module | is |
+//! | --- | --- |
+//! | [`config`], [`cli`] | what the user asks for |
+//! | [`run`] | a virtual machine put together, run and taken apart |
+//! | [`kvm`] | memory, processors, interrupts |
+//! | [`boot`], [`acpi`], [`layout`] | what the guest finds in memory |
+//! | [`bus`], [`devices`] | legacy devices |
+//! | [`virtio`] | virtio transport, entropy device, vhost-user front ends |
+//! | [`vcp`] | VCP processes |
+//! | [`check`] | what this host can do |
+//! | [`bench`] | load generator for vhost-user-blk backends |
+
+pub mod acpi;
+pub mod affinity;
+pub mod bench;
+pub mod boot;
+pub mod bus;
+pub mod check;
+pub mod cli;
+pub mod config;
+pub mod devices;
+pub mod error;
+pub mod exit;
+pub mod kvm;
+pub mod layout;
+pub mod run;
+pub mod signal;
+pub mod terminal;
+pub mod vcp;
+pub mod virtio;
+
+pub use error::{Error, Result};
+
+/// An error with its causes, on one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some libraries repeat their cause in their own message.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text.replace('\n', " ")
+}

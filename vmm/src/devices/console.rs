@@ -1,0 +1,294 @@
+//! The serial console: a 16550 (by `vm-superio`) between the guest and standard input and output.
+//!
+//! Input is read only as far as the UART has room, so that a pipe is never drained into nowhere. At the end of input the
+//! descriptor leaves the event loop for good. On a terminal, Ctrl-A x ends the run and Ctrl-A Ctrl-A is a Ctrl-A for the
+//! guest.
+
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::error::{Error, Result};
+use crate::exit::{ExitReason, ExitSignal};
+
+/// Number of the UART's registers.
+pub const UART_LEN: u64 = 8;
+
+/// The UART's interrupt line: an eventfd bound to an interrupt.
+#[derive(Debug)]
+pub struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells the event loop that the guest has taken all input.
+#[derive(Debug)]
+pub struct InputTaken(EventFd);
+
+impl SerialEvents for InputTaken {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // Fails only if the counter is full: then the loop is awake anyway.
+        let _ = self.0.write(1);
+    }
+}
+
+/// Standard output without a buffer: console bytes appear as the guest writes them. Output that nobody can take any more
+/// is dropped, and the guest goes on.
+#[derive(Debug)]
+pub struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match rustix::io::write(rustix::stdio::stdout(), data) {
+            Ok(n) => Ok(n),
+            Err(rustix::io::Errno::INTR) => Err(io::ErrorKind::Interrupted.into()),
+            Err(rustix::io::Errno::AGAIN) => {
+                // A non-blocking output (a pipe shared with someone who made it so): wait for room.
+                let out = rustix::stdio::stdout();
+                let mut fds = [rustix::event::PollFd::new(&out, rustix::event::PollFlags::OUT)];
+                let _ = rustix::event::poll(&mut fds, None);
+                Err(io::ErrorKind::Interrupted.into())
+            }
+            Err(_) => Ok(data.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+type Uart = Serial<Line, InputTaken, Box<dyn Write + Send>>;
+
+/// The 16550 on the port bus.
+pub struct Console {
+    uart: Mutex<Uart>,
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Console").finish_non_exhaustive()
+    }
+}
+
+fn event() -> Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::os("create an eventfd"))
+}
+
+impl Console {
+    /// Creates the UART with its output. Returned with it: the eventfd of its interrupt line, and the part that reads
+    /// standard input.
+    pub fn new(
+        output: Box<dyn Write + Send>,
+        exit: ExitSignal,
+        escape: bool,
+    ) -> Result<(Arc<Self>, EventFd, ConsoleInput)> {
+        let (irq, taken) = (event()?, event()?);
+        let clone = |e: &EventFd| e.try_clone().map_err(Error::os("duplicate an eventfd"));
+        let uart = Serial::with_events(Line(clone(&irq)?), InputTaken(clone(&taken)?), output);
+        let console = Arc::new(Self { uart: Mutex::new(uart) });
+        let input = ConsoleInput {
+            console: console.clone(),
+            taken,
+            exit,
+            escape: escape.then_some(Escape::default()),
+            source: Source::Waiting,
+        };
+        Ok((console, irq, input))
+    }
+
+    fn uart(&self) -> std::sync::MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Console {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(first) = data.first_mut() {
+            *first = self.uart().read(offset as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(&value) = data.first()
+            && let Err(e) = self.uart().write(offset as u8, value)
+        {
+            tracing::debug!(error = %e, "console output failed");
+        }
+    }
+}
+
+/// The escape key of terminals.
+#[derive(Debug, Default)]
+struct Escape {
+    prefix_seen: bool,
+}
+
+impl Escape {
+    const PREFIX: u8 = 0x01;
+
+    /// Takes one key; what of it goes to the guest, or `Err` if the user wants to leave.
+    fn take(&mut self, key: u8) -> std::result::Result<Option<u8>, ()> {
+        match (std::mem::take(&mut self.prefix_seen), key) {
+            (true, b'x' | b'X') => Err(()),
+            (true, _) | (false, 0x02..) | (false, 0) => Ok(Some(key)),
+            (false, Self::PREFIX) => {
+                self.prefix_seen = true;
+                Ok(None)
+            }
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Source {
+    /// In the event loop; read when readable.
+    Polled,
+    /// Not in the event loop until the guest has taken what it has.
+    Waiting,
+    /// A regular file, which epoll does not take: it is always readable.
+    AlwaysReady,
+    /// At its end.
+    Ended,
+}
+
+/// Moves standard input into the UART.
+#[derive(Debug)]
+pub struct ConsoleInput {
+    console: Arc<Console>,
+    taken: EventFd,
+    exit: ExitSignal,
+    escape: Option<Escape>,
+    source: Source,
+}
+
+impl ConsoleInput {
+    fn listen(&mut self, ops: &mut EventOps<'_>) {
+        let stdin = Events::new_raw(rustix::stdio::stdin().as_raw_fd(), EventSet::IN);
+        match ops.add(stdin) {
+            Ok(()) => self.source = Source::Polled,
+            Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EPERM => {
+                self.source = Source::AlwaysReady;
+                self.pump(ops);
+            }
+            Err(e) => {
+                tracing::debug!(error = %e, "no console input");
+                self.source = Source::Ended;
+            }
+        }
+    }
+
+    fn unlisten(&mut self, ops: &mut EventOps<'_>, next: Source) {
+        if self.source == Source::Polled {
+            let stdin = Events::new_raw(rustix::stdio::stdin().as_raw_fd(), EventSet::IN);
+            if let Err(e) = ops.remove(stdin) {
+                tracing::warn!(error = %e, "cannot stop reading standard input");
+            }
+        }
+        self.source = next;
+    }
+
+    /// Reads what the UART has room for.
+    fn pump(&mut self, ops: &mut EventOps<'_>) {
+        let mut uart = self.console.uart();
+        let mut buffer = [0u8; 64];
+        let room = uart.fifo_capacity().min(buffer.len());
+        if room == 0 {
+            drop(uart);
+            if self.source == Source::Polled {
+                self.unlisten(ops, Source::Waiting);
+            }
+            return;
+        }
+        let read = rustix::io::read(rustix::stdio::stdin(), &mut buffer[..room]);
+        let count = match read {
+            Ok(count) => count,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return,
+            // A terminal that hung up, or a closed descriptor.
+            Err(_) => 0,
+        };
+        if count == 0 {
+            drop(uart);
+            self.unlisten(ops, Source::Ended);
+            return;
+        }
+        let mut for_guest = Vec::with_capacity(count);
+        for &key in &buffer[..count] {
+            match self.escape.as_mut().map_or(Ok(Some(key)), |e| e.take(key)) {
+                Ok(key) => for_guest.extend(key),
+                Err(()) => {
+                    self.exit.give(ExitReason::User);
+                    return;
+                }
+            }
+        }
+        if let Err(e) = uart.enqueue_raw_bytes(&for_guest) {
+            tracing::debug!(error = ?e, "console input lost");
+        }
+    }
+}
+
+impl MutEventSubscriber for ConsoleInput {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(e) = ops.add(Events::new(&self.taken, EventSet::IN)) {
+            tracing::error!(error = %e, "console input cannot be watched");
+            return;
+        }
+        self.listen(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if events.fd() == self.taken.as_raw_fd() {
+            let _ = self.taken.read();
+            match self.source {
+                Source::Waiting => self.listen(ops),
+                Source::AlwaysReady => self.pump(ops),
+                Source::Polled | Source::Ended => {}
+            }
+        } else {
+            self.pump(ops);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn escape_leaves_or_passes() {
+        let mut escape = Escape::default();
+        assert_eq!(escape.take(b'a'), Ok(Some(b'a')));
+        assert_eq!(escape.take(1), Ok(None));
+        assert_eq!(escape.take(1), Ok(Some(1)));
+        assert_eq!(escape.take(1), Ok(None));
+        assert_eq!(escape.take(b'c'), Ok(Some(b'c')));
+        assert_eq!(escape.take(1), Ok(None));
+        assert_eq!(escape.take(b'x'), Err(()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_panics(accesses in proptest::collection::vec((any::<bool>(), 0u64..16, any::<[u8; 8]>(), 0usize..=8), 0..200)) {
+            let (console, _irq, _input) = Console::new(Box::new(Vec::new()), ExitSignal::new().unwrap(), false).unwrap();
+            for (write, offset, mut data, len) in accesses {
+                if write { console.write(offset, &data[..len]) } else { console.read(offset, &mut data[..len]) }
+            }
+        }
+    }
+}

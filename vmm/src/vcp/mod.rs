@@ -1,0 +1,259 @@
+//! VCP processes of a run: starts one `vcp-iscsi` per disk, waits until it is ready, watches it and ends it. Starting a
+//! dead one again is not done here yet.
+
+pub mod runtime_dir;
+
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::error::{Error, Result};
+use crate::exit::{ExitReason, ExitSignal};
+
+/// How long a VCP may take until it is ready. It has logged in to its target by then, which has limits of its own.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a VCP may take to end after SIGTERM.
+pub const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest line that is read from a VCP's standard output.
+const MAX_LINE_BYTES: usize = 4096;
+
+/// What a disk's VCP is started with.
+#[derive(Clone, Debug)]
+pub struct IscsiVcp {
+    /// Device name, e.g. `disk0`.
+    pub device: String,
+    /// The URL, with secrets; it never becomes an argument.
+    pub url: String,
+    /// Where the VCP shall listen.
+    pub socket: PathBuf,
+    /// Offer the disk read-only.
+    pub read_only: bool,
+    /// Number of request queues.
+    pub queues: u16,
+    /// Hardware thread of its own.
+    pub cpu: Option<usize>,
+}
+
+/// Finds the program: what the user names, the variable `VCP_ISCSI`, the directory of this executable, the path.
+pub fn find_program(given: Option<&Path>) -> PathBuf {
+    const NAME: &str = "vcp-iscsi";
+    if let Some(path) = given {
+        return path.to_owned();
+    }
+    if let Some(path) = std::env::var_os("VCP_ISCSI").filter(|v| !v.is_empty()) {
+        return path.into();
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
+    beside.filter(|p| p.is_file()).unwrap_or_else(|| NAME.into())
+}
+
+/// A running VCP process. Dropping it ends the process.
+#[derive(Debug)]
+pub struct VcpProcess {
+    device: String,
+    child: Child,
+    pidfd: OwnedFd,
+    stdout: Option<ChildStdout>,
+}
+
+impl VcpProcess {
+    /// Starts the process; [`VcpProcess::wait_ready`] tells when it can be used.
+    pub fn start(program: &Path, vcp: &IscsiVcp) -> Result<Self> {
+        let fail = |reason: String| Error::Vcp { device: vcp.device.clone(), reason };
+        // The URL may hold a secret: it goes through a descriptor that only this child inherits. The child opens it anew
+        // by its name, and so reads it from the start.
+        let url = rustix::fs::memfd_create("url", rustix::fs::MemfdFlags::empty())
+            .map_err(Error::os("create a memfd"))?;
+        rustix::io::write(&url, vcp.url.as_bytes()).map_err(Error::os("write a memfd"))?;
+        let mut command = Command::new(program);
+        command.arg("serve").arg("--socket-path").arg(&vcp.socket);
+        command.arg("--url-file").arg(format!("/proc/self/fd/{}", url.as_raw_fd()));
+        command.arg("--exit-with-parent").arg("--queues").arg(vcp.queues.to_string());
+        if vcp.read_only {
+            command.arg("--read-only");
+        }
+        if let Some(cpu) = vcp.cpu {
+            command.arg("--cpu").arg(cpu.to_string());
+        }
+        // A process group of its own: Ctrl-C at the monitor's terminal is for the monitor, which ends its VCPs in order.
+        command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = command.spawn().map_err(|e| match e.kind() {
+            ErrorKind::NotFound => fail(format!(
+                "cannot find {}: install it beside vcp, put it on the PATH, or give --vcp-iscsi FILE",
+                program.display()
+            )),
+            _ => fail(format!("cannot start {}: {e}", program.display())),
+        })?;
+        let stdout = child.stdout.take();
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pidfd = pid.ok_or_else(|| fail("has no process id".into())).and_then(|pid| {
+            pidfd_open(pid, PidfdFlags::empty()).map_err(|e| fail(format!("cannot be watched: {e}")))
+        });
+        match pidfd {
+            Ok(pidfd) => Ok(Self { device: vcp.device.clone(), child, pidfd, stdout }),
+            Err(e) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(e)
+            }
+        }
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the line `ready:` until the deadline, or until `interrupt` becomes readable (a signal).
+    pub fn wait_ready(&mut self, timeout: Duration, interrupt: &OwnedFd) -> Result<()> {
+        let (device, pid) = (self.device.clone(), self.pid());
+        let fail = |reason: String| Error::Vcp { device: device.clone(), reason };
+        let deadline = Instant::now() + timeout;
+        let Some(mut stdout) = self.stdout.take() else { return Err(fail("has no standard output".into())) };
+        let mut line = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let mut fds = [PollFd::new(&stdout, PollFlags::IN), PollFd::new(interrupt, PollFlags::IN)];
+            let ready = match poll(&mut fds, Some(&left)) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other.map_err(Error::os("wait for a VCP"))?,
+            };
+            if ready == 0 {
+                return Err(fail(format!(
+                    "vcp-iscsi (pid {pid}) was not ready within {timeout:?}: is the target reachable?"
+                )));
+            }
+            if !fds[1].revents().is_empty() {
+                return Err(fail("interrupted while its vcp-iscsi was starting".into()));
+            }
+            let mut byte = [0u8; 1];
+            match stdout.read(&mut byte) {
+                Ok(1) if byte[0] == b'\n' => {
+                    let text = String::from_utf8_lossy(&line);
+                    tracing::debug!(device = self.device, "vcp-iscsi says: {text}");
+                    if text.starts_with("ready:") {
+                        break;
+                    }
+                    line.clear();
+                }
+                Ok(1) if line.len() < MAX_LINE_BYTES => line.push(byte[0]),
+                Ok(1) => {}
+                Ok(_) => {
+                    let status = self.child.wait().map_err(Error::os("wait for a VCP"))?;
+                    return Err(fail(format!(
+                        "vcp-iscsi (pid {pid}) ended before it was ready: {}; its message is above",
+                        describe(status)
+                    )));
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(fail(format!("cannot read from vcp-iscsi (pid {pid}): {e}"))),
+            }
+        }
+        self.stdout = Some(stdout);
+        Ok(())
+    }
+
+    /// The part that watches the process, for the event loop.
+    pub fn watch(&mut self, exit: ExitSignal) -> Result<VcpWatch> {
+        let pidfd = self.pidfd.try_clone().map_err(Error::os("duplicate a descriptor"))?;
+        Ok(VcpWatch { device: self.device.clone(), pid: self.pid(), pidfd, stdout: self.stdout.take(), exit })
+    }
+
+    /// How the process ended, if it has.
+    pub fn ended(&mut self) -> Option<String> {
+        let status = self.child.try_wait().ok().flatten()?;
+        Some(format!("its vcp-iscsi (pid {}) ended: {}", self.pid(), describe(status)))
+    }
+
+    fn end(&mut self) {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
+        let deadline = Instant::now() + END_TIMEOUT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match poll(&mut fds, Some(&left)) {
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(1..) => break,
+                _ => {
+                    tracing::warn!(
+                        device = self.device,
+                        pid = self.pid(),
+                        "vcp-iscsi does not end: killing it"
+                    );
+                    let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+                    break;
+                }
+            }
+        }
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for VcpProcess {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "unknown status".into(),
+    }
+}
+
+/// Watches a VCP for its end and keeps its standard output flowing.
+#[derive(Debug)]
+pub struct VcpWatch {
+    device: String,
+    pid: u32,
+    pidfd: OwnedFd,
+    stdout: Option<ChildStdout>,
+    exit: ExitSignal,
+}
+
+impl MutEventSubscriber for VcpWatch {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let stdout = self.stdout.as_ref().map(|s| Events::new(s, EventSet::IN));
+        for events in [Some(Events::new(&self.pidfd, EventSet::IN)), stdout].into_iter().flatten() {
+            if let Err(e) = ops.add(events) {
+                tracing::error!(device = self.device, error = %e, "the VCP cannot be watched");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if events.fd() == self.pidfd.as_raw_fd() {
+            let reason = format!("ended (pid {})", self.pid);
+            self.exit.give(ExitReason::BackendGone { device: self.device.clone(), reason });
+            let _ = ops.remove(Events::empty(&self.pidfd));
+        } else if let Some(stdout) = &mut self.stdout {
+            let mut buffer = [0u8; 512];
+            match stdout.read(&mut buffer) {
+                Ok(0) | Err(_) => {
+                    let _ = ops.remove(Events::empty_raw(events.fd()));
+                    self.stdout = None;
+                }
+                Ok(n) => tracing::debug!(
+                    device = self.device,
+                    "vcp-iscsi says: {}",
+                    String::from_utf8_lossy(&buffer[..n]).trim_end()
+                ),
+            }
+        }
+    }
+}

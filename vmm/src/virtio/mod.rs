@@ -1,0 +1,82 @@
+//! Virtio devices and the seam between them and their transport. A device knows queues, features and its configuration;
+//! a transport (virtio-mmio today, PCI later) knows registers and interrupts. Neither knows the other's kind.
+
+pub mod mmio;
+pub mod rng;
+pub mod vhost_user;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::Result;
+use crate::kvm::GuestMemory;
+
+/// `VIRTIO_F_VERSION_1`: every device here is a modern one.
+pub const F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// `VIRTIO_F_RING_INDIRECT_DESC`.
+pub const F_RING_INDIRECT_DESC: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+/// `VIRTIO_F_RING_EVENT_IDX`.
+pub const F_RING_EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// A queue as the driver has set it up; the transport has checked size and alignment, not that the addresses lie in
+/// guest memory.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// Number of the queue.
+    pub index: u16,
+    /// Number of descriptors, a power of two, at most the device's maximum.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub desc_table: u64,
+    /// Guest address of the driver area (available ring).
+    pub avail_ring: u64,
+    /// Guest address of the device area (used ring).
+    pub used_ring: u64,
+    /// Signalled when the driver notifies the queue.
+    pub kick: Arc<EventFd>,
+}
+
+/// How a device interrupts the driver. Implemented by the transport.
+pub trait Interrupt: Send + Sync {
+    /// The device has used buffers of this queue.
+    fn queue(&self, index: u16);
+    /// The device's configuration has changed.
+    fn config(&self);
+    /// The eventfd that a process outside the monitor signals instead of calling [`Interrupt::queue`].
+    fn call_fd(&self, index: u16) -> Option<&EventFd>;
+}
+
+/// All that a device needs to start.
+pub struct Activation {
+    /// Features that the driver has accepted, a subset of what the device offered.
+    pub features: u64,
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
+    /// The queues that the driver has enabled, by increasing number.
+    pub queues: Vec<ActiveQueue>,
+    /// The way back.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A virtio device without its transport. Calls come under the transport's lock, one at a time.
+pub trait VirtioDevice: Send {
+    /// What messages call it, e.g. `disk0`.
+    fn name(&self) -> &str;
+    /// Device type (virtio 1.2, chapter 5).
+    fn device_type(&self) -> u32;
+    /// Largest size of each queue; the number of entries is the number of queues.
+    fn queue_max_sizes(&self) -> &[u16];
+    /// Features offered.
+    fn features(&self) -> u64;
+    /// Reads configuration space; bytes beyond its end are left as they are (zero).
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes configuration space; what is not writable is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// True if another process signals [`Interrupt::call_fd`], so that the transport cannot know when.
+    fn called_by_fd(&self) -> bool;
+    /// Starts the device: the driver has set `DRIVER_OK`. After an error the device is as after [`VirtioDevice::reset`].
+    fn activate(&mut self, activation: Activation) -> Result<()>;
+    /// Stops the device and forgets all that the driver told it. When this returns, nobody touches the queues any more.
+    fn reset(&mut self) -> Result<()>;
+}

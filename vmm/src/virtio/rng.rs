@@ -1,0 +1,182 @@
+//! virtio-rng (virtio 1.2, section 5.4): fills the driver's buffers with bytes from the host kernel's generator. Runs in
+//! the monitor, on the event loop's thread.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Activation, F_VERSION_1, Interrupt, VirtioDevice};
+use crate::error::{Error, Result};
+use crate::kvm::GuestMemory;
+
+const QUEUE_SIZE: u16 = 64;
+/// Bytes given for one request; a driver that wants more asks again. Bounds the work of one pass.
+const MAX_BYTES_PER_REQUEST: usize = 64 << 10;
+
+/// The part that works while the driver runs.
+struct Active {
+    queue: Queue,
+    memory: Arc<GuestMemory>,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// The entropy device.
+pub struct Rng {
+    active: Arc<Mutex<Option<Active>>>,
+}
+
+impl std::fmt::Debug for Rng {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rng").finish_non_exhaustive()
+    }
+}
+
+/// The device's work on the event loop.
+pub struct RngWorker {
+    active: Arc<Mutex<Option<Active>>>,
+    kick: Arc<EventFd>,
+}
+
+impl std::fmt::Debug for RngWorker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RngWorker").finish_non_exhaustive()
+    }
+}
+
+/// The queue that a device and its worker share.
+#[derive(Clone)]
+pub struct RngQueue {
+    active: Arc<Mutex<Option<Active>>>,
+}
+
+impl std::fmt::Debug for RngQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RngQueue").finish_non_exhaustive()
+    }
+}
+
+impl RngQueue {
+    /// The subscriber that serves the queue when `kick` notifies it.
+    pub fn worker(self, kick: Arc<EventFd>) -> RngWorker {
+        RngWorker { active: self.active, kick }
+    }
+}
+
+impl Rng {
+    /// A new device, and its queue for the event loop.
+    pub fn new() -> (Self, RngQueue) {
+        let active = Arc::new(Mutex::new(None));
+        (Self { active: active.clone() }, RngQueue { active })
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn name(&self) -> &str {
+        "rng"
+    }
+    fn device_type(&self) -> u32 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_RNG
+    }
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+    fn features(&self) -> u64 {
+        F_VERSION_1
+    }
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    fn called_by_fd(&self) -> bool {
+        false
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<()> {
+        let wrong = |reason: &str| Error::Driver { device: "rng".into(), reason: reason.into() };
+        let setup = activation.queues.first().ok_or_else(|| wrong("enabled no queue"))?;
+        let mut queue = Queue::new(QUEUE_SIZE).map_err(|_| wrong("has no queue"))?;
+        queue.try_set_size(setup.size).map_err(|_| wrong("set an impossible queue size"))?;
+        let addresses = queue
+            .try_set_desc_table_address(GuestAddress(setup.desc_table))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(setup.avail_ring)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(setup.used_ring)));
+        addresses.map_err(|_| wrong("set unaligned queue addresses"))?;
+        queue.set_ready(true);
+        if !queue.is_valid(&*activation.memory) {
+            return Err(wrong("set up a queue outside of memory"));
+        }
+        let active = Active { queue, memory: activation.memory, interrupt: activation.interrupt };
+        *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Some(active);
+        // What was notified before counts too.
+        let _ = setup.kick.write(1);
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        *self.active.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
+    }
+}
+
+impl Active {
+    /// Serves what is available; an error stops the queue.
+    fn serve(&mut self) -> std::result::Result<(), virtio_queue::Error> {
+        let mut used = false;
+        // At most one ring's worth per pass, so that a driver cannot hold the event loop.
+        for _ in 0..self.queue.size() {
+            let Some(chain) = self.queue.iter(&*self.memory)?.next() else { break };
+            let head = chain.head_index();
+            let mut written = 0u32;
+            for descriptor in chain.writable() {
+                let len = (descriptor.len() as usize).min(MAX_BYTES_PER_REQUEST - written as usize);
+                let mut bytes = vec![0u8; len];
+                let got =
+                    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+                if self.memory.write_slice(&bytes[..got], descriptor.addr()).is_err() {
+                    break;
+                }
+                written += got as u32;
+                if got < descriptor.len() as usize {
+                    break;
+                }
+            }
+            self.queue.add_used(&*self.memory, head, written)?;
+            used = true;
+        }
+        if used && self.queue.needs_notification(&*self.memory)? {
+            self.interrupt.queue(0);
+        }
+        Ok(())
+    }
+
+    fn has_more(&self) -> bool {
+        self.queue
+            .avail_idx(&*self.memory, std::sync::atomic::Ordering::Acquire)
+            .is_ok_and(|idx| idx.0 != self.queue.next_avail())
+    }
+}
+
+impl MutEventSubscriber for RngWorker {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(e) = ops.add(Events::new(&*self.kick, EventSet::IN)) {
+            tracing::error!(error = %e, "the entropy device cannot be watched");
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        let _ = self.kick.read();
+        let mut slot = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(active) = slot.as_mut() else { return };
+        match active.serve() {
+            Ok(()) if active.has_more() => {
+                let _ = self.kick.write(1);
+            }
+            Ok(()) => {}
+            Err(e) => {
+                tracing::warn!(error = %e, "the driver broke the entropy queue: it is stopped");
+                *slot = None;
+            }
+        }
+    }
+}

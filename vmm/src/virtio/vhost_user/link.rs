@@ -1,0 +1,248 @@
+//! One connection to a vhost-user backend, on the `vhost` crate's `Frontend`, with a time limit on every message.
+//!
+//! `Frontend` takes a receive timeout on its socket for a reason to try again, so that a socket option cannot bound it.
+//! A watchdog thread per connection does: it is told which request is under way, and shuts the socket down when the
+//! answer is late. That ends the call with an error, and marks the connection as dead for good.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vhost::vhost_user::Frontend;
+
+use crate::error::{Error, Result};
+use crate::exit::{ExitReason, ExitSignal};
+
+/// How long a backend has for one message. Much longer than any healthy one needs, short enough to wait for.
+pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a backend has to stop a queue: it must finish the requests that it has begun.
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+struct Watch {
+    /// The request under way and when it must be answered.
+    current: Option<(&'static str, Instant, Duration)>,
+    /// Set once, when the connection is given up.
+    failure: Option<String>,
+    quit: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    watch: Mutex<Watch>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connected backend.
+pub struct Link {
+    device: String,
+    frontend: Frontend,
+    stream: UnixStream,
+    shared: Arc<Shared>,
+    watchdog: Option<std::thread::JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    /// Connects to the backend that listens at `path`.
+    pub fn connect(device: &str, path: &Path, queues: u16) -> Result<Self> {
+        let fail = |source: rustix::io::Errno| {
+            let hint = match source {
+                rustix::io::Errno::NOENT => "there is no such socket; start the backend first",
+                rustix::io::Errno::CONNREFUSED => "nobody listens on it any more; start the backend again",
+                rustix::io::Errno::ACCESS => {
+                    "no permission; check the owner and mode of the socket and its directory"
+                }
+                rustix::io::Errno::AGAIN => {
+                    "the backend does not accept connections; is it serving another front end?"
+                }
+                _ => "is it the socket of a vhost-user backend?",
+            };
+            Error::Connect { device: device.to_owned(), path: path.to_owned(), hint, source: source.into() }
+        };
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(fail)?;
+        // Bounds connect() where the backlog is full, and sends where nobody reads.
+        set_socket_timeout(&socket, Timeout::Send, Some(MESSAGE_TIMEOUT)).map_err(fail)?;
+        let address = SocketAddrUnix::new(path).map_err(fail)?;
+        rustix::net::connect(&socket, &address).map_err(fail)?;
+        Self::from_stream(device, UnixStream::from(socket), queues)
+    }
+
+    /// Takes over a connected stream.
+    pub fn from_stream(device: &str, stream: UnixStream, queues: u16) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let dup = || stream.try_clone().map_err(Error::os("duplicate a socket"));
+        let (theirs, watched) = (dup()?, dup()?);
+        let watchdog = std::thread::Builder::new()
+            .name(format!("{device}-watch"))
+            .spawn({
+                let shared = shared.clone();
+                move || watch(&shared, &watched)
+            })
+            .map_err(Error::os("start a thread"))?;
+        Ok(Self {
+            device: device.to_owned(),
+            frontend: Frontend::from_stream(theirs, u64::from(queues)),
+            stream,
+            shared,
+            watchdog: Some(watchdog),
+        })
+    }
+
+    /// The front end, for settings that send nothing.
+    pub fn frontend(&self) -> &Frontend {
+        &self.frontend
+    }
+
+    /// Sends one request and waits for what answers it, at most [`MESSAGE_TIMEOUT`].
+    pub fn call<T>(
+        &self,
+        request: &'static str,
+        f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T> {
+        self.call_within(MESSAGE_TIMEOUT, request, f)
+    }
+
+    /// [`Link::call`] with a limit of its own.
+    pub fn call_within<T>(
+        &self,
+        timeout: Duration,
+        request: &'static str,
+        f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T> {
+        self.shared.lock().current = Some((request, Instant::now() + timeout, timeout));
+        self.shared.changed.notify_one();
+        let result = f(&mut self.frontend.clone());
+        let mut watch = self.shared.lock();
+        let overdue = watch.current.take().is_none();
+        result.map_err(|source| {
+            if overdue {
+                return Error::BackendTimeout { device: self.device.clone(), request, timeout };
+            }
+            watch.failure.get_or_insert_with(|| format!("failed at {request}: {source}"));
+            Error::Backend { device: self.device.clone(), request, source }
+        })
+    }
+
+    /// The part that watches the connection for the backend's end, for the event loop.
+    pub fn hangup_watch(&self, exit: ExitSignal) -> Result<HangupWatch> {
+        let stream = self.stream.try_clone().map_err(Error::os("duplicate a socket"))?;
+        Ok(HangupWatch { device: self.device.clone(), stream, shared: self.shared.clone(), exit })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.shared.lock().quit = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.watchdog.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn watch(shared: &Shared, stream: &UnixStream) {
+    let mut watch = shared.lock();
+    while !watch.quit {
+        let now = Instant::now();
+        match watch.current {
+            Some((request, deadline, timeout)) if deadline <= now => {
+                watch.current = None;
+                watch.failure = Some(format!("did not answer {request} within {timeout:?}"));
+                // Ends the call that waits, and tells the backend.
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+            Some((_, deadline, _)) => {
+                watch = shared
+                    .changed
+                    .wait_timeout(watch, deadline - now)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+            None => watch = shared.changed.wait(watch).unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+}
+
+/// Ends the run when the backend closes its connection: `docs/decisions/backend-death.md`.
+#[derive(Debug)]
+pub struct HangupWatch {
+    device: String,
+    stream: UnixStream,
+    shared: Arc<Shared>,
+    exit: ExitSignal,
+}
+
+impl MutEventSubscriber for HangupWatch {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        // Not for input: replies are read where they are waited for.
+        let events = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
+        if let Err(e) = ops.add(Events::new(&self.stream, events)) {
+            tracing::error!(device = self.device, error = %e, "the backend's connection cannot be watched");
+        }
+    }
+
+    fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
+        let reason = self.shared.lock().failure.clone();
+        let reason = reason.unwrap_or_else(|| "closed its connection".into());
+        tracing::error!(device = self.device, "the vhost-user backend {reason}");
+        self.exit.give(ExitReason::BackendGone { device: self.device.clone(), reason });
+        // Said once; a closed socket stays readable.
+        if let Err(e) = ops.remove(Events::empty_raw(self.stream.as_raw_fd())) {
+            tracing::debug!(error = %e, "cannot stop watching a backend");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vhost::VhostBackend;
+
+    use super::*;
+
+    #[test]
+    fn missing_socket_is_one_clear_error() {
+        let error = Link::connect("disk0", Path::new("/nonexistent/socket"), 1).unwrap_err();
+        assert!(crate::chain(&error).contains(
+            "disk0: cannot connect to the vhost-user socket /nonexistent/socket: there is no such socket"
+        ));
+    }
+
+    #[test]
+    fn silent_backend_is_given_up() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let link = Link::from_stream("disk0", ours, 1).unwrap();
+        let limit = Duration::from_millis(50);
+        let error = link.call_within(limit, "GET_FEATURES", |f| f.get_features()).unwrap_err();
+        assert!(matches!(error, Error::BackendTimeout { request: "GET_FEATURES", .. }), "{error}");
+        // The connection is dead: the next call fails at once.
+        assert!(link.call("GET_FEATURES", |f| f.get_features()).is_err());
+    }
+
+    #[test]
+    fn closed_backend_is_an_error() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let link = Link::from_stream("disk0", ours, 1).unwrap();
+        let error = link.call("GET_FEATURES", |f| f.get_features()).unwrap_err();
+        assert!(matches!(error, Error::Backend { .. }), "{error}");
+    }
+}
