@@ -1,9 +1,11 @@
 //! iSCSI (RFC 7143) and the SCSI it carries, as pure state machines: no sockets, no clock, no allocation per command.
 #![forbid(unsafe_code)]
 
+pub mod chap;
 pub mod digest;
 pub mod initiator;
 pub mod pdu;
 pub mod scsi;
 pub mod serial;
+pub mod text;
 pub mod target;
