@@ -60,6 +60,9 @@ pub trait RingDevice: Send + 'static {
     /// anything moved.
     fn poll<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool;
 
+    /// Whether it would take a chain now. While it would not, only what [`wait`](Self::wait) names can change that.
+    fn has_room(&self) -> bool;
+
     /// What to wait for.
     fn wait(&self) -> Wait<'_>;
 

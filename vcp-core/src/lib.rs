@@ -7,6 +7,7 @@
 
 pub mod control;
 pub mod device;
+pub mod epoll;
 pub mod mailbox;
 pub mod mem;
 pub mod metrics;

@@ -139,6 +139,12 @@ pub trait Engine {
     /// What to wait for before the next `poll`.
     fn wait(&self) -> Wait<'_>;
 
+    /// Nobody waits for what is in flight any more (the guest was reset, or a stop took too long): end each request as
+    /// soon as it is certain that the guest memory in its buffer is no longer read or written. Requests not yet sent
+    /// can end at once. Each is still given back as a completion. The default lets them run their course, which is
+    /// right for an engine whose requests end soon anyway.
+    fn abandon(&mut self) {}
+
     /// The unit changed (capacity, limits) since the last call: the device model tells its driver.
     fn take_change(&mut self) -> bool {
         false

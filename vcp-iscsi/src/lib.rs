@@ -4,4 +4,5 @@
 //! [`engine`] and know nothing else of each other. `serve` joins them to the poll loop of `vcp-core`.
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod engine;

@@ -94,6 +94,12 @@ impl GuestBuf {
         self.pieces.len()
     }
 
+    /// Number of pieces there is storage for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.pieces.capacity()
+    }
+
     /// Forgets the pieces and the mapping, keeps the storage.
     pub fn clear(&mut self) {
         self.pieces.clear();

@@ -98,7 +98,7 @@ impl<D: RingDevice> DataLoop<D> {
                 match self.ports.get_mut(command.device) {
                     Some(port) => port.command(&self.epoll, command.what, command.reply, now),
                     None => {
-                        tracing::error!(device = command.device, "command for a device that is not there")
+                        tracing::error!(device = command.device, "command for a device that is not there");
                     }
                 }
             }
@@ -112,7 +112,9 @@ impl<D: RingDevice> DataLoop<D> {
 
     fn arm(&mut self) -> bool {
         // Every ring is armed even if an early one has work: all of them are disarmed together.
-        self.ports.iter_mut().fold(false, |more, port| port.rings.arm() | more)
+        // A device without room takes nothing before its engine moved, so a full ring is no reason to stay awake.
+        let with_room = self.ports.iter_mut().filter(|port| port.device.has_room());
+        with_room.fold(false, |more, port| port.rings.arm() | more)
     }
 
     fn disarm(&mut self) {

@@ -75,6 +75,11 @@ impl SocketFile {
         }
     }
 
+    /// The same socket as the `vhost` crate's listener, for its own daemon.
+    pub(crate) fn listener(&self) -> io::Result<vhost::vhost_user::Listener> {
+        self.listener.try_clone().map(Into::into)
+    }
+
     /// The socket file.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -1,0 +1,553 @@
+//! The second way to run a device model: `vhost-user-backend`'s daemon and its epoll thread (`--server epoll`).
+//!
+//! It is the reference that tests compare the poll loop with, and the simple choice for hosts that do not want a
+//! polling thread. It shares the device model and the chain walk with the poll loop; rings, notifications and messages
+//! are the crate's. What the crate lacks stays missing here: no rejection of a second front end by message (it waits
+//! in the backlog), no configuration-change message, no parking of requests that outlive a stop.
+//!
+//! The daemon serves one connection, so each connection gets a new one. Between connections, and while requests of the
+//! previous one are still under way, this module drives the device itself.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use crate::control::{Control, StatusSource};
+use crate::device::{RingDevice, Rings};
+use crate::mem::GuestMap;
+use crate::metrics::DeviceMetrics;
+use crate::poll::{check_cpu, pin_to};
+use crate::process::Signals;
+use crate::queue::{Chain, ChainId, RingError, take_split};
+use crate::vu::listen::SocketFile;
+use crate::vu::server::system;
+use crate::vu::{DeviceSpec, ServeError, ServeOptions};
+
+const F_INDIRECT: u64 = 1 << 28;
+const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// How long a stop waits for requests in flight, as in the poll server.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+type Vring = VringRwLock<Memory>;
+
+/// What the device and its queues are doing; one lock for everything, as the crate's model has it.
+struct State<D> {
+    device: D,
+    memory: Option<Memory>,
+    /// As the crate handed them out; needed where it calls without them.
+    vrings: Vec<Vring>,
+    indirect: bool,
+    epoch: u32,
+    inflight: Vec<u32>,
+    broken: Vec<bool>,
+    /// Queues that must not be read: being stopped.
+    stopping: Vec<bool>,
+    /// In flight of earlier connections.
+    orphans: u32,
+    /// Engine socket and timer, as one descriptor for the crate's epoll.
+    events: OwnedFd,
+    timer: OwnedFd,
+}
+
+/// The rings of one pass.
+struct EpollRings<'a> {
+    vrings: &'a [Vring],
+    map: Option<Arc<GuestMap>>,
+    indirect: bool,
+    epoch: u32,
+    inflight: &'a mut [u32],
+    broken: &'a mut [bool],
+    stopping: &'a [bool],
+    orphans: &'a mut u32,
+    used: u64,
+    metrics: &'a DeviceMetrics,
+}
+
+impl EpollRings<'_> {
+    fn break_queue(&mut self, queue: usize, error: RingError) {
+        self.broken[queue] = true;
+        self.metrics.broken_queues.add(1);
+        tracing::warn!(queue, %error, "queue stopped: the driver broke a rule");
+    }
+}
+
+impl Rings for EpollRings<'_> {
+    fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
+        let at = usize::from(queue);
+        let (Some(vring), Some(map)) = (self.vrings.get(at), &self.map) else { return false };
+        if *self.orphans != 0 || self.broken[at] || self.stopping[at] {
+            return false;
+        }
+        let mut state = vring.get_mut();
+        if !state.is_enabled() || !state.get_queue().ready() {
+            return false;
+        }
+        let taken = take_split(state.get_queue_mut(), self.indirect, map, chain);
+        drop(state);
+        match taken {
+            Ok(true) => {
+                chain.id.queue = queue;
+                chain.id.epoch = self.epoch;
+                self.inflight[at] += 1;
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                self.break_queue(at, error);
+                false
+            }
+        }
+    }
+
+    fn complete(&mut self, id: ChainId, len_bytes: u32) {
+        let at = usize::from(id.queue);
+        if id.epoch != self.epoch {
+            *self.orphans = self.orphans.saturating_sub(1);
+            self.metrics.stale_completions.add(1);
+            return;
+        }
+        self.inflight[at] = self.inflight[at].saturating_sub(1);
+        let Some(vring) = self.vrings.get(at) else { return };
+        match vring.add_used(id.head, len_bytes) {
+            Ok(()) => self.used |= 1 << at,
+            Err(_) => self.break_queue(at, RingError::RingMemory(0)),
+        }
+    }
+
+    fn fail(&mut self, id: ChainId, error: RingError) {
+        let at = usize::from(id.queue);
+        if id.epoch == self.epoch {
+            self.inflight[at] = self.inflight[at].saturating_sub(1);
+            self.break_queue(at, error);
+        } else {
+            *self.orphans = self.orphans.saturating_sub(1);
+        }
+    }
+}
+
+impl<D: RingDevice> State<D> {
+    fn new(device: D) -> rustix::io::Result<Self> {
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let timer =
+            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        epoll::add(&events, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        let queues = usize::from(device.queues());
+        Ok(Self {
+            device,
+            memory: None,
+            vrings: Vec::new(),
+            indirect: false,
+            epoch: 0,
+            inflight: vec![0; queues],
+            broken: vec![false; queues],
+            stopping: vec![false; queues],
+            orphans: 0,
+            events,
+            timer,
+        })
+    }
+
+    /// One pass; whether anything moved.
+    fn pass(&mut self) -> bool {
+        let metrics = Arc::clone(self.device.metrics());
+        let map = self.memory.as_ref().map(|memory| memory.memory().into_inner());
+        let mut rings = EpollRings {
+            vrings: &self.vrings,
+            map,
+            indirect: self.indirect,
+            epoch: self.epoch,
+            inflight: &mut self.inflight,
+            broken: &mut self.broken,
+            stopping: &self.stopping,
+            orphans: &mut self.orphans,
+            used: 0,
+            metrics: &metrics,
+        };
+        let moved = self.device.poll(&mut rings, Instant::now());
+        let used = rings.used;
+        for (at, vring) in self.vrings.iter().enumerate().filter(|(at, _)| used & 1 << at != 0) {
+            if vring.needs_notification().unwrap_or(true) {
+                metrics.notifications.add(1);
+                if let Err(error) = vring.signal_used_queue() {
+                    tracing::warn!(queue = at, %error, "cannot notify the driver");
+                }
+            }
+        }
+        moved
+    }
+
+    /// Runs until nothing moves, notifications are armed, and the engine's wishes are known to `events`.
+    fn run(&mut self) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.timer, &mut count);
+        loop {
+            while self.pass() {}
+            if self.device.has_room() && self.arm() {
+                continue;
+            }
+            break;
+        }
+        if let Err(error) = self.wait_for_engine() {
+            tracing::error!(%error, "cannot wait for the engine");
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        let (broken, stopping) = (&self.broken, &self.stopping);
+        let live = self.vrings.iter().enumerate().filter(|(at, _)| !broken[*at] && !stopping[*at]);
+        let blocked = self.orphans != 0;
+        live.fold(false, |more, (_, vring)| {
+            let runs = vring.get_ref().is_enabled() && vring.get_ref().get_queue().ready();
+            (runs && !blocked && vring.enable_notification().unwrap_or(false)) || more
+        })
+    }
+
+    /// Registers the engine's socket and deadline. The socket may be another one under the same number, so it is
+    /// registered anew each time.
+    fn wait_for_engine(&self) -> rustix::io::Result<()> {
+        let wait = self.device.wait();
+        if let Some(fd) = wait.fd {
+            let writable = if wait.writable { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+            let flags = epoll::EventFlags::IN | writable;
+            let data = epoll::EventData::new_u64(1);
+            match epoll::modify(&self.events, fd, data, flags) {
+                Err(rustix::io::Errno::NOENT) => epoll::add(&self.events, fd, data, flags)?,
+                result => result?,
+            }
+        }
+        let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let it_value = wait.deadline.map_or(none, |deadline| {
+            // Zero would disarm the timer.
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+        });
+        timerfd_settime(
+            &self.timer,
+            TimerfdTimerFlags::empty(),
+            &Itimerspec { it_interval: none, it_value },
+        )?;
+        Ok(())
+    }
+
+    /// The connection is gone.
+    fn detach(&mut self) {
+        self.vrings.clear();
+        self.memory = None;
+        self.epoch = self.epoch.wrapping_add(1);
+        self.orphans += self.inflight.iter().sum::<u32>();
+        self.inflight.fill(0);
+        self.broken.fill(false);
+        self.stopping.fill(false);
+        self.device.set_features(0);
+    }
+}
+
+/// The device as the crate sees it.
+struct Backend<D> {
+    state: Arc<Mutex<State<D>>>,
+    queues: usize,
+    size_max: usize,
+    features: u64,
+    /// Ends the worker thread of this connection.
+    exit: Arc<Mutex<Option<(EventConsumer, EventNotifier)>>>,
+}
+
+impl<D> Clone for Backend<D> {
+    fn clone(&self) -> Self {
+        Self { state: Arc::clone(&self.state), exit: Arc::clone(&self.exit), ..*self }
+    }
+}
+
+impl<D> Backend<D> {
+    fn lock(&self) -> MutexGuard<'_, State<D>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D: RingDevice> VhostUserBackend for Backend<D> {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.queues
+    }
+
+    fn max_queue_size(&self) -> usize {
+        self.size_max
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn acked_features(&self, features: u64) {
+        let mut state = self.lock();
+        state.indirect = features & F_INDIRECT != 0;
+        state.device.set_features(features & !F_PROTOCOL_FEATURES);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        let mut state = self.lock();
+        let (vrings, memory) = (std::mem::take(&mut state.vrings), state.memory.take());
+        state.detach();
+        (state.vrings, state.memory) = (vrings, memory);
+    }
+
+    // The crate sets the flag in its queues itself.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut bytes = vec![0; size as usize];
+        self.lock().device.read_config(offset, &mut bytes);
+        bytes
+    }
+
+    fn set_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        self.lock().device.write_config(offset, data);
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        self.lock().memory = Some(memory);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.exit.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn stop_vring(&self, queue: u32) -> io::Result<()> {
+        let at = queue as usize;
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        self.lock().stopping[at] = true;
+        loop {
+            let mut state = self.lock();
+            while state.pass() {}
+            let inflight = state.inflight[at];
+            if inflight == 0 || Instant::now() >= deadline {
+                if inflight != 0 {
+                    tracing::warn!(queue, inflight, "ring stopped with requests in flight");
+                    state.device.abandon();
+                }
+                (state.stopping[at], state.broken[at]) = (false, false);
+                return Ok(());
+            }
+            let wait = state.device.wait();
+            let mut fds: Vec<_> =
+                wait.fd.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }));
+        }
+    }
+
+    fn handle_event(
+        &self,
+        _event: u16,
+        _set: EventSet,
+        vrings: &[Self::Vring],
+        _thread: usize,
+    ) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.vrings.is_empty() {
+            state.vrings = vrings.to_vec();
+        }
+        state.run();
+        Ok(())
+    }
+}
+
+/// A device served by the crate's daemon, connection after connection, on a thread of its own.
+struct EpollServer {
+    thread: std::thread::JoinHandle<Result<(), ServeError>>,
+    stop: Arc<AtomicBool>,
+    /// Ends the present connection.
+    active: Arc<Mutex<Option<ShutdownHandle>>>,
+    /// Closed to wake the accepting thread.
+    wake: UnixStream,
+    /// Reads end-of-file when the thread ended.
+    ended: UnixStream,
+}
+
+impl EpollServer {
+    fn start<D: RingDevice>(device: D, socket: SocketFile, cpu: Option<usize>) -> Result<Self, ServeError> {
+        let (wake, woken) = UnixStream::pair().map_err(system("create a socket pair"))?;
+        let (ended, guard) = UnixStream::pair().map_err(system("create a socket pair"))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let active = Arc::new(Mutex::new(None));
+        let backend = Backend {
+            queues: device.queues().into(),
+            size_max: device.queue_size_max().into(),
+            features: device.features() | F_PROTOCOL_FEATURES,
+            exit: Arc::default(),
+            state: Arc::new(Mutex::new(State::new(device).map_err(system("create an epoll instance"))?)),
+        };
+        let (flag, slot) = (Arc::clone(&stop), Arc::clone(&active));
+        let thread = std::thread::Builder::new()
+            .name("vcp-epoll".into())
+            .spawn(move || {
+                // Dropped (closed) when the thread ends, also by a panic.
+                let _guard = guard;
+                // The daemon's threads inherit it.
+                if let Some(cpu) = cpu {
+                    pin_to(cpu)?;
+                }
+                while !flag.load(Ordering::Acquire) {
+                    if wait_for_front_end(&backend, &socket, &woken)
+                        .map_err(system("wait for a front end"))?
+                    {
+                        converse(&backend, &socket, &slot, &flag)?;
+                    }
+                }
+                Ok(())
+            })
+            .map_err(system("start the serving thread"))?;
+        Ok(Self { thread, stop, active, wake, ended })
+    }
+
+    /// Ends the connection and the server.
+    fn end(self) -> Result<(), ServeError> {
+        self.stop.store(true, Ordering::Release);
+        if let Some(handle) = &*self.active.lock().unwrap_or_else(PoisonError::into_inner) {
+            handle.shutdown();
+        }
+        drop(self.wake);
+        match self.thread.join() {
+            Ok(result) => result,
+            Err(_) => Err(ServeError::DataThread("it panicked".into())),
+        }
+    }
+}
+
+/// Waits for a connection, driving the device meanwhile; whether one is there.
+fn wait_for_front_end<D: RingDevice>(
+    backend: &Backend<D>,
+    socket: &SocketFile,
+    woken: &UnixStream,
+) -> io::Result<bool> {
+    let mut state = backend.lock();
+    state.run();
+    // A new connection may repeat what is still under way for the old one, so it has to wait.
+    let drained = state.orphans == 0;
+    let mut fds = vec![PollFd::new(woken, PollFlags::IN), PollFd::new(&state.events, PollFlags::IN)];
+    if drained {
+        fds.push(PollFd::new(socket, PollFlags::IN));
+    }
+    match rustix::event::poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(fds.get(2).is_some_and(|fd| !fd.revents().is_empty()))
+}
+
+/// Serves one connection with a daemon of its own.
+fn converse<D: RingDevice>(
+    backend: &Backend<D>,
+    socket: &SocketFile,
+    active: &Mutex<Option<ShutdownHandle>>,
+    stop: &AtomicBool,
+) -> Result<(), ServeError> {
+    let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
+    *backend.exit.lock().unwrap_or_else(PoisonError::into_inner) =
+        Some(exit.map_err(system("create an event descriptor"))?);
+    let failed = |error: vhost_user_backend::Error| ServeError::DataThread(error.to_string());
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let mut daemon = VhostUserDaemon::new("vcp-vu".into(), backend.clone(), memory).map_err(failed)?;
+    for handler in daemon.get_epoll_handlers() {
+        let events: RawFd = backend.lock().events.as_raw_fd();
+        handler
+            .register_listener(events, EventSet::IN, backend.queues as u64 + 1)
+            .map_err(system("watch the engine"))?;
+    }
+    let mut listener = socket.listener().map_err(system("share the listening socket"))?;
+    daemon.start(&mut listener).map_err(failed)?;
+    backend.lock().device.metrics().connections.add(1);
+    tracing::info!("front end connected");
+    *active.lock().unwrap_or_else(PoisonError::into_inner) = daemon.shutdown_handle();
+    if stop.load(Ordering::Acquire) {
+        // The end was asked for before there was a handle.
+        daemon.request_shutdown();
+    }
+    let result = daemon.wait();
+    *active.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    for handler in daemon.get_epoll_handlers() {
+        handler.send_exit_event();
+    }
+    // Joins the worker, so that nothing of this connection runs any more.
+    drop(daemon);
+    backend.lock().detach();
+    match result {
+        Ok(()) => tracing::info!("front end disconnected"),
+        Err(error) => tracing::info!(%error, "front end disconnected"),
+    }
+    Ok(())
+}
+
+/// Serves `devices` as [`crate::vu::serve`] does, by the crate's daemons: one thread (and per connection two more) for
+/// each device.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve<D: RingDevice>(
+    devices: Vec<DeviceSpec<D>>,
+    options: &ServeOptions,
+    signals: &Signals,
+    extra: StatusSource,
+    ready: impl FnOnce(),
+) -> Result<(), ServeError> {
+    if let Some(cpu) = options.cpu {
+        check_cpu(cpu)?;
+    }
+    let parts =
+        devices.iter().map(|spec| (Arc::clone(&spec.name), Arc::clone(spec.device.metrics()))).collect();
+    let mut control = Control::new(options.control.as_deref(), Arc::default(), parts, extra)?;
+    let sockets: Result<Vec<_>, _> = devices.iter().map(|spec| SocketFile::bind(&spec.socket)).collect();
+    let servers: Result<Vec<_>, _> = devices
+        .into_iter()
+        .zip(sockets?)
+        .map(|(spec, socket)| EpollServer::start(spec.device, socket, options.cpu))
+        .collect();
+    let servers = servers?;
+    ready();
+    let result = loop {
+        let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
+        fds.extend(servers.iter().map(|server| PollFd::new(&server.ended, PollFlags::IN)));
+        let own = fds.len();
+        fds.extend(control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, control.timeout().as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => break Err(system("wait for signals")(error)),
+        }
+        let fired = fds[..own].iter().any(|fd| !fd.revents().is_empty());
+        drop(fds);
+        if fired {
+            if let Some(signal) = signals.take() {
+                tracing::info!(signal, "ending");
+            }
+            break Ok(());
+        }
+        control.serve();
+    };
+    servers.into_iter().fold(result, |result, server| result.and(server.end()))
+}
