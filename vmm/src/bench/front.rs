@@ -82,7 +82,7 @@ impl Front {
         let known = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK;
-        let protocol = self.ask("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features())? & known;
+        let protocol = self.ask("GET_PROTOCOL_FEATURES", VhostUserFrontend::get_protocol_features)? & known;
         if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             bail!("the backend has no configuration space to ask for its capacity; is it a block device?");
         }
@@ -91,7 +91,7 @@ impl Front {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         let queues = match protocol.contains(VhostUserProtocolFeatures::MQ) {
-            true => self.ask("GET_QUEUE_NUM", |f| f.get_queue_num())?,
+            true => self.ask("GET_QUEUE_NUM", VhostUserFrontend::get_queue_num)?,
             false => 1,
         };
         if u64::from(args.queues) > queues {

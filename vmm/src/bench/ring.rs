@@ -238,7 +238,7 @@ impl Ring {
         let id = self.memory.load32(self.layout.used + 4 + 8 * entry, Ordering::Relaxed) as usize;
         self.used_idx = self.used_idx.wrapping_add(1);
         let step = if self.layout.indirect { 1 } else { PER_REQUEST };
-        if id % step != 0 || id / step >= self.layout.slots {
+        if !id.is_multiple_of(step) || id / step >= self.layout.slots {
             bail!("the backend completed descriptor {id}, which is the head of no request");
         }
         Ok(Some((id / step) as u16))
