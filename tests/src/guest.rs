@@ -1,0 +1,130 @@
+//! Stock QEMU (TCG) with Debian's stock cloud kernel, whose disks are vhost-user sockets: real drivers on our device
+//! model, on any machine. A job script runs in its initramfs; values come back as `@NAME=VALUE` lines.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use guest_images::linux::{self, Initramfs};
+use guest_images::modules::Kernel;
+use guest_images::qemu::Qemu;
+use guest_images::tree::Tree;
+
+use crate::Result;
+
+/// What stands before a value on the console.
+const VALUE: char = '@';
+
+/// A guest to be run.
+#[derive(Clone, Debug)]
+pub struct QemuGuest {
+    disks: Vec<(PathBuf, u16)>,
+    programs: Vec<String>,
+    deadline: Duration,
+}
+
+/// What a guest's job left.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Exit status of the job.
+    pub status: i32,
+    /// Everything on the console.
+    pub console: String,
+}
+
+impl Outcome {
+    /// The value of `name`.
+    pub fn value(&self, name: &str) -> Result<&str> {
+        let mut lines = self.console.lines().rev();
+        let found = lines.find_map(|l| l.trim().strip_prefix(VALUE)?.strip_prefix(name)?.strip_prefix('='));
+        found.with_context(|| format!("the guest did not print {VALUE}{name}=:\n{}", self.console))
+    }
+
+    /// The value of `name` as a number.
+    pub fn number(&self, name: &str) -> Result<u64> {
+        let value = self.value(name)?;
+        value.trim().parse().with_context(|| format!("{name} is {value:?}"))
+    }
+}
+
+impl Default for QemuGuest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl QemuGuest {
+    /// A machine without disks and with 180 s to live.
+    pub fn new() -> Self {
+        Self { disks: Vec::new(), programs: Vec::new(), deadline: Duration::from_secs(180) }
+    }
+
+    /// Adds the next disk (`/dev/vda`, ...), with this many queues.
+    #[must_use]
+    pub fn disk(mut self, socket: &Path, queues: u16) -> Self {
+        self.disks.push((socket.to_owned(), queues));
+        self
+    }
+
+    /// Copies a program of the host into the guest, at the same path.
+    #[must_use]
+    pub fn program(mut self, path: &str) -> Self {
+        self.programs.push(path.to_owned());
+        self
+    }
+
+    /// Boots, runs `script` (POSIX shell, busybox) and waits for the end.
+    pub fn run(&self, script: &str) -> Result<Outcome> {
+        let mut tree = Tree::new();
+        for program in &self.programs {
+            tree.program(program, Path::new(program))?;
+        }
+        let kernel = Kernel::find()?;
+        let initrd = Initramfs::new().tree(&tree).job(&format!("{PRELUDE}{script}"))?.build(&kernel)?;
+        let mut args: Vec<String> = [
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-M",
+            "q35,memory-backend=mem",
+            "-smp",
+            "2",
+            "-m",
+            "512",
+            "-object",
+            "memory-backend-memfd,id=mem,size=512M,share=on",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+            "-append",
+            "console=ttyS0 panic=-1 quiet",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        args.extend(["-kernel".into(), kernel.image.display().to_string()]);
+        args.extend(["-initrd".into(), initrd.display().to_string()]);
+        for (n, (socket, queues)) in self.disks.iter().enumerate() {
+            args.extend(["-chardev".into(), format!("socket,id=c{n},path={}", socket.display())]);
+            let device = format!("vhost-user-blk-pci,chardev=c{n},num-queues={queues},addr={:#x}", n + 4);
+            args.extend(["-device".into(), device]);
+        }
+        let ended = Qemu::start("the QEMU guest", &args, self.deadline, false)?.wait()?;
+        match linux::job_status(&ended.output) {
+            Some(status) => Ok(Outcome { status, console: ended.output }),
+            None => bail!("the guest's job did not end: {}:\n{}", ended.status, ended.output),
+        }
+    }
+}
+
+/// `value NAME WORDS` prints a value, `queue DISK NAME` a limit of the block layer, `die TEXT` ends the job.
+const PRELUDE: &str = "
+value() { name=$1; shift; echo \"@$name=$*\"; }
+queue() { value \"$1.$2\" \"$(cat /sys/block/$1/queue/$2)\"; }
+die() { echo \"FAILED: $*\"; exit 1; }
+wait_disk() { n=100; until [ -b /dev/$1 ]; do n=$((n-1)); [ $n -gt 0 ] || die no /dev/$1; sleep 0.1; done; }
+drop_caches() { sync; echo 3 >/proc/sys/vm/drop_caches; }
+";

@@ -1,0 +1,33 @@
+//! What /proc tells of a process.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::Result;
+
+/// Returns the CPU time (user and system) that a process, with all its threads, has used; resolution 10 ms.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    // The name in parentheses may have spaces; utime and stime are fields 14 and 15.
+    let rest = stat.rsplit_once(')').context("no name in stat")?.1;
+    let ticks: Vec<u64> = rest.split_whitespace().skip(11).take(2).filter_map(|f| f.parse().ok()).collect();
+    let hz = rustix::param::clock_ticks_per_second();
+    Ok(Duration::from_secs_f64(ticks.iter().sum::<u64>() as f64 / hz as f64))
+}
+
+/// Returns the command line of a process, words separated by spaces.
+pub fn cmdline(pid: u32) -> Result<String> {
+    let path = format!("/proc/{pid}/cmdline");
+    let bytes = fs::read(&path).with_context(|| format!("read {path}"))?;
+    Ok(String::from_utf8_lossy(&bytes).replace('\0', " "))
+}
+
+/// Returns the children of a process (of its main thread).
+pub fn children(pid: u32) -> Result<Vec<u32>> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    Ok(text.split_whitespace().filter_map(|p| p.parse().ok()).collect())
+}

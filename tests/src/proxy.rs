@@ -1,0 +1,295 @@
+//! A TCP proxy in front of a target: cuts connections at a byte or at once, turns new ones away, stalls, and records.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use socket2::SockRef;
+
+use crate::Result;
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the initiator to the target.
+    ToTarget,
+    /// From the target to the initiator.
+    ToInitiator,
+}
+
+/// What one connection carried, if it was recorded.
+#[derive(Clone, Debug, Default)]
+pub struct Record {
+    /// The pieces in the order in which they passed.
+    pub pieces: Vec<(Way, Vec<u8>)>,
+}
+
+impl Record {
+    /// All bytes of one way.
+    pub fn bytes(&self, way: Way) -> Vec<u8> {
+        self.pieces.iter().filter(|(w, _)| *w == way).flat_map(|(_, b)| b.iter().copied()).collect()
+    }
+
+    /// ISID and TSIH of the first Login Request (RFC 7143 11.12.5, 11.12.6).
+    pub fn login(&self) -> Option<([u8; 6], u16)> {
+        let bytes = self.bytes(Way::ToTarget);
+        let bhs = bytes.get(..48)?;
+        // Opcode 0x03 with the immediate bit.
+        (bhs[0] == 0x43).then(|| {
+            let mut isid = [0; 6];
+            isid.copy_from_slice(&bhs[8..14]);
+            (isid, u16::from_be_bytes([bhs[14], bhs[15]]))
+        })
+    }
+}
+
+/// Where a connection is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    way: Way,
+    /// Bytes of that way that still pass, counted on each connection.
+    after: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    accepted: usize,
+    open: usize,
+    refuse: bool,
+    stalled: bool,
+    reset: bool,
+    record: bool,
+    cut: Option<Cut>,
+    live: Vec<(usize, TcpStream, TcpStream)>,
+    records: Vec<Record>,
+    bytes: u64,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.changed.notify_all();
+        result
+    }
+}
+
+/// A running proxy; ends, with its connections, when it is dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    listen: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+impl Proxy {
+    /// Listens on a free port in front of `target`.
+    pub fn start(target: SocketAddr) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let listen = listener.local_addr()?;
+        let shared = Arc::new(Shared::default());
+        let serve = Arc::clone(&shared);
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                if serve.lock().stop {
+                    break;
+                }
+                if let Ok(client) = client {
+                    accept(&serve, client, target);
+                }
+            }
+        });
+        Ok(Self { listen, shared })
+    }
+
+    /// Where to connect.
+    pub fn addr(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// Keeps what each following connection carries.
+    pub fn record(&self) {
+        self.shared.update(|s| s.record = true);
+    }
+
+    /// What the connections carried, in the order of their start; one for each since [`Proxy::record`].
+    pub fn records(&self) -> Vec<Record> {
+        self.shared.lock().records.clone()
+    }
+
+    /// Number of connections so far, those turned away included.
+    pub fn accepted(&self) -> usize {
+        self.shared.lock().accepted
+    }
+
+    /// Number of open connections.
+    pub fn open(&self) -> usize {
+        self.shared.lock().open
+    }
+
+    /// Waits until there were `count` connections.
+    pub fn wait_accepted(&self, count: usize, deadline: Duration) -> Result<()> {
+        self.wait(deadline, &format!("{count} connections"), |s| s.accepted >= count)
+    }
+
+    /// Waits until `count` connections are open.
+    pub fn wait_open(&self, count: usize, deadline: Duration) -> Result<()> {
+        self.wait(deadline, &format!("{count} open connections"), |s| s.open == count)
+    }
+
+    /// Waits until `bytes` more have passed, both ways together.
+    pub fn wait_bytes(&self, bytes: u64, deadline: Duration) -> Result<()> {
+        let until = self.shared.lock().bytes + bytes;
+        self.wait(deadline, &format!("{bytes} bytes"), |s| s.bytes >= until)
+    }
+
+    /// Cuts all open connections; with `reset`, by RST in place of FIN.
+    pub fn cut_now(&self, reset: bool) {
+        self.shared.update(|s| {
+            s.reset = reset;
+            for (_, a, b) in s.live.drain(..) {
+                end(&a, &b, reset);
+            }
+        });
+    }
+
+    /// Cuts each connection after that many bytes of one way; `None`: no more.
+    pub fn cut_after(&self, cut: Option<(Way, u64)>) {
+        self.shared.update(|s| s.cut = cut.map(|(way, after)| Cut { way, after }));
+    }
+
+    /// Whether new connections are closed at once.
+    pub fn refuse(&self, refuse: bool) {
+        self.shared.update(|s| s.refuse = refuse);
+    }
+
+    /// Whether bytes are held back, with the connections open: a peer that does not answer.
+    pub fn stall(&self, stalled: bool) {
+        self.shared.update(|s| s.stalled = stalled);
+    }
+
+    fn wait(&self, deadline: Duration, what: &str, until: impl Fn(&State) -> bool) -> Result<()> {
+        let end = Instant::now() + deadline;
+        let mut state = self.shared.lock();
+        while !until(&state) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!(
+                    "the proxy did not see {what} within {deadline:?}: {} accepted, {} open, {} bytes",
+                    state.accepted,
+                    state.open,
+                    state.bytes
+                );
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.update(|s| {
+            s.stop = true;
+            s.stalled = false;
+            for (_, a, b) in s.live.drain(..) {
+                end(&a, &b, false);
+            }
+        });
+        // Wakes the accepting thread.
+        let _ = TcpStream::connect(self.listen);
+    }
+}
+
+fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
+    let refuse = shared.update(|s| {
+        s.accepted += 1;
+        s.refuse
+    });
+    if refuse {
+        return;
+    }
+    let Ok(server) = TcpStream::connect(target) else { return };
+    let _ = client.set_nodelay(true);
+    let _ = server.set_nodelay(true);
+    let clones = (client.try_clone(), server.try_clone(), client.try_clone(), server.try_clone());
+    let (Ok(c1), Ok(s1), Ok(c2), Ok(s2)) = clones else { return };
+    let (id, record) = shared.update(|s| {
+        s.open += 1;
+        let id = s.accepted;
+        s.live.push((id, c2, s2));
+        let record = s.record.then(|| {
+            s.records.push(Record::default());
+            s.records.len() - 1
+        });
+        (id, record)
+    });
+    let (up, down) = (Arc::clone(shared), Arc::clone(shared));
+    let back = thread::spawn(move || pump(&down, Way::ToInitiator, s1, c1, record));
+    thread::spawn(move || {
+        pump(&up, Way::ToTarget, client, server, record);
+        let _ = back.join();
+        up.update(|s| {
+            s.open -= 1;
+            s.live.retain(|(n, _, _)| *n != id);
+        });
+    });
+}
+
+fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream, record: Option<usize>) {
+    let mut buf = vec![0; 64 << 10];
+    let mut passed = 0;
+    loop {
+        let n = match from.read(&mut buf) {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        let (keep, reset) = {
+            let mut state = shared.lock();
+            while state.stalled && !state.stop {
+                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            let left =
+                state.cut.filter(|c| c.way == way).map_or(u64::MAX, |c| c.after.saturating_sub(passed));
+            let keep = n.min(usize::try_from(left).unwrap_or(usize::MAX));
+            if let Some(record) = record.and_then(|r| state.records.get_mut(r)) {
+                record.pieces.push((way, buf[..keep].to_vec()));
+            }
+            (keep, state.reset)
+        };
+        if to.write_all(&buf[..keep]).is_err() {
+            break;
+        }
+        passed += keep as u64;
+        shared.update(|s| s.bytes += keep as u64);
+        if keep < n {
+            end(&from, &to, reset);
+            break;
+        }
+    }
+    // One end closed: so does the other.
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+fn end(a: &TcpStream, b: &TcpStream, reset: bool) {
+    for stream in [a, b] {
+        if reset {
+            let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+        }
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
