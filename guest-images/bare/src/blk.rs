@@ -145,8 +145,10 @@ impl Disk {
         if !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
             return Err(Error::Device("it refuses a subset of the features that it offers"));
         }
+        // In halves: the configuration space is aligned to 4 bytes.
+        let half = |at| transport.read_config_space::<u32>(at).map(u64::from);
         let capacity = transport
-            .read_consistent(|| transport.read_config_space::<u64>(0))
+            .read_consistent(|| Ok(half(0)? | half(4)? << 32))
             .map_err(|_| Error::Device("its configuration space has no capacity"))?;
         let has = |feature: Feature| features & feature.bits() != 0;
         let ring = Ring::new(&mut transport, has(Feature::RING_INDIRECT_DESC), has(Feature::RING_EVENT_IDX))?;
