@@ -11,7 +11,7 @@ pub const KERNEL_START: u64 = 0x10_0000;
 
 /// Global descriptor table at entry.
 pub const GDT_START: u64 = 0x500;
-/// Task state segment at entry (all zero).
+/// Task state segment at entry, with the port bitmap behind it: a bit more than 8 KiB.
 pub const TSS_START: u64 = 0x800;
 /// PVH `hvm_start_info`, or the bare-metal guest's `BootInfo`.
 pub const START_INFO: u64 = 0x6000;

@@ -39,6 +39,7 @@ const CR0_PE: u64 = 1;
 const CR0_MP: u64 = 1 << 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
+const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
@@ -52,6 +53,11 @@ const RFLAGS_IOPL3: u64 = 3 << 12;
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TSS: u16 = 0x20;
+
+/// The 64-bit task state segment proper, and the bitmap of 65536 ports behind it.
+const TSS_BYTES: u64 = 0x68;
+const IO_BITMAP_BYTES: u64 = 8192;
+const TSS_LIMIT: u32 = (TSS_BYTES + IO_BITMAP_BYTES) as u32;
 
 const PAGE_PRESENT_WRITE: u64 = 0b11;
 const PAGE_USER: u64 = 1 << 2;
@@ -68,12 +74,15 @@ pub fn set_entry(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<()
     let data = segment(DATA, 0b0011, dpl, false);
     let tss = kvm_segment {
         base: TSS_START,
-        limit: 0x67,
+        limit: TSS_LIMIT,
         selector: TSS,
         type_: 11,
         present: 1,
         ..Default::default()
     };
+    if dpl == 3 {
+        write_io_permissions(memory)?;
+    }
     let gdt = [0, 0, descriptor(&code), descriptor(&data), descriptor(&tss), 0];
     for (i, word) in gdt.iter().enumerate() {
         put(memory, GDT_START + 8 * i as u64, *word)?;
@@ -90,7 +99,7 @@ pub fn set_entry(vcpu: &VcpuFd, memory: &GuestMemory, entry: Entry) -> Result<()
     s.cr4 = 0;
     if long {
         write_page_tables(memory, dpl == 3)?;
-        s.cr0 |= CR0_PG | CR0_MP | CR0_NE;
+        s.cr0 |= CR0_PG | CR0_WP | CR0_MP | CR0_NE;
         s.cr3 = PML4_START;
         s.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
         s.efer |= EFER_LME | EFER_LMA;
@@ -167,6 +176,17 @@ fn descriptor(s: &kvm_segment) -> u64 {
         | (limit >> 16 & 0xf) << 48
         | flags << 52
         | (s.base >> 24 & 0xff) << 56
+}
+
+/// Opens every port to ring 3 by the TSS' permission bitmap. The I/O privilege level alone would do on a processor, but
+/// KVM for nested guests (kvm_pvm) loses it from the flags on the way through the host.
+fn write_io_permissions(memory: &GuestMemory) -> Result<()> {
+    const IO_MAP_BASE: u64 = 102;
+    let write = |addr: u64, bytes: &[u8]| crate::boot::put(memory, addr, bytes);
+    write(TSS_START + IO_MAP_BASE, &(TSS_BYTES as u16).to_le_bytes())?;
+    write(TSS_START + TSS_BYTES, &[0; IO_BITMAP_BYTES as usize])?;
+    // A byte of ones ends the bitmap (SDM volume 1, 19.5.2).
+    write(TSS_START + TSS_BYTES + IO_BITMAP_BYTES, &[0xff])
 }
 
 /// Identity map of the first 4 GiB with 2 MiB pages.
