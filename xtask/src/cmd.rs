@@ -8,18 +8,18 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// The workspace's root directory.
-pub fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     manifest.parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// Cargo's target directory of this workspace.
-pub fn target_dir() -> PathBuf {
+pub(crate) fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
 /// The cargo that runs us.
-pub fn cargo() -> Command {
+pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
     command
@@ -34,7 +34,7 @@ fn shown(command: &Command) -> String {
 ///
 /// # Errors
 /// It could not be started, or did not exit with 0.
-pub fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let text = shown(command);
     eprintln!("+ {text}");
     let status = command.status().with_context(|| format!("cannot start `{text}`"))?;
@@ -48,12 +48,9 @@ pub fn run(command: &mut Command) -> Result<()> {
 ///
 /// # Errors
 /// As [`run`]; the command's standard error is part of the message.
-pub fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let text = shown(command);
-    let out = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot start `{text}`"))?;
+    let out = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{text}`"))?;
     if !out.status.success() {
         bail!("`{text}` ended with {}: {}", out.status, String::from_utf8_lossy(&out.stderr).trim());
     }

@@ -23,7 +23,7 @@ fn targets() -> Result<Vec<String>> {
 ///
 /// # Errors
 /// An unknown target, or a finding (the input is left under `fuzz/artifacts/`).
-pub fn run(name: Option<&str>, seconds: u32) -> Result<()> {
+pub(crate) fn run(name: Option<&str>, seconds: u32) -> Result<()> {
     let all = targets()?;
     let chosen: Vec<&String> = match name {
         None => all.iter().collect(),
@@ -42,7 +42,17 @@ pub fn run(name: Option<&str>, seconds: u32) -> Result<()> {
         let time = format!("-max_total_time={seconds}");
         cmd::run(
             cmd::cargo()
-                .args(["fuzz", "run", "--sanitizer", "none", target, "--", &time, "-rss_limit_mb=2048", "-timeout=10"])
+                .args([
+                    "fuzz",
+                    "run",
+                    "--sanitizer",
+                    "none",
+                    target,
+                    "--",
+                    &time,
+                    "-rss_limit_mb=2048",
+                    "-timeout=10",
+                ])
                 .env(BOOTSTRAP.0, BOOTSTRAP.1),
         )?;
     }

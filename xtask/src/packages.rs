@@ -9,7 +9,7 @@ use crate::cmd;
 
 /// What a task needs: building, showing, testing or comparing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Need {
+pub(crate) enum Need {
     /// `cargo xtask demo`: a guest's kernel and userland, and the virtual machine that stands in where the host's KVM
     /// cannot run Linux.
     Demo,
@@ -17,20 +17,19 @@ pub enum Need {
     Test,
 }
 
-const DEMO: &[&str] =
-    &["gcc", "libc6-dev", "qemu-system-x86", "linux-image-cloud-amd64", "busybox-static", "e2fsprogs", "kmod", "fio"];
-
-const TEST: &[&str] = &[
-    "tgt",
-    "istgt",
-    "libiscsi-bin",
-    "qemu-utils",
-    "qemu-block-extra",
-    "cpio",
-    "strace",
-    "tshark",
-    "procps",
+const DEMO: &[&str] = &[
+    "gcc",
+    "libc6-dev",
+    "qemu-system-x86",
+    "linux-image-cloud-amd64",
+    "busybox-static",
+    "e2fsprogs",
+    "kmod",
+    "fio",
 ];
+
+const TEST: &[&str] =
+    &["tgt", "istgt", "libiscsi-bin", "qemu-utils", "qemu-block-extra", "cpio", "strace", "tshark", "procps"];
 
 /// Versions of these must agree, or qemu-storage-daemon cannot load its iSCSI driver.
 const QEMU_TOOLS: &str = "qemu-utils";
@@ -63,14 +62,19 @@ fn apt(arguments: &[String]) -> Result<()> {
         sudo.arg("apt-get");
         sudo
     };
-    cmd::run(command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-o", "Dpkg::Use-Pty=0"]).args(arguments))
+    cmd::run(
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .args(["-q", "-o", "Dpkg::Use-Pty=0"])
+            .args(arguments),
+    )
 }
 
 /// Installs what is missing for `need`.
 ///
 /// # Errors
 /// This is no Debian, or apt fails; the message names the packages to install by hand.
-pub fn ensure(need: Need) -> Result<()> {
+pub(crate) fn ensure(need: Need) -> Result<()> {
     let wanted: Vec<&str> =
         if need == Need::Demo { DEMO.to_vec() } else { DEMO.iter().chain(TEST).copied().collect() };
     let missing: Vec<&str> = wanted.iter().copied().filter(|package| installed(package).is_none()).collect();

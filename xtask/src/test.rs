@@ -9,7 +9,7 @@ use crate::packages::{self, Need};
 ///
 /// # Errors
 /// The first step that failed.
-pub fn run(filter: &[String]) -> Result<()> {
+pub(crate) fn run(filter: &[String]) -> Result<()> {
     packages::ensure(Need::Test)?;
     // The end-to-end tests start these; cargo builds a package's binaries only for the package's own tests.
     cmd::run(cmd::cargo().args(["build", "--workspace", "--bins"]))?;

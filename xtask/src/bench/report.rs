@@ -13,39 +13,39 @@ use crate::cmd;
 
 /// One figure that is measured for every case and contender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Metric {
+pub(crate) struct Metric {
     /// Name with its unit, as a column title.
-    pub title: &'static str,
+    pub(crate) title: &'static str,
     /// Whether more is better.
-    pub more_is_better: bool,
+    pub(crate) more_is_better: bool,
     /// Digits after the point.
-    pub digits: usize,
+    pub(crate) digits: usize,
 }
 
 /// All rounds of one contender in one case.
 #[derive(Clone, Debug, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// The workload.
-    pub case: String,
+    pub(crate) case: String,
     /// Who did it.
-    pub contender: String,
+    pub(crate) contender: String,
     /// For each metric its value in every round.
-    pub rounds: Vec<Vec<f64>>,
+    pub(crate) rounds: Vec<Vec<f64>>,
     /// For each metric the summary; filled by [`Report::finish`].
-    pub summary: Vec<Summary>,
+    pub(crate) summary: Vec<Summary>,
 }
 
 /// A finished comparison.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// File name stem.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// What was compared, how, on what: for the reader.
-    pub preface: Vec<String>,
+    pub(crate) preface: Vec<String>,
     /// The columns.
-    pub metrics: Vec<Metric>,
+    pub(crate) metrics: Vec<Metric>,
     /// Every case times every contender; the first contender of a case is ours.
-    pub rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
 }
 
 impl Report {
@@ -53,7 +53,7 @@ impl Report {
     ///
     /// # Errors
     /// A file cannot be written.
-    pub fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(mut self) -> Result<()> {
         for row in &mut self.rows {
             row.summary = row.rounds.iter().map(|values| Summary::of(values.iter().copied())).collect();
         }
@@ -63,12 +63,14 @@ impl Report {
         }
         println!("\n{table}");
         let directory = cmd::target_dir().join("bench");
-        std::fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        std::fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
         let json = directory.join(format!("{}.json", self.name));
         std::fs::write(&json, serde_json::to_string_pretty(&self)?)
             .with_context(|| format!("cannot write {}", json.display()))?;
         let html = directory.join(format!("{}.html", self.name));
-        std::fs::write(&html, self.html(&table)?).with_context(|| format!("cannot write {}", html.display()))?;
+        std::fs::write(&html, self.html(&table)?)
+            .with_context(|| format!("cannot write {}", html.display()))?;
         println!("written: {} and {}", json.display(), html.display());
         Ok(())
     }
@@ -99,7 +101,11 @@ impl Report {
         let mut text = String::new();
         for line in &lines {
             for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
-                let _ = if column < 2 { write!(text, "{cell:<width$}  ") } else { write!(text, "{cell:>width$}  ") };
+                let _ = if column < 2 {
+                    write!(text, "{cell:<width$}  ")
+                } else {
+                    write!(text, "{cell:>width$}  ")
+                };
             }
             text.truncate(text.trim_end().len());
             text.push('\n');
@@ -109,7 +115,10 @@ impl Report {
     }
 
     fn html(&self, table: &str) -> Result<String> {
-        let mut page = format!("<!doctype html><meta charset=utf-8><title>bench {0}</title><h1>bench {0}</h1>", self.name);
+        let mut page = format!(
+            "<!doctype html><meta charset=utf-8><title>bench {0}</title><h1>bench {0}</h1>",
+            self.name
+        );
         for line in &self.preface {
             let _ = write!(page, "<p>{}</p>", escape(line));
         }
@@ -158,9 +167,13 @@ impl Report {
                 .draw()?;
             for (place, row) in self.rows.iter().enumerate() {
                 let y = rows - place as f64;
-                let colour = Palette99::pick(contenders.iter().position(|c| *c == row.contender).unwrap_or(0));
+                let colour =
+                    Palette99::pick(contenders.iter().position(|c| *c == row.contender).unwrap_or(0));
                 let summary = row.summary[index];
-                chart.draw_series([Rectangle::new([(0.0, y - 0.85), (summary.median, y - 0.15)], colour.filled())])?;
+                chart.draw_series([Rectangle::new(
+                    [(0.0, y - 0.85), (summary.median, y - 0.15)],
+                    colour.filled(),
+                )])?;
                 let whisker = [(summary.min, y - 0.5), (summary.max, y - 0.5)];
                 chart.draw_series([PathElement::new(whisker.to_vec(), BLACK.stroke_width(1))])?;
             }
