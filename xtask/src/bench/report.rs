@@ -2,7 +2,6 @@
 //! `target/bench/NAME.html` with the same figures as bars. Measuring is the benchmarks' own business.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use plotters::prelude::*;
