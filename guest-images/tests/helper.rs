@@ -25,11 +25,22 @@ fn job_prints_the_kernel_and_its_status_comes_back() {
 
 #[test]
 fn machine_that_does_not_end_is_killed() {
-    let error = HelperVm::new()
-        .memory_mib(512)
-        .deadline(Duration::from_secs(20))
-        .run("echo still here; while :; do sleep 60; done")
-        .unwrap_err();
+    let vm = HelperVm::new().memory_mib(512).deadline(Duration::from_secs(2));
+    let error = vm.run("while :; do sleep 60; done").unwrap_err();
     assert!(matches!(error, Error::Deadline { .. }), "{error}");
-    assert!(error.to_string().contains("still here"), "{error}");
+    assert!(error.to_string().starts_with("the helper VM did not end within 2 s"), "{error}");
+}
+
+#[test]
+fn console_is_two_way_and_a_dropped_machine_is_gone() {
+    let vm = HelperVm::new().memory_mib(512).deadline(Duration::from_secs(120));
+    let script = "echo ready to read; read -r line </dev/console; echo got $line; sleep 1000";
+    let mut running = vm.start(script).unwrap();
+    running.wait_for("ready to read").unwrap();
+    running.send("twelve\n").unwrap();
+    running.wait_for("got twelve").unwrap();
+    let process = format!("/proc/{}", running.pid());
+    assert!(std::path::Path::new(&process).exists());
+    drop(running);
+    assert!(!std::path::Path::new(&process).exists());
 }

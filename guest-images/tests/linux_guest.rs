@@ -43,11 +43,14 @@ fn boot(disk: &std::path::Path, append: &str) -> String {
 fn root_image_boots_writes_and_stays_clean() {
     let dir = tempfile::tempdir().unwrap();
     let disk = dir.path().join("root.ext4");
-    let job = "dd if=/dev/urandom of=/root/data bs=1M count=4 2>/dev/null; md5sum /root/data; exit 3";
+    let job = "dd if=/dev/urandom of=/root/data bs=1M count=4 2>/dev/null; md5sum /root/data; \
+               sleep 1000 >/root/held & mount -o bind /root /mnt; exit 3";
     rootfs::RootFs::new().size_bytes(64 << 20).job(job).unwrap().build_to(&disk).unwrap();
 
     let console = boot(&disk, "root=/dev/vda");
     assert_eq!(linux::job_status(&console), Some(3), "{console}");
+    assert!(console.contains("VCP-ROOT-CLEAN") && !console.contains("VCP-INIT-FAILED"), "{console}");
+    assert!(!console.contains("not found"), "a command that busybox does not have: {console}");
     rootfs::check(&disk).unwrap();
     let sum = console.lines().find(|l| l.contains("/root/data")).unwrap().trim().to_owned();
 

@@ -1,17 +1,26 @@
 # /sbin/init of the root file system image, started by the initramfs: runs the job, leaves the file system clean.
 
-# Ends what still runs and makes the root read-only, which writes the superblock and marks it clean.
+# Ends what still runs, unmounts what the job mounted, and makes the root read-only, which writes everything out and
+# marks the file system clean. Processes that were killed may hold files for a moment.
 release() {
     kill -KILL -1
-    umount -a -r -t notmpfs,noproc,nosysfs,nodevtmpfs 2>/dev/null
+    while read -r device dir rest; do
+        case $device in
+            /dev/*) [ "$dir" = / ] || umount "$dir" || echo "VCP-INIT-FAILED: cannot unmount $dir" ;;
+        esac
+    done </proc/mounts
     sync
     left=50
-    until mount -o remount,ro / 2>/dev/null; do
+    until error=$(mount -o remount,ro / 2>&1); do
         left=$((left - 1))
-        [ $left -gt 0 ] || { echo "VCP-INIT-FAILED: cannot make / read-only"; break; }
+        [ $left -gt 0 ] || break
         sleep 0.1
     done
-    echo "VCP-ROOT-CLEAN"
+    if [ $left -gt 0 ]; then
+        echo VCP-ROOT-CLEAN
+    else
+        echo "VCP-INIT-FAILED: cannot make / read-only: $error"
+    fi
     stty sane </dev/console
 }
 
@@ -19,8 +28,8 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 # Without an initramfs nothing is mounted yet.
 [ -e /proc/mounts ] || mount -t proc proc /proc
 [ -e /sys/class ] || mount -t sysfs sys /sys
-[ -b /dev/root ] || [ -c /dev/null ] || mount -t devtmpfs dev /dev
-mountpoint -q /run || mount -t tmpfs run /run
+[ -c /dev/null ] || mount -t devtmpfs dev /dev
+grep -q ' /run ' /proc/mounts || mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
