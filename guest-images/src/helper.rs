@@ -12,6 +12,7 @@
 //! # }
 //! ```
 
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -159,7 +160,8 @@ impl HelperVm {
         for module in &self.modules {
             initramfs = initramfs.module(module);
         }
-        let initrd = initramfs.build(&kernel)?;
+        // With programs that are being worked on in it, it is another one each time: not kept in the cache.
+        let initrd = initramfs.build_unnamed(&kernel)?;
         let mut args: Vec<String> = [
             "-accel",
             "tcg,thread=multi",
@@ -180,13 +182,14 @@ impl HelperVm {
         .to_vec();
         args.extend(["-smp".into(), self.cpus.to_string(), "-m".into(), self.memory_mib.to_string()]);
         args.extend(["-kernel".into(), kernel.image.display().to_string()]);
-        args.extend(["-initrd".into(), initrd.display().to_string()]);
+        let initrd_path = format!("/proc/{}/fd/{}", std::process::id(), initrd.as_raw_fd());
+        args.extend(["-initrd".into(), initrd_path]);
         for (n, disk) in self.disks.iter().enumerate() {
             // In QEMU's option syntax a comma in a value is doubled.
             let file = disk.display().to_string().replace(',', ",,");
             args.extend(["-drive".into(), format!("file={file},if=none,id=disk{n},format=raw,cache=unsafe")]);
             args.extend(["-device".into(), format!("virtio-blk-pci,drive=disk{n}")]);
         }
-        Qemu::start(WHAT, &args, self.deadline, self.echo)
+        Ok(Qemu::start(WHAT, &args, self.deadline, self.echo)?.holding(initrd))
     }
 }

@@ -12,7 +12,8 @@
 //! Without `root=` and a job, `/job` of the initramfs is run if it is there, else a shell on the console. After a job
 //! the line [`EXIT_MARKER`]`N` carries its exit status, and the guest powers off.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -120,18 +121,32 @@ impl Initramfs {
 
     /// Builds the initramfs for `kernel` and returns its path in the cache.
     pub fn build(&self, kernel: &Kernel) -> Result<PathBuf> {
-        let tree = self.contents(kernel)?;
         let dir = cache::dir()?;
         let file = tempfile::NamedTempFile::new_in(&dir).map_err(Error::io("create a file in", &dir))?;
-        let mut out = cache::Hashing::new(std::io::BufWriter::with_capacity(1 << 20, file));
-        cpio::write(&tree, &mut out)?;
-        let (out, hash) = out.finish();
-        let file = out.into_inner().map_err(|e| Error::io("write", &dir)(e.into_error()))?;
+        let (file, hash) = self.write(kernel, file, &dir)?;
         let path = dir.join(format!("initramfs-{hash}.cpio"));
         if !path.exists() {
             file.persist(&path).map_err(|e| Error::io("write", &path)(e.error))?;
         }
         Ok(path)
+    }
+
+    /// Builds the initramfs for `kernel` into a file without a name, for content that is not worth keeping: it is gone
+    /// when the last process has closed it.
+    pub fn build_unnamed(&self, kernel: &Kernel) -> Result<File> {
+        let dir = cache::dir()?;
+        let file = tempfile::tempfile_in(&dir).map_err(Error::io("create a file in", &dir))?;
+        Ok(self.write(kernel, file, &dir)?.0)
+    }
+
+    /// Writes the archive to `out`, a file in `dir`, and returns it with the hash of the archive.
+    fn write<W: Write>(&self, kernel: &Kernel, out: W, dir: &Path) -> Result<(W, String)> {
+        let tree = self.contents(kernel)?;
+        let mut out = cache::Hashing::new(BufWriter::with_capacity(1 << 20, out));
+        cpio::write(&tree, &mut out)?;
+        let (out, hash) = out.finish();
+        let out = out.into_inner().map_err(|e| Error::io("write", dir)(e.into_error()))?;
+        Ok((out, hash))
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -34,6 +35,7 @@ pub struct Qemu {
     deadline: Duration,
     end: Instant,
     echo: bool,
+    held: Vec<File>,
 }
 
 /// How a QEMU process ended.
@@ -89,17 +91,16 @@ impl Qemu {
             }
         };
         let end = Instant::now() + deadline;
-        Ok(Self {
-            what: what.to_owned(),
-            child,
-            pidfd,
-            chunks,
-            output: Vec::new(),
-            seen: 0,
-            deadline,
-            end,
-            echo,
-        })
+        let what = what.to_owned();
+        let (output, held) = (Vec::new(), Vec::new());
+        Ok(Self { what, child, pidfd, chunks, output, seen: 0, deadline, end, echo, held })
+    }
+
+    /// Keeps a file open while the process runs, one that its arguments name by our descriptor.
+    #[must_use]
+    pub fn holding(mut self, file: File) -> Self {
+        self.held.push(file);
+        self
     }
 
     /// Returns the process id.
