@@ -4,6 +4,8 @@
 //! The protocol machines are `iscsi::target` and `iscsi::login::target`.
 #![forbid(unsafe_code)]
 
+pub mod config;
 pub mod device;
 pub mod lu;
+pub mod server;
 pub mod storage;

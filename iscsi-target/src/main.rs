@@ -1,2 +1,10 @@
-//! skeleton
-fn main() {}
+//! `iscsi-target`: the command line of the embedded target.
+#![forbid(unsafe_code)]
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

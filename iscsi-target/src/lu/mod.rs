@@ -35,9 +35,9 @@ pub type CdbBytes = [u8; 16];
 /// Most bytes of one READ, WRITE or VERIFY (VPD page B0h, MAXIMUM TRANSFER LENGTH).
 pub const MAX_TRANSFER_BYTES: u32 = 8 << 20;
 /// Most bytes that one WRITE SAME sets (MAXIMUM WRITE SAME LENGTH).
-pub const MAX_WRITE_SAME_BYTES: u32 = 64 << 20;
+pub const MAX_WRITE_SAME_BYTES: u32 = 16 << 20;
 /// Most bytes that one UNMAP descriptor list gives back (MAXIMUM UNMAP LBA COUNT).
-pub const MAX_UNMAP_BYTES: u64 = 1 << 30;
+pub const MAX_UNMAP_BYTES: u64 = 512 << 20;
 /// Most descriptors in one UNMAP.
 pub const MAX_UNMAP_DESCRIPTORS: u32 = 256;
 /// Most blocks of a COMPARE AND WRITE.

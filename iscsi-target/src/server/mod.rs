@@ -1,0 +1,554 @@
+//! The server: sockets, the event loop, and what concerns several sessions at once.
+//!
+//! One thread does everything, run to completion: it takes what a wake-up brought, carries the commands out and sends
+//! the answers of the whole batch with one gather send. Nothing is shared, so nothing is locked.
+
+mod conn;
+mod frame;
+mod full;
+mod idle;
+mod login;
+mod out;
+mod registry;
+mod text;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use iscsi::pdu::framing::Limits;
+use iscsi::pdu::{AsyncEvent, AsyncMessage, TargetSn, TaskFunction, TaskManagementRequest, TaskResponseCode};
+use iscsi::scsi::Lun;
+use iscsi::target::Session;
+use rustix::event::{Timespec, epoll};
+use rustix::io::Errno;
+
+pub use idle::PollMode;
+
+use crate::config::{Config, Medium, TargetConfig};
+use crate::device::Device;
+use crate::lu::{Identity, LogicalUnit};
+use crate::storage::{FileStorage, MemoryStorage, Storage};
+use conn::{Conn, ConnError, Phase, Progress};
+use full::{FullFeature, Wider};
+use idle::Idle;
+use login::{Established, Login, LoginContext};
+use registry::{Key, Registry};
+
+const LISTENER: u64 = u64::MAX;
+const STOP: u64 = u64::MAX - 1;
+const MAX_EVENTS: usize = 64;
+/// Deadlines are looked at this often.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Why a server cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {addr}; is it taken, or not an address of this machine?")]
+    Listen {
+        /// The address.
+        addr: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// A medium cannot be opened.
+    #[error("cannot open the medium `{path}` of LUN {lun}")]
+    Medium {
+        /// The file.
+        path: String,
+        /// The LUN.
+        lun: u16,
+        /// Why.
+        source: io::Error,
+    },
+    /// A medium holds no block.
+    #[error("the medium `{path}` of LUN {lun} is smaller than a block of {block_bytes} bytes")]
+    Empty {
+        /// The file.
+        path: String,
+        /// The LUN.
+        lun: u16,
+        /// The block size.
+        block_bytes: u32,
+    },
+    /// Two logical units have one number, or there are too many.
+    #[error("LUN {lun} of {target} is given twice, or there are more than {max} LUNs", max = crate::device::MAX_LUNS)]
+    Lun {
+        /// The target.
+        target: String,
+        /// The LUN.
+        lun: u16,
+    },
+    /// Two targets have one name.
+    #[error("target {0} is given twice")]
+    Target(String),
+    /// The data thread cannot be pinned.
+    #[error("cannot pin the data path to hardware thread {cpu}; does it exist, and is it allowed?")]
+    Pin {
+        /// The hardware thread.
+        cpu: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// The operating system refused.
+    #[error("{action} failed")]
+    Os {
+        /// What.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn os<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Error {
+    move |source| Error::Os { action, source: source.into() }
+}
+
+/// A slot for a connection. The generation tells events of an earlier one apart.
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    conn: Option<Conn>,
+}
+
+/// The server.
+pub struct Server {
+    config: Config,
+    devices: Vec<Device>,
+    login: LoginContext,
+    listener: TcpListener,
+    addr: SocketAddr,
+    epoll: OwnedFd,
+    slots: Vec<Slot>,
+    connections: usize,
+    registry: Registry,
+}
+
+/// Builds a target with its logical units.
+fn build_device(target: &TargetConfig) -> Result<Device, Error> {
+    let mut device = Device::new(target.name.clone());
+    let mut next = 0;
+    for lun in &target.luns {
+        let number = lun.number.unwrap_or(next);
+        next = number.saturating_add(1);
+        let (storage, label): (Box<dyn Storage>, String) = match &lun.medium {
+            Medium::Memory(bytes) => (Box::new(MemoryStorage::new(*bytes)), "mem".into()),
+            Medium::File(path) => {
+                let label = path.canonicalize().unwrap_or_else(|_| path.clone()).display().to_string();
+                let storage = FileStorage::open(path, lun.options.read_only).map_err(|source| {
+                    Error::Medium { path: path.display().to_string(), lun: number, source }
+                })?;
+                (Box::new(storage), label)
+            }
+        };
+        let identity = Identity::derive(&target.name, u64::from(number), &label);
+        let unit = LogicalUnit::new(storage, identity, lun.options);
+        if unit.blocks() == 0 {
+            return Err(Error::Empty { path: label, lun: number, block_bytes: lun.options.block_bytes });
+        }
+        if !device.add(Lun::from_number(u64::from(number)), unit) {
+            return Err(Error::Lun { target: target.name.clone(), lun: number });
+        }
+    }
+    Ok(device)
+}
+
+impl Server {
+    /// Opens the media and listens. Sessions are served by [`run`](Self::run).
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let mut devices: Vec<Device> = Vec::new();
+        for target in &config.targets {
+            if devices.iter().any(|device| device.name() == target.name) {
+                return Err(Error::Target(target.name.clone()));
+            }
+            devices.push(build_device(target)?);
+        }
+        let listener = TcpListener::bind(config.listen)
+            .map_err(|source| Error::Listen { addr: config.listen, source })?;
+        listener.set_nonblocking(true).map_err(os("setting the listener non-blocking"))?;
+        let addr = listener.local_addr().map_err(os("asking for the listener's address"))?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("creating an epoll instance"))?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)
+            .map_err(os("watching the listener"))?;
+        let login = LoginContext::new(&config);
+        Ok(Self {
+            config,
+            devices,
+            login,
+            listener,
+            addr,
+            epoll,
+            slots: Vec::new(),
+            connections: 0,
+            registry: Registry::default(),
+        })
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Number of logical units of all targets.
+    pub fn unit_count(&self) -> usize {
+        self.devices.iter().map(Device::unit_count).sum()
+    }
+
+    /// Most memory that receive buffers and waiting data take, beside the media.
+    pub fn memory_bound_bytes(&self) -> u64 {
+        // Receive buffer; waiting data and one command more; a batch.
+        let per_connection = u64::from(self.config.session.max_recv_segment_bytes) + (128 << 10) + (16 << 20);
+        per_connection * self.config.max_connections as u64
+    }
+
+    /// Serves until `stop` becomes readable. Then writes back what is cached and closes all connections.
+    pub fn run(&mut self, stop: impl AsFd) -> Result<(), Error> {
+        if let Some(cpu) = self.config.cpu {
+            let mut set = rustix::thread::CpuSet::new();
+            if cpu >= rustix::thread::CpuSet::MAX_CPU {
+                return Err(Error::Pin { cpu, source: io::ErrorKind::InvalidInput.into() });
+            }
+            set.set(cpu);
+            rustix::thread::sched_setaffinity(None, &set)
+                .map_err(|source| Error::Pin { cpu, source: source.into() })?;
+        }
+        epoll::add(&self.epoll, stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)
+            .map_err(os("watching for the end"))?;
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+                MAX_EVENTS];
+        let mut idle = Idle::new(self.config.poll);
+        let mut next_tick = Instant::now() + TICK;
+        loop {
+            let count = self.wait(&mut events, &mut idle, next_tick)?;
+            let now = Instant::now();
+            for event in &events[..count] {
+                match event.data.u64() {
+                    STOP => return self.end(),
+                    LISTENER => self.accept(now),
+                    id => self.serve(id, event.flags, now),
+                }
+            }
+            if now >= next_tick {
+                self.tick(now);
+                next_tick = now + TICK;
+            }
+        }
+    }
+
+    /// Waits for events: looks for a while, if that pays, then sleeps.
+    fn wait(&self, events: &mut [epoll::Event], idle: &mut Idle, next_tick: Instant) -> Result<usize, Error> {
+        let since = Instant::now();
+        let budget = idle.budget();
+        loop {
+            let now = Instant::now();
+            let look = budget.is_none_or(|budget| now.duration_since(since) < budget);
+            let timeout = if look {
+                Some(Timespec::default())
+            } else if self.connections == 0 {
+                // Nothing has a deadline.
+                None
+            } else {
+                Timespec::try_from(next_tick.saturating_duration_since(now)).ok()
+            };
+            match epoll::wait(&self.epoll, &mut *events, timeout.as_ref()) {
+                Ok(0) if look && now < next_tick => {}
+                Ok(count) => {
+                    idle.worked(since, Instant::now());
+                    return Ok(count);
+                }
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(os("waiting for events")(e)),
+            }
+        }
+    }
+
+    fn accept(&mut self, now: Instant) {
+        loop {
+            match self.listener.accept() {
+                Ok((socket, peer)) => {
+                    if self.connections >= self.config.max_connections {
+                        tracing::warn!(%peer, limit = self.config.max_connections, "turned away: too many connections");
+                        continue;
+                    }
+                    if let Err(error) = self.add(socket, now) {
+                        tracing::warn!(%peer, %error, "connection lost before its login");
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(error) => {
+                    // Out of descriptors, probably: the ones that wait are taken when others have gone.
+                    tracing::warn!(%error, "accept failed");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, socket: TcpStream, now: Instant) -> io::Result<()> {
+        let index = self.slots.iter().position(|slot| slot.conn.is_none()).unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        let conn = Conn::new(socket, Login::new(&self.login), Limits::default(), now)?;
+        let slot = &mut self.slots[index];
+        let id = u64::from(slot.generation) << 32 | index as u64;
+        let data = epoll::EventData::new_u64(id);
+        epoll::add(&self.epoll, &conn.socket, data, epoll::EventFlags::IN)?;
+        tracing::debug!(peer = %conn.peer, "connected");
+        slot.conn = Some(conn);
+        self.connections += 1;
+        Ok(())
+    }
+
+    fn serve(&mut self, id: u64, flags: epoll::EventFlags, now: Instant) {
+        let (index, generation) = (id as u32 as usize, (id >> 32) as u32);
+        let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.generation == generation) else {
+            return;
+        };
+        let Some(conn) = &mut slot.conn else { return };
+        let readable =
+            flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR);
+        let result = if readable { conn.fill(now) } else { Ok(()) };
+        if let Err(error) = result.and_then(|()| self.work(index)) {
+            self.close(index, &error);
+        }
+    }
+
+    /// Deals with what a connection received and sends its answers, until it must wait.
+    fn work(&mut self, index: usize) -> Result<(), ConnError> {
+        loop {
+            let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) else {
+                return Ok(());
+            };
+            match conn.advance(&mut self.devices) {
+                Ok(Progress::Idle) => {}
+                Ok(Progress::Wider(wider)) => {
+                    self.wider(index, wider);
+                    continue;
+                }
+                Ok(Progress::Established(established)) => {
+                    self.establish(index, *established);
+                    continue;
+                }
+                Err(error) => {
+                    // A Reject or a login response tells the initiator why; it has one chance to go out.
+                    conn.fill_batch();
+                    let _ = conn.batch.send(&conn.socket);
+                    return Err(error);
+                }
+            }
+            conn.fill_batch();
+            if conn.batch.is_empty() || !conn.batch.send(&conn.socket)? {
+                if conn.is_finished() {
+                    return Err(ConnError::LoggedOut);
+                }
+                return self.watch(index);
+            }
+        }
+    }
+
+    /// Tells epoll what the connection waits for, if that changed.
+    fn watch(&mut self, index: usize) -> Result<(), ConnError> {
+        let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
+        let Some(conn) = &mut slot.conn else { return Ok(()) };
+        let wanted = conn.wanted();
+        if wanted != conn.interest {
+            let mut flags = epoll::EventFlags::empty();
+            flags.set(epoll::EventFlags::IN, wanted.0);
+            flags.set(epoll::EventFlags::OUT, wanted.1);
+            let id = u64::from(slot.generation) << 32 | index as u64;
+            epoll::modify(&self.epoll, &conn.socket, epoll::EventData::new_u64(id), flags)
+                .map_err(io::Error::from)?;
+            conn.interest = wanted;
+        }
+        Ok(())
+    }
+
+    /// A login succeeded: an earlier session of the same name is closed before the login is answered
+    /// (RFC 7143 6.3.5), so that nothing of it can act afterwards.
+    fn establish(&mut self, index: usize, established: Established) {
+        let key = Key {
+            initiator: established.initiator.clone(),
+            isid: established.isid,
+            target: established.target,
+        };
+        if let Some(old) = self.registry.find(&key).filter(|&old| old != index) {
+            self.close(old, &ConnError::Reinstated);
+        }
+        let tsih = self.registry.free_tsih();
+        let nexus = self.registry.enter(key, tsih, index);
+        let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) else { return };
+        let (config, digests) = established.answer(tsih, &mut conn.batch);
+        tracing::info!(
+            peer = %conn.peer,
+            initiator = established.initiator,
+            target = established.target.and_then(|target| self.devices.get(target)).map_or("discovery", Device::name),
+            isid = %established.isid,
+            tsih,
+            sessions = self.registry.len(),
+            "logged in"
+        );
+        conn.enter_full_feature(FullFeature::new(Session::new(config), digests, nexus, established.target));
+    }
+
+    /// The other sessions of a session's target: connection index and state.
+    fn peers(&mut self, target: usize) -> impl Iterator<Item = (usize, &mut FullFeature)> {
+        self.slots.iter_mut().enumerate().filter_map(move |(index, slot)| {
+            match &mut slot.conn.as_mut()?.phase {
+                Phase::Full(full) if full.target == Some(target) => Some((index, &mut **full)),
+                _ => None,
+            }
+        })
+    }
+
+    fn wider(&mut self, index: usize, wider: Wider) {
+        let Some(target) = self.slots.get(index).and_then(|slot| match &slot.conn.as_ref()?.phase {
+            Phase::Full(full) => full.target,
+            Phase::Login(_) => None,
+        }) else {
+            return;
+        };
+        match wider {
+            Wider::ModeChanged(unit) => {
+                let slots = &mut self.slots;
+                let device = &self.devices[target];
+                for (other, slot) in slots.iter_mut().enumerate() {
+                    if let Some(Phase::Full(full)) = slot.conn.as_mut().map(|conn| &mut conn.phase)
+                        && full.target == Some(target)
+                        && other != index
+                    {
+                        device.note_mode_change(&mut full.attentions, unit);
+                    }
+                }
+            }
+            Wider::TaskManagement(request) => self.task_management(index, target, &request),
+        }
+    }
+
+    /// Functions that end the tasks of all initiators, and resets.
+    fn task_management(&mut self, index: usize, target: usize, request: &TaskManagementRequest) {
+        let whole_target =
+            matches!(request.function, TaskFunction::TargetWarmReset | TaskFunction::TargetColdReset);
+        let cold = request.function == TaskFunction::TargetColdReset;
+        let lun = (!whole_target).then_some(request.lun);
+        let reset = request.function != TaskFunction::ClearTaskSet;
+        let device = &mut self.devices[target];
+        let units: Vec<_> = match lun {
+            Some(lun) => device.find(lun).into_iter().collect(),
+            None => device.all_units().collect(),
+        };
+        if reset {
+            units.iter().for_each(|&unit| device.reset(unit));
+        }
+        tracing::info!(function = ?request.function, lun = ?lun, "task management");
+        let mut others = Vec::new();
+        for (other, full) in self.peers(target) {
+            full.abort(lun);
+            if other == index {
+                full.session.complete_task_management(request.itt, TaskResponseCode::Complete);
+                full.closing |= cold;
+            } else {
+                others.push(other);
+            }
+        }
+        for other in others {
+            if cold {
+                // A cold reset ends all connections (RFC 7143 11.5.1).
+                self.close(other, &ConnError::Reset);
+                continue;
+            }
+            let device = &self.devices[target];
+            if reset
+                && let Some(conn) = &mut self.slots[other].conn
+                && let Phase::Full(full) = &mut conn.phase
+            {
+                units.iter().for_each(|&unit| device.note_reset(&mut full.attentions, unit));
+            }
+        }
+    }
+
+    /// Ends a connection with its session.
+    fn close(&mut self, index: usize, reason: &ConnError) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        let Some(conn) = slot.conn.take() else { return };
+        slot.generation = slot.generation.wrapping_add(1);
+        self.connections -= 1;
+        if reason.is_ordinary() {
+            tracing::info!(peer = %conn.peer, %reason, "disconnected");
+        } else {
+            tracing::warn!(peer = %conn.peer, %reason, "disconnected");
+        }
+        if let Phase::Full(full) = &conn.phase {
+            self.registry.leave(index);
+            if let Some(device) = full.target.and_then(|target| self.devices.get_mut(target)) {
+                device.nexus_lost(full.nexus);
+            }
+            tracing::debug!(peer = %conn.peer, counters = ?full.session.counters(), "session ended");
+        }
+        // Dropping the socket closes it and takes it out of epoll.
+    }
+
+    /// Looks at deadlines: logins that take too long, connections that are silent.
+    fn tick(&mut self, now: Instant) {
+        let keepalive = self.config.keepalive;
+        for index in 0..self.slots.len() {
+            let Some(conn) = &mut self.slots[index].conn else { continue };
+            let silent = now.saturating_duration_since(conn.last_heard);
+            let error = match &mut conn.phase {
+                Phase::Login(_) if now.duration_since(conn.since) >= self.config.login_timeout => {
+                    Some(ConnError::LoginTimeout)
+                }
+                Phase::Full(full) if !keepalive.is_zero() && silent >= keepalive => {
+                    if full.session.ping_outstanding() {
+                        (silent >= 2 * keepalive).then_some(ConnError::Silent)
+                    } else {
+                        full.session.send_ping();
+                        self.work(index).err()
+                    }
+                }
+                _ => None,
+            };
+            if let Some(error) = error {
+                self.close(index, &error);
+            }
+        }
+    }
+
+    /// An orderly end: initiators are told, media are written back.
+    fn end(&mut self) -> Result<(), Error> {
+        for slot in &mut self.slots {
+            if let Some(conn) = &mut slot.conn
+                && let Phase::Full(full) = &mut conn.phase
+            {
+                let message = AsyncMessage {
+                    event: AsyncEvent::SessionDropped,
+                    vendor_code: 0,
+                    data_len_bytes: 0,
+                    lun: Lun::ZERO,
+                    sn: TargetSn {
+                        stat_sn: Default::default(),
+                        exp_cmd_sn: Default::default(),
+                        max_cmd_sn: Default::default(),
+                    },
+                    parameter1: 0,
+                    parameter2: 0,
+                    parameter3: 0,
+                };
+                full.session.send_async(message, Vec::new());
+                // As far as the socket takes it; nobody is waited for.
+                conn.fill_batch();
+                let _ = conn.batch.send(&conn.socket);
+            }
+            slot.conn = None;
+        }
+        for device in &mut self.devices {
+            device.flush().map_err(os("writing the media back"))?;
+        }
+        Ok(())
+    }
+}
