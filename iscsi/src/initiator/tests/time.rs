@@ -1,0 +1,174 @@
+//! Keepalive, time limits and logout on virtual time.
+
+use super::*;
+use crate::pdu::{
+    LogoutResponse, LogoutResponseCode, TaskFunction, TaskManagementResponse, TaskResponseCode,
+};
+
+impl Bench {
+    /// Advances to the session's next deadline and runs the timers.
+    fn wake(&mut self) -> Result<(), SessionError> {
+        let at = self.session.deadline().unwrap();
+        assert!(at > self.now, "a deadline in the past is a busy loop");
+        self.now = at;
+        self.session.timers(self.now)
+    }
+
+    fn tmf_answer(&mut self, itt: Itt, response: TaskResponseCode) -> Result<Place, SessionError> {
+        let pdu = TaskManagementResponse { response, itt, sn: self.sn() };
+        self.take(&pdu.encode(), &[])
+    }
+
+    fn tmf(&mut self) -> crate::pdu::TaskManagementRequest {
+        match self.next_tx() {
+            Some((InitiatorPdu::TaskManagementRequest(pdu), _)) => pdu,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn alive(&mut self) {
+        self.ping(Ttt::NONE, Lun::ZERO).unwrap();
+    }
+}
+
+#[test]
+fn an_idle_connection_is_probed_and_found_dead() {
+    let mut bench = Bench::new();
+    let start = bench.now;
+    bench.wake().unwrap();
+    assert_eq!(bench.now - start, Duration::from_secs(5));
+    let Some((InitiatorPdu::NopOut(ping), _)) = bench.next_tx() else { panic!() };
+    assert!(ping.immediate && !ping.itt.is_none() && ping.ttt.is_none());
+    // Answered: on with it.
+    let answer = NopIn { data_len_bytes: 0, lun: Lun::ZERO, itt: ping.itt, ttt: Ttt::NONE, sn: bench.sn() };
+    bench.take(&answer.encode(), &[]).unwrap();
+    bench.wake().unwrap();
+    assert!(matches!(bench.next_tx(), Some((InitiatorPdu::NopOut(p), _)) if p.itt != ping.itt));
+    assert_eq!(bench.wake(), Err(SessionError::Silent { timeout: Duration::from_secs(5) }));
+    assert_eq!(bench.now - start, Duration::from_secs(15));
+    // An answer to a ping that is no longer underway is none.
+    assert!(bench.take(&answer.encode(), &[]).is_err());
+}
+
+#[test]
+fn a_slow_command_is_aborted() {
+    let mut bench = Bench::new();
+    let command = bench.start(5, read(512));
+    bench.now += Duration::from_secs(29);
+    bench.alive();
+    bench.now += Duration::from_secs(1);
+    bench.session.timers(bench.now).unwrap();
+    assert_eq!(bench.session.next_event(), Some(Event::Recovering { step: "ABORT TASK", slot: 5 }));
+    let tmf = bench.tmf();
+    assert_eq!(tmf.function, TaskFunction::AbortTask);
+    assert!(tmf.immediate);
+    assert_eq!((tmf.referenced_itt, tmf.ref_cmd_sn, tmf.lun), (command.itt, command.cmd_sn, command.lun));
+    bench.tmf_answer(tmf.itt, TaskResponseCode::Complete).unwrap();
+    assert_eq!(bench.outcome(), Some((5, Outcome::Aborted)));
+    assert!(bench.session.is_free(5));
+    // The answer of the aborted task is one of an unknown task from now on.
+    assert!(bench.good(command.itt).is_err());
+}
+
+#[test]
+fn an_answer_that_crosses_the_abort_counts() {
+    let mut bench = Bench::new();
+    let command = bench.start(5, read(512));
+    bench.now += Duration::from_secs(30);
+    bench.alive();
+    bench.session.timers(bench.now).unwrap();
+    assert!(bench.session.next_event().is_some());
+    let tmf = bench.tmf();
+    bench.data_in(command.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
+    assert_eq!(bench.outcome(), Some((5, status_good(512))));
+    // The slot lives on under another tag while the answer to the abort is on its way.
+    let next = bench.start(5, read(512));
+    bench.tmf_answer(tmf.itt, TaskResponseCode::NoTask).unwrap();
+    assert_eq!(bench.outcome(), None);
+    bench.data_in(next.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
+    assert_eq!(bench.outcome(), Some((5, status_good(512))));
+}
+
+#[test]
+fn the_ladder_abort_reset_new_session() {
+    let mut bench = Bench::new();
+    let first = bench.start(1, read(512));
+    let second = bench.start(2, Command { timeout: Duration::from_secs(60), ..read(512) });
+    let other = bench.start(3, Command { lun: Lun::ZERO, timeout: Duration::from_secs(60), ..read(512) });
+    bench.now += Duration::from_secs(30);
+    bench.alive();
+    bench.session.timers(bench.now).unwrap();
+    assert_eq!(bench.tmf().referenced_itt, first.itt);
+    bench.now += Duration::from_secs(5);
+    bench.alive();
+    bench.session.timers(bench.now).unwrap();
+    let reset = bench.tmf();
+    assert_eq!(reset.function, TaskFunction::LogicalUnitReset);
+    assert!(reset.referenced_itt.is_none());
+    while bench.session.next_event().is_some() {}
+    // A reset that works ends all tasks of the unit, and only those.
+    bench.tmf_answer(reset.itt, TaskResponseCode::Complete).unwrap();
+    let ended: Vec<_> = std::iter::from_fn(|| bench.session.next_event()).collect();
+    let aborted = |slot| Event::Done { slot, outcome: Outcome::Aborted };
+    assert_eq!(ended, [aborted(1), aborted(2)]);
+    assert!(bench.good(second.itt).is_err());
+    let _ = other;
+
+    // One that does not ends the session.
+    let mut bench = Bench::new();
+    bench.start(1, read(512));
+    bench.now += Duration::from_secs(30);
+    bench.alive();
+    bench.session.timers(bench.now).unwrap();
+    let abort = bench.tmf();
+    bench.tmf_answer(abort.itt, TaskResponseCode::Unsupported).unwrap();
+    let reset = bench.tmf();
+    let error = bench.tmf_answer(reset.itt, TaskResponseCode::Rejected).unwrap_err();
+    assert!(matches!(error, SessionError::Stuck { step: "LOGICAL UNIT RESET", .. }));
+    let mut left = Vec::new();
+    bench.session.unanswered(&mut left);
+    assert_eq!(left, [1]);
+}
+
+#[test]
+fn a_window_that_stays_closed_is_noticed() {
+    let mut bench = Bench::with(Config { max_cmd_sn: Serial(FIRST_CMD_SN).sub(1), ..config() });
+    bench.submit(0, read(512));
+    assert!(bench.sent().is_empty());
+    bench.now += Duration::from_secs(29);
+    bench.max_cmd_sn = Serial(FIRST_CMD_SN).sub(1);
+    bench.alive();
+    bench.now += Duration::from_secs(1);
+    assert_eq!(bench.session.timers(bench.now), Err(SessionError::WindowClosed));
+}
+
+#[test]
+fn logout_waits_for_commands_and_for_its_answer() {
+    let mut bench = Bench::new();
+    let command = bench.start(0, read(512));
+    bench.session.logout(bench.now, Duration::from_secs(1));
+    assert!(bench.sent().is_empty());
+    bench.data_in(command.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
+    assert!(bench.outcome().is_some());
+    let Some((InitiatorPdu::LogoutRequest(logout), _)) = bench.next_tx() else { panic!() };
+    // Nothing follows a Logout, not even an answer to a ping.
+    bench.ping(Ttt(1), Lun::ZERO).unwrap();
+    assert!(bench.sent().is_empty());
+    let answer = LogoutResponse {
+        response: LogoutResponseCode::Closed,
+        itt: logout.itt,
+        sn: bench.sn(),
+        time2wait_s: 0,
+        time2retain_s: 0,
+    };
+    bench.take(&answer.encode(), &[]).unwrap();
+    assert_eq!(bench.session.next_event(), Some(Event::LoggedOut { time2wait_s: 0 }));
+
+    // Neither a command nor the target's silence can hold it up.
+    let mut bench = Bench::new();
+    bench.start(0, read(512));
+    bench.session.logout(bench.now, Duration::from_secs(1));
+    bench.wake().unwrap();
+    assert!(matches!(bench.next_tx(), Some((InitiatorPdu::LogoutRequest(_), _))));
+    assert!(matches!(bench.wake(), Err(SessionError::LogoutTimeout { .. })));
+}
