@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 /// Readable when SIGTERM or SIGINT came.
 #[derive(Debug)]
@@ -35,12 +36,23 @@ impl Signals {
         }
     }
 
-    /// The number of the signal that came, if one did.
+    /// For a server inside another program (or a test): ends it when the returned stream is dropped, no signals.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn embedded() -> io::Result<(Self, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((Self(ours.into()), theirs))
+    }
+
+    /// The number of the signal that came, if one did; 0 if an embedding program wants an end.
     #[must_use]
     pub fn take(&self) -> Option<u32> {
         // `struct signalfd_siginfo` is 128 bytes and starts with the signal's number.
         let mut info = [0; 128];
         match rustix::io::read(self.0.as_fd(), &mut info) {
+            Ok(0) => Some(0),
             Ok(128) => Some(u32::from_ne_bytes([info[0], info[1], info[2], info[3]])),
             _ => None,
         }
