@@ -1,5 +1,18 @@
 //! End-to-end tests: the programs as they are, against peers that we did not write. One binary, so that it links once.
 //!
-//! Every test starts what it needs on free ports, waits for events with deadlines, and can run beside the others.
+//! Every test starts what it needs on free ports, waits for events with deadlines, and can run beside the others. A
+//! test whose system programs are missing says so and passes, unless `VCP_REQUIRE_TOOLS=1`.
 
 mod beds;
+mod bench;
+mod chap;
+mod discovery;
+mod disk;
+mod errors;
+mod guest;
+mod info;
+mod monitor;
+mod recovery;
+mod servers;
+mod support;
+mod wire;

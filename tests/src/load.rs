@@ -98,7 +98,7 @@ impl Load {
         };
         let offset = (chunk * CHUNK) as u64;
         self.started += 1;
-        let (op, version) = if self.started % 50 == 0 {
+        let (op, version) = if self.started.is_multiple_of(50) {
             (Op::Flush, None)
         } else if self.versions[chunk] == 0 || self.next(2) == 0 {
             let version = u32::try_from(self.started)?;

@@ -1,0 +1,80 @@
+//! What we put on the wire, judged by tshark's iSCSI decoder.
+
+use anyhow::ensure;
+use vcp_tests::backend::Backend;
+use vcp_tests::front::Driver;
+use vcp_tests::load::Load;
+use vcp_tests::proxy::{Proxy, Way};
+use vcp_tests::target::{Kind, LunSpec, Spec, Target};
+use vcp_tests::{Result, pattern, pcap, tool};
+
+use crate::support::COMMAND;
+
+fn decodes(kind: Kind, digest: &str) -> Result<()> {
+    if !vcp_tests::target::have(kind) || !tool::have(&["tshark"]) {
+        return Ok(());
+    }
+    let target = Target::start(kind, &Spec::disk(8 << 20))?;
+    let proxy = Proxy::start(target.portal())?;
+    proxy.record();
+    let args = ["--header-digest", digest, "--data-digest", digest];
+    let backend = Backend::vcp_iscsi(&target.url_at(proxy.addr(), 0), &args)?;
+    let mut driver = Driver::connect(backend.socket(), 1)?;
+    driver.write(0, &pattern::make(1, 0, 512 << 10))?;
+    pattern::check(1, 0, &driver.read(0, 512 << 10)?)?;
+    Load::new(1, 64).run(&mut driver, 0, 8, 120, |_| Ok(()))?;
+    drop(driver);
+    backend.proc().terminate(COMMAND)?;
+    proxy.wait_open(0, COMMAND)?;
+    let dir = tempfile::tempdir()?;
+    let mut seen = [false; 64];
+    for record in proxy.records() {
+        for opcode in pcap::decode(&record, dir.path())? {
+            seen[usize::from(opcode & 0x3f)] = true;
+        }
+    }
+    // Login, command, response, data in and logout of both sides.
+    for opcode in [0x03, 0x23, 0x01, 0x21, 0x25, 0x06, 0x26] {
+        ensure!(seen[opcode], "tshark saw no PDU with opcode {opcode:#04x}");
+    }
+    Ok(())
+}
+
+#[test]
+fn tshark_finds_our_pdus_well_formed() -> Result<()> {
+    decodes(Kind::Tgtd, "none")
+}
+
+#[test]
+fn tshark_finds_our_digests_right() -> Result<()> {
+    decodes(Kind::Ours, "crc32c")
+}
+
+/// Defect H of libiscsi: LUN 300 is not 0x012c on the wire but, in flat addressing, 0x412c (SAM-5 4.7.7.3).
+#[test]
+fn lun_300_goes_out_in_flat_addressing() -> Result<()> {
+    let lun = LunSpec { number: Some(300), ..LunSpec::new(1 << 20) };
+    let target = Target::start(Kind::Ours, &Spec { luns: vec![lun], chap: None })?;
+    let proxy = Proxy::start(target.portal())?;
+    proxy.record();
+    let backend = Backend::vcp_iscsi(&target.url_at(proxy.addr(), 0), &[])?;
+    let mut driver = Driver::connect(backend.socket(), 1)?;
+    driver.write(0, &pattern::make(1, 0, 4096))?;
+    driver.read(0, 4096)?;
+    // A SCSI Command with a WRITE CDB: opcode 0x01, LUN in bytes 8 to 15, CDB from byte 32 on.
+    let bytes: Vec<u8> = proxy.records().iter().flat_map(|r| r.bytes(Way::ToTarget)).collect();
+    let writes: Vec<&[u8]> = bytes
+        .windows(48)
+        .filter(|w| {
+            w[0] & 0x3f == 0x01
+                && w[1] & 0x20 != 0
+                && matches!(w[32], 0x2a | 0x8a)
+                && w[20..24] == [0, 0, 16, 0]
+        })
+        .collect();
+    ensure!(!writes.is_empty(), "no WRITE on the wire");
+    for write in writes {
+        ensure!(write[8..16] == [0x41, 0x2c, 0, 0, 0, 0, 0, 0], "LUN field {:02x?}", &write[8..16]);
+    }
+    Ok(())
+}
