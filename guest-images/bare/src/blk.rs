@@ -16,11 +16,12 @@ use crate::runtime::{Clock, println};
 /// Bytes in a sector, the unit of addresses and capacity.
 pub const SECTOR: u64 = 512;
 
+const F_SIZE_MAX: u64 = 1 << 1;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 const NAMES: [(u64, &str); 11] = [
-    (1 << 1, "SIZE_MAX"),
+    (F_SIZE_MAX, "SIZE_MAX"),
     (1 << 2, "SEG_MAX"),
     (F_RO, "RO"),
     (F_BLK_SIZE, "BLK_SIZE"),
@@ -133,8 +134,8 @@ impl Disk {
         if offered & Feature::VERSION_1.bits() == 0 {
             return Err(Error::Device("it does not offer VERSION_1"));
         }
-        let mut wanted =
-            Feature::VERSION_1.bits() | Feature::RING_EVENT_IDX.bits() | F_RO | F_BLK_SIZE | F_FLUSH;
+        let mut wanted = Feature::VERSION_1.bits() | Feature::RING_EVENT_IDX.bits();
+        wanted |= F_SIZE_MAX | F_RO | F_BLK_SIZE | F_FLUSH;
         if config.indirect {
             wanted |= Feature::RING_INDIRECT_DESC.bits();
         }
@@ -185,10 +186,7 @@ impl Disk {
 
     /// Prints what the disk is.
     pub fn identify(&mut self, number: u32) -> Result<(), Error> {
-        let block = match self.offered & F_BLK_SIZE {
-            0 => 512,
-            _ => self.transport.read_config_space::<u32>(20).unwrap_or(512),
-        };
+        let block = self.block_bytes();
         let capacity = self.capacity;
         let mib = self.len_bytes() >> 20;
         self.start(0, Op::GetId, 0, 20)?;
@@ -208,6 +206,40 @@ impl Disk {
         let (offered, slots) = (self.offered, self.ring.slots());
         println!("disk {number}: features {offered:#x}{}, {slots} slots", Features(offered));
         Ok(())
+    }
+
+    /// Returns the logical block size in bytes.
+    fn block_bytes(&self) -> usize {
+        match self.offered & F_BLK_SIZE {
+            0 => SECTOR as usize,
+            _ => self.transport.read_config_space::<u32>(20).unwrap_or(SECTOR as u32) as usize,
+        }
+    }
+
+    /// Returns `config` with requests that this disk takes: no segment beyond SIZE_MAX.
+    pub fn fit(&self, config: &Config) -> Result<Config, Error> {
+        let block = self.block_bytes();
+        let is_whole = |bytes: usize| block != 0 && bytes.is_multiple_of(block);
+        if !is_whole(config.block_bytes) || !is_whole(config.seq_block_bytes) {
+            return Err(Error::Config("bs= and seqbs= are multiples of the disk's block size"));
+        }
+        let size_max = match self.offered & F_SIZE_MAX {
+            0 => 0,
+            _ => self.transport.read_config_space::<u32>(8).unwrap_or(0) as usize,
+        };
+        // qemu-storage-daemon 7.2 offers the feature and says 0, which can only mean no limit.
+        let size_max = if size_max == 0 { usize::MAX } else { size_max };
+        let mut config = *config;
+        for bytes in [&mut config.block_bytes, &mut config.seq_block_bytes] {
+            if *bytes > size_max {
+                println!("guest: requests of {size_max} bytes instead of {bytes}: the disk's SIZE_MAX");
+                *bytes = size_max / block * block;
+            }
+        }
+        if config.block_bytes.min(config.seq_block_bytes) == 0 {
+            return Err(Error::Device("its SIZE_MAX is less than its block size"));
+        }
+        Ok(config)
     }
 
     /// Returns whether the disk refuses writes.

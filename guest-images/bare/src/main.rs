@@ -96,6 +96,7 @@ fn run(info: &BootInfo) -> Result<(), blk::Error> {
         }
         let mut disk = blk::Disk::open(transport, &config, clock)?;
         disk.identify(disks)?;
+        let config = disk.fit(&config)?;
         if matches!(config.job, Job::Verify | Job::All) {
             verify::run(&mut disk, &config)?;
         }

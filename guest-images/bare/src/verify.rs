@@ -11,19 +11,23 @@ pub fn run(disk: &mut Disk, config: &Config) -> Result<(), Error> {
         println!("verify: skipped, the disk is read-only");
         return Ok(());
     }
-    let unit = config.seq_block_bytes as u64;
+    // What is overwritten is a third of the groups; the region has whole requests of either size.
+    let group = config.block_bytes.min(config.seq_block_bytes);
+    let sectors = group as u64 / SECTOR;
+    let unit = (config.seq_block_bytes * config.block_bytes / gcd(config.seq_block_bytes, config.block_bytes))
+        as u64;
     let region = config.region_bytes.min(disk.len_bytes()) / unit * unit;
     if region == 0 {
         return Err(Error::Device("it is smaller than one request of seqbs= bytes"));
     }
     let started = disk.clock.now();
-    let generation = |first: bool, lba: u64| if !first && lba / 8 % 3 == 1 { 2 } else { 1 };
+    let generation = |first: bool, lba: u64| if !first && lba / sectors % 3 == 1 { 2 } else { 1 };
 
     write(disk, config, region, config.seq_block_bytes, |_| true, 1)?;
     disk.flush()?;
     read(disk, config, region, config.block_bytes, |lba| generation(true, lba))?;
-    // Every third group of eight sectors again, with another pattern: neighbours must stay as they are.
-    write(disk, config, region, 4096, |lba| lba / 8 % 3 == 1, 2)?;
+    // Every third group again, with another pattern: neighbours must stay as they are.
+    write(disk, config, region, group, |lba| lba / sectors % 3 == 1, 2)?;
     disk.flush()?;
     read(disk, config, region, config.seq_block_bytes, |lba| generation(false, lba))?;
     let secs = disk.clock.secs(disk.clock.now() - started);
@@ -100,6 +104,10 @@ fn read(
         first += batch;
     }
     Ok(())
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Fills a sector from seed, address and generation.
