@@ -6,3 +6,5 @@
 
 pub mod blk;
 pub mod engine;
+pub mod portal;
+pub mod url;

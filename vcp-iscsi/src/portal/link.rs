@@ -1,0 +1,229 @@
+//! [`Dial`]: from a portal's name to a session in full feature phase, without blocking.
+//!
+//! Resolution (on a thread of its own unless the portal is given by number), connection to each address in turn,
+//! login, and the same again where the target redirects to (RFC 7143 11.13.5, status class 1).
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::login::{LoggedIn, LoginPort, LoginStep, Purpose};
+use super::socket::{self, Resolving};
+use super::{Options, PortalError};
+use crate::url::Portal;
+
+/// How often a resolution on its thread is looked at.
+const RESOLVE_TICK: Duration = Duration::from_millis(20);
+/// Redirections followed in one attempt.
+const MAX_REDIRECTS: u32 = 4;
+
+#[derive(Debug)]
+enum State {
+    Resolving(Resolving),
+    Connecting(TcpStream),
+    Login(Box<LoginPort>),
+    Over,
+}
+
+/// One attempt to get a session.
+#[derive(Debug)]
+pub struct Dial {
+    options: Arc<Options>,
+    purpose: Purpose,
+    portal: Portal,
+    addresses: VecDeque<SocketAddr>,
+    last_error: Option<io::Error>,
+    redirects: u32,
+    portal_group_tag: Option<u16>,
+    state: State,
+    /// For the state at hand.
+    deadline: Instant,
+    polled: Instant,
+}
+
+impl Dial {
+    /// Starts an attempt. `portal_group_tag`: the one that must answer, so that the login reinstates the session that
+    /// was lost; a target that redirects may name another.
+    ///
+    /// # Errors
+    /// Not even that is possible.
+    pub fn start(
+        options: Arc<Options>,
+        purpose: Purpose,
+        portal_group_tag: Option<u16>,
+        now: Instant,
+    ) -> Result<Self, PortalError> {
+        let mut dial = Self {
+            portal: options.url.portal.clone(),
+            options,
+            purpose,
+            addresses: VecDeque::new(),
+            last_error: None,
+            redirects: 0,
+            portal_group_tag,
+            state: State::Over,
+            deadline: now,
+            polled: now,
+        };
+        dial.go(now)?;
+        Ok(dial)
+    }
+
+    /// Begins with `self.portal`.
+    fn go(&mut self, now: Instant) -> Result<(), PortalError> {
+        self.deadline = now + self.options.timeouts.connect;
+        self.last_error = None;
+        if let Some(address) = socket::literal(&self.portal) {
+            self.addresses = VecDeque::from([address]);
+            return self.next_address();
+        }
+        let resolving = Resolving::start(self.portal.clone())
+            .map_err(|source| PortalError::System { what: "start a thread", source })?;
+        self.state = State::Resolving(resolving);
+        Ok(())
+    }
+
+    fn next_address(&mut self) -> Result<(), PortalError> {
+        while let Some(address) = self.addresses.pop_front() {
+            match socket::start_connect(address) {
+                Ok(stream) => {
+                    self.state = State::Connecting(stream);
+                    return Ok(());
+                }
+                Err(error) => self.last_error = Some(error),
+            }
+        }
+        self.state = State::Over;
+        let source = self.last_error.take().unwrap_or_else(|| io::ErrorKind::NotFound.into());
+        Err(PortalError::Connect { portal: self.portal.to_string(), source })
+    }
+
+    /// Moves on; the session once it stands. After an error or the session, the attempt is over.
+    ///
+    /// # Errors
+    /// The attempt failed.
+    pub fn poll(&mut self, now: Instant) -> Result<Option<LoggedIn>, PortalError> {
+        self.polled = now;
+        loop {
+            match &mut self.state {
+                State::Resolving(resolving) => match resolving.try_take() {
+                    None => return self.in_time(now),
+                    Some(Ok(addresses)) => {
+                        self.addresses = addresses.into();
+                        self.next_address()?;
+                    }
+                    Some(Err(source)) => {
+                        self.state = State::Over;
+                        return Err(PortalError::Resolve { portal: self.portal.to_string(), source });
+                    }
+                },
+                State::Connecting(stream) => match socket::connected(stream) {
+                    Ok(false) => return self.in_time(now),
+                    Ok(true) => {
+                        let State::Connecting(stream) = std::mem::replace(&mut self.state, State::Over)
+                        else {
+                            return Ok(None);
+                        };
+                        self.deadline = now + self.options.timeouts.login;
+                        let port = LoginPort::start(
+                            stream,
+                            &self.options,
+                            self.purpose,
+                            &self.portal,
+                            self.portal_group_tag,
+                        )?;
+                        self.state = State::Login(Box::new(port));
+                    }
+                    Err(error) => {
+                        self.last_error = Some(error);
+                        self.next_address()?;
+                    }
+                },
+                State::Login(port) => match port.poll() {
+                    Ok(LoginStep::Pending) => return self.in_time(now),
+                    Ok(LoginStep::Done(logged_in)) => {
+                        self.state = State::Over;
+                        return Ok(Some(logged_in));
+                    }
+                    Ok(LoginStep::Redirect(portal)) => {
+                        self.redirects += 1;
+                        if self.redirects > MAX_REDIRECTS {
+                            self.state = State::Over;
+                            return Err(PortalError::Redirects {
+                                portal: self.options.url.portal.to_string(),
+                            });
+                        }
+                        tracing::info!(from = %self.portal, to = %portal, "target redirects");
+                        self.portal = portal;
+                        self.portal_group_tag = None;
+                        self.go(now)?;
+                    }
+                    Err(error) => {
+                        self.state = State::Over;
+                        return Err(error);
+                    }
+                },
+                State::Over => {
+                    return Err(PortalError::Connect {
+                        portal: self.portal.to_string(),
+                        source: io::ErrorKind::NotConnected.into(),
+                    });
+                }
+            }
+        }
+    }
+
+    fn in_time(&mut self, now: Instant) -> Result<Option<LoggedIn>, PortalError> {
+        if now < self.deadline {
+            return Ok(None);
+        }
+        let portal = self.portal.to_string();
+        let timeout = self.options.timeouts.connect;
+        Err(match std::mem::replace(&mut self.state, State::Over) {
+            State::Login(_) => PortalError::LoginTimeout {
+                portal,
+                target: self.purpose.target_name(&self.options),
+                timeout: self.options.timeouts.login,
+            },
+            State::Resolving(_) => PortalError::Resolve {
+                portal,
+                source: io::Error::new(io::ErrorKind::TimedOut, "the resolver is too slow"),
+            },
+            _ => PortalError::ConnectTimeout { portal, timeout },
+        })
+    }
+
+    /// The socket to wait for.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::Connecting(stream) => Some(stream.as_fd()),
+            State::Login(port) => port.stream().map(AsFd::as_fd),
+            State::Resolving(_) | State::Over => None,
+        }
+    }
+
+    /// Whether it waits to write.
+    pub fn wants_write(&self) -> bool {
+        match &self.state {
+            State::Connecting(_) => true,
+            State::Login(port) => port.wants_write(),
+            State::Resolving(_) | State::Over => false,
+        }
+    }
+
+    /// When to poll again at the latest.
+    pub fn deadline(&self) -> Instant {
+        match self.state {
+            State::Resolving(_) => self.deadline.min(self.polled + RESOLVE_TICK),
+            _ => self.deadline,
+        }
+    }
+
+    /// The portal at hand.
+    pub fn portal(&self) -> &Portal {
+        &self.portal
+    }
+}

@@ -1,0 +1,357 @@
+//! A full-feature session over a socket: what is queued goes out in one system call, what arrives goes straight to
+//! where it belongs.
+//!
+//! - Sending: headers, padding and digests are built in an arena; payload is named, not copied, and the kernel takes
+//!   it from guest memory. With data digests the payload is copied once and digested there: the guest may change its
+//!   memory between digest and transmission, or retransmission (the field's oldest digest trouble).
+//! - Receiving: one large receive into a staging buffer takes many headers and small payloads at once; the rest of a
+//!   payload that is longer than what arrived is received into guest memory directly.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+use std::time::Instant;
+
+use iscsi::digest::Crc32c;
+use iscsi::initiator::{Place, Session, SessionError, TxPdu};
+use iscsi::pdu::framing::{FrameError, Limits, Receiver, Step, Trailer};
+use iscsi::pdu::{ahs::MAX_AHS_BYTES, framing::Digests};
+use vcp_core::sock::{Gather, IovStorage, Scatter};
+
+use super::job::{Data, Jobs};
+
+/// Bytes taken from the socket at once into private memory. Payload in it is copied to guest memory, so it bounds the
+/// copying for long transfers; headers and small payloads of a whole batch fit.
+pub const RX_STAGING_BYTES: usize = 64 << 10;
+/// The rest of a payload at least this long is received into guest memory without a copy. A shorter one costs less
+/// copied than the shorter batch behind it would.
+pub const RX_DIRECT_MIN_BYTES: u32 = 4096;
+/// Room behind a payload that is received directly: for the next headers.
+pub const RX_TAIL_BYTES: usize = 8 << 10;
+/// Receives per call of [`Wire::pump`], so that other work gets its turn.
+const RX_ROUNDS: usize = 16;
+/// Pieces queued for one send at most; guest buffers may be several entries of the I/O vector each.
+const TX_PIECES: usize = 256;
+/// Bytes queued for one send at most: more than a socket buffer takes brings nothing.
+const TX_BYTES: usize = 1 << 20;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The socket failed.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    /// The target closed it.
+    #[error("the target closed the connection")]
+    Closed,
+    /// What arrives is no stream of PDUs any more.
+    #[error("the stream of PDUs is broken")]
+    Frame(#[from] FrameError),
+    /// The protocol ended it.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Piece {
+    /// Of the arena.
+    Private { at: usize, len_bytes: usize },
+    /// Of a slot's data.
+    Slot { slot: u16, at: usize, len_bytes: usize },
+}
+
+/// What moved, for the metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct WireStats {
+    /// Calls of `sendmsg`.
+    pub sends: u64,
+    /// Calls of `recvmsg`.
+    pub receives: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// Bytes received.
+    pub received_bytes: u64,
+    /// Payload bytes copied from the staging buffer.
+    pub copied_bytes: u64,
+    /// Payload bytes received into guest memory directly.
+    pub direct_bytes: u64,
+}
+
+/// A session and its connection.
+#[derive(Debug)]
+pub struct Wire {
+    stream: TcpStream,
+    /// The protocol.
+    pub session: Session,
+    rx: Receiver,
+    staging: Box<[u8]>,
+    staged: std::ops::Range<usize>,
+    place: Place,
+    inline: Vec<u8>,
+    arena: Vec<u8>,
+    pieces: VecDeque<Piece>,
+    blocked: bool,
+    iov: IovStorage,
+    /// What moved so far.
+    pub stats: WireStats,
+}
+
+impl Wire {
+    /// A session that just logged in. `early` is what arrived behind the final Login Response.
+    pub fn new(stream: TcpStream, session: Session, early: &[u8]) -> Self {
+        let config = session.config();
+        let limits = Limits { ahs_bytes: MAX_AHS_BYTES, data_bytes: config.max_receive_bytes };
+        let mut rx = Receiver::new(limits);
+        rx.configure(limits, Digests { header: config.header_digest, data: config.data_digest });
+        let mut staging = vec![0; RX_STAGING_BYTES.max(early.len())].into_boxed_slice();
+        staging[..early.len()].copy_from_slice(early);
+        Self {
+            stream,
+            session,
+            rx,
+            staging,
+            staged: 0..early.len(),
+            place: Place::None,
+            inline: Vec::with_capacity(512),
+            arena: Vec::with_capacity(TX_PIECES * 64),
+            pieces: VecDeque::with_capacity(2 * TX_PIECES),
+            blocked: false,
+            iov: IovStorage::new(),
+            stats: WireStats::default(),
+        }
+    }
+
+    /// The socket.
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Whether the socket took not all that was to be sent.
+    pub fn wants_write(&self) -> bool {
+        self.blocked
+    }
+
+    /// Whether something waits to be sent.
+    pub fn is_sending(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
+    /// Sends what the session has and what the socket takes. Returns whether anything moved.
+    pub(super) fn send(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
+        let mut moved = false;
+        loop {
+            if self.pieces.is_empty() {
+                self.fill(jobs, now);
+                if self.pieces.is_empty() {
+                    self.blocked = false;
+                    return Ok(moved);
+                }
+            }
+            let mut gather = Gather::new(&mut self.iov);
+            for piece in &self.pieces {
+                let (pushed, len_bytes) = match *piece {
+                    Piece::Private { at, len_bytes } => {
+                        (gather.push_bytes(&self.arena[at..at + len_bytes]), len_bytes)
+                    }
+                    Piece::Slot { slot, at, len_bytes } => match jobs.data(slot) {
+                        Data::Guest(data) => (gather.push_guest(data, at, len_bytes), len_bytes),
+                        Data::Private(data) => (gather.push_bytes(&data[at..at + len_bytes]), len_bytes),
+                    },
+                };
+                if pushed < len_bytes {
+                    break;
+                }
+            }
+            self.stats.sends += 1;
+            match gather.send(&self.stream) {
+                Ok(sent) => {
+                    moved = true;
+                    self.stats.sent_bytes += sent as u64;
+                    self.sent(sent, jobs);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    return Ok(moved);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Queues PDUs until the session has no more or it is enough for one send.
+    fn fill(&mut self, jobs: &mut Jobs, now: Instant) {
+        self.arena.clear();
+        let mut queued_bytes = 0;
+        while self.pieces.len() < TX_PIECES && queued_bytes < TX_BYTES {
+            let Some(pdu) = self.session.next_pdu(now) else { break };
+            queued_bytes += pdu.header().len() + pdu.data.map_or(0, |d| d.len_bytes as usize);
+            self.queue(&pdu, jobs);
+        }
+    }
+
+    fn queue(&mut self, pdu: &TxPdu, jobs: &mut Jobs) {
+        self.private(|arena| arena.extend_from_slice(pdu.header()));
+        let Some(data) = pdu.data else { return };
+        let (at, len_bytes) = (data.offset_bytes as usize, data.len_bytes as usize);
+        if pdu.data_digest {
+            let source = jobs.data(data.slot);
+            self.private(|arena| {
+                let from = arena.len();
+                arena.resize(from + len_bytes, 0);
+                match source {
+                    Data::Guest(guest) => guest.copy_to(at, &mut arena[from..]),
+                    Data::Private(bytes) => arena[from..].copy_from_slice(&bytes[at..at + len_bytes]),
+                }
+                let mut crc = Crc32c::new();
+                crc.update(&arena[from..]);
+                arena.extend_from_slice(Trailer::new(data.len_bytes, Some(crc)).as_bytes());
+            });
+            return;
+        }
+        if let Some(job) = jobs.get_mut(data.slot) {
+            job.unsent += 1;
+        }
+        self.pieces.push_back(Piece::Slot { slot: data.slot, at, len_bytes });
+        let trailer = Trailer::new(data.len_bytes, None);
+        if !trailer.as_bytes().is_empty() {
+            self.private(|arena| arena.extend_from_slice(trailer.as_bytes()));
+        }
+    }
+
+    /// Queues what `build` appends to the arena; together with the piece before, if that is of the arena as well.
+    fn private(&mut self, build: impl FnOnce(&mut Vec<u8>)) {
+        let from = self.arena.len();
+        build(&mut self.arena);
+        let added = self.arena.len() - from;
+        if let Some(Piece::Private { at, len_bytes }) = self.pieces.back_mut()
+            && *at + *len_bytes == from
+        {
+            *len_bytes += added;
+        } else {
+            self.pieces.push_back(Piece::Private { at: from, len_bytes: added });
+        }
+    }
+
+    /// Takes sent bytes off the queue.
+    fn sent(&mut self, mut bytes: usize, jobs: &mut Jobs) {
+        while bytes > 0 {
+            let Some(piece) = self.pieces.front_mut() else { return };
+            let (Piece::Private { at, len_bytes } | Piece::Slot { at, len_bytes, .. }) = piece;
+            let taken = bytes.min(*len_bytes);
+            *at += taken;
+            *len_bytes -= taken;
+            bytes -= taken;
+            if *len_bytes == 0 {
+                if let Piece::Slot { slot, .. } = *piece
+                    && let Some(job) = jobs.get_mut(slot)
+                {
+                    job.unsent -= 1;
+                }
+                self.pieces.pop_front();
+            }
+        }
+    }
+
+    /// Receives what is there and hands it to the session. Returns whether anything moved.
+    pub(super) fn receive(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
+        let mut moved = !self.staged.is_empty();
+        self.parse(jobs, now)?;
+        for _ in 0..RX_ROUNDS {
+            let (room, got) = match self.receive_once(jobs) {
+                Ok(result) => result,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error.into()),
+            };
+            if got == 0 {
+                return Err(WireError::Closed);
+            }
+            moved = true;
+            self.parse(jobs, now)?;
+            if got < room {
+                // The socket is empty now; what arrives from here on wakes the poll loop again.
+                break;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// One receive: into the slot's data if a long rest of it is due, else into the staging buffer. Returns room and
+    /// what came.
+    fn receive_once(&mut self, jobs: &Jobs) -> io::Result<(usize, usize)> {
+        debug_assert!(self.staged.is_empty());
+        self.stats.receives += 1;
+        let mut scatter = Scatter::new(&mut self.iov);
+        if let (Step::Data { offset_bytes: done, len_bytes }, Place::Task { slot, offset_bytes, .. }) =
+            (self.rx.step(), self.place)
+            && len_bytes >= RX_DIRECT_MIN_BYTES
+            && !self.rx.digests().data
+            && let Data::Guest(guest) = jobs.data(slot)
+        {
+            let direct = scatter.push_guest(guest, (offset_bytes + done) as usize, len_bytes as usize);
+            // Only when all of it fits may something else follow.
+            if direct == len_bytes as usize {
+                scatter.push_bytes_mut(&mut self.staging[..RX_TAIL_BYTES]);
+            }
+            let room = scatter.len_bytes();
+            let got = scatter.recv(&self.stream)?;
+            let placed = got.min(direct);
+            self.rx.data_len(placed as u32);
+            self.staged = 0..got - placed;
+            self.stats.direct_bytes += placed as u64;
+            self.stats.received_bytes += got as u64;
+            return Ok((room, got));
+        }
+        scatter.push_bytes_mut(&mut self.staging);
+        let room = scatter.len_bytes();
+        let got = scatter.recv(&self.stream)?;
+        self.staged = 0..got;
+        self.stats.received_bytes += got as u64;
+        Ok((room, got))
+    }
+
+    /// Works off the staging buffer.
+    fn parse(&mut self, jobs: &Jobs, now: Instant) -> Result<(), WireError> {
+        loop {
+            let staged = &self.staging[self.staged.clone()];
+            match self.rx.step() {
+                Step::Framing { .. } => {
+                    if staged.is_empty() {
+                        return Ok(());
+                    }
+                    self.staged.start += self.rx.feed(staged)?;
+                }
+                Step::Header => {
+                    self.place = self.session.header(self.rx.header(), now)?;
+                    self.inline.clear();
+                    self.rx.accept();
+                }
+                Step::Data { offset_bytes: done, len_bytes } => {
+                    if staged.is_empty() {
+                        return Ok(());
+                    }
+                    let bytes = &staged[..staged.len().min(len_bytes as usize)];
+                    match self.place {
+                        Place::Task { slot, offset_bytes, .. } => {
+                            if let Data::Guest(guest) = jobs.data(slot) {
+                                guest.copy_from((offset_bytes + done) as usize, bytes);
+                                self.stats.copied_bytes += bytes.len() as u64;
+                            }
+                        }
+                        Place::Inline { .. } => self.inline.extend_from_slice(bytes),
+                        Place::None | Place::Discard { .. } => {}
+                    }
+                    if self.rx.digests().data {
+                        self.rx.data(bytes);
+                    } else {
+                        self.rx.data_len(bytes.len() as u32);
+                    }
+                    self.staged.start += bytes.len();
+                }
+                Step::Done { data_digest_ok } => {
+                    self.session.end(&self.inline, data_digest_ok)?;
+                    self.rx.next_pdu();
+                }
+            }
+        }
+    }
+}
