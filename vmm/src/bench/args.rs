@@ -9,6 +9,9 @@ use crate::config::size;
 
 /// Arguments of `vcp bench`.
 #[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Example:\n  vcp bench blk --socket /run/disk0.sock --rw randread --bs 4k --qd 32 --secs 5"
+)]
 pub struct BenchArgs {
     /// What to load.
     #[command(subcommand)]
