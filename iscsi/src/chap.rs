@@ -43,7 +43,7 @@ impl Algorithm {
 
     /// What an initiator offers unless told otherwise: strongest first, but SHA-256 last.
     ///
-    /// tgt (1.0.95 and before) takes number 7 for SHA-1 and picks it over MD5 where it comes first, so that
+    /// tgt (1.0.85 and later) takes number 7 for SHA-1 and picks it over MD5 where it comes first, so that
     /// every login fails with "wrong secret". All targets known to have SHA-256 also have SHA3-256, and pick that.
     pub const DEFAULT_OFFER: [Self; 4] = [Self::Sha3_256, Self::Sha1, Self::Md5, Self::Sha256];
 

@@ -3,7 +3,10 @@
 
 pub mod chap;
 pub mod digest;
+pub mod discovery;
 pub mod initiator;
+pub mod login;
+pub mod params;
 pub mod pdu;
 pub mod scsi;
 pub mod serial;

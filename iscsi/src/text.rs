@@ -39,8 +39,11 @@ pub enum TextError {
         limit_bytes: usize,
     },
     /// More pairs than any negotiation has.
-    #[error("text of more than {MAX_PAIRS} key=value pairs")]
-    TooManyPairs,
+    #[error("text of more than {max_pairs} key=value pairs")]
+    TooManyPairs {
+        /// The limit.
+        max_pairs: usize,
+    },
     /// The last pair has no zero byte at its end.
     #[error("text does not end with a zero byte")]
     Unterminated,
@@ -60,6 +63,14 @@ pub enum TextError {
 /// # Errors
 /// The text breaks the format of 6.1.
 pub fn parse(text: &[u8]) -> Result<Vec<(&str, &str)>, TextError> {
+    parse_up_to(text, MAX_PAIRS)
+}
+
+/// Like [`parse`], with another limit on the number of pairs.
+///
+/// # Errors
+/// The text breaks the format of 6.1.
+pub fn parse_up_to(text: &[u8], max_pairs: usize) -> Result<Vec<(&str, &str)>, TextError> {
     let text = std::str::from_utf8(text).map_err(|_| TextError::NotUtf8)?;
     if text.is_empty() {
         return Ok(Vec::new());
@@ -72,8 +83,8 @@ pub fn parse(text: &[u8]) -> Result<Vec<(&str, &str)>, TextError> {
         if !is_key(key) {
             return Err(TextError::BadKey(shorten(key)));
         }
-        if pairs.len() == MAX_PAIRS {
-            return Err(TextError::TooManyPairs);
+        if pairs.len() == max_pairs {
+            return Err(TextError::TooManyPairs { max_pairs });
         }
         pairs.push((key, value));
     }
@@ -394,7 +405,7 @@ mod tests {
         assert_eq!(parse(b"=1\0"), Err(TextError::BadKey(String::new())));
         assert_eq!(parse(b"A \n=1\0"), Err(TextError::BadKey("A \n".into())));
         assert_eq!(parse(b"A=\xff\0"), Err(TextError::NotUtf8));
-        assert_eq!(parse(&b"A=\0".repeat(MAX_PAIRS + 1)), Err(TextError::TooManyPairs));
+        assert_eq!(parse(&b"A=\0".repeat(MAX_PAIRS + 1)), Err(TextError::TooManyPairs { max_pairs: MAX_PAIRS }));
         let mut assembler = Assembler::new(4);
         assert_eq!(assembler.push(b"A=1", true), Ok(None));
         assert_eq!(assembler.push(b"\0B", true), Err(TextError::TooLong { limit_bytes: 4 }));
