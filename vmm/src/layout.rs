@@ -32,7 +32,9 @@ pub const CMDLINE_MAX_BYTES: usize = 0x1_0000;
 /// RSDP; the other ACPI tables follow it.
 pub const ACPI_START: u64 = 0xe_0000;
 /// First byte after the ACPI tables' area.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a processor begins after a reset, as real-mode code reaches it (ffff:0000).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// First virtio-mmio window.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;

@@ -27,6 +27,7 @@ pub fn map(memory_bytes: u64) -> Vec<Range> {
         Range { start: 0, len: EBDA_START, kind: RAM },
         Range { start: EBDA_START, len: ACPI_START - EBDA_START, kind: RESERVED },
         Range { start: ACPI_START, len: ACPI_END - ACPI_START, kind: ACPI },
+        Range { start: ACPI_END, len: KERNEL_START - ACPI_END, kind: RESERVED },
     ];
     for (start, len) in memory::ranges(memory_bytes) {
         let start_ram = start.max(KERNEL_START);

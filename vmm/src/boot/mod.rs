@@ -16,7 +16,7 @@ use crate::config::VmConfig;
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 use crate::kvm::regs::Entry;
-use crate::layout::{CMDLINE_MAX_BYTES, CMDLINE_START, LOW_RAM_MAX};
+use crate::layout::{CMDLINE_MAX_BYTES, CMDLINE_START, LOW_RAM_MAX, RESET_VECTOR};
 
 /// What kind of program the kernel file is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +82,9 @@ impl Kernel {
         rsdp: u64,
         devices: usize,
     ) -> Result<Entry> {
+        if !self.is_ring3() {
+            write_reset_stub(memory)?;
+        }
         match &self.format {
             Format::BzImage => linux::load_bzimage(&mut self.file, &self.path, memory, config, rsdp),
             Format::Elf(info) => linux::load_elf(&mut self.file, &self.path, info, memory, config, rsdp),
@@ -111,6 +114,13 @@ pub(crate) fn write_cmdline(memory: &GuestMemory, cmdline: &str, max_bytes: usiz
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
     put(memory, CMDLINE_START, &bytes)
+}
+
+/// Puts code at the reset vector that resets by the keyboard controller, which is all that is left of a BIOS. Linux jumps
+/// there on a hardware-reduced ACPI platform without EFI, unless `reboot=` says otherwise.
+fn write_reset_stub(memory: &GuestMemory) -> Result<()> {
+    // mov al, 0xfe; out 0x64, al; again: hlt; jmp again
+    put(memory, RESET_VECTOR, &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd])
 }
 
 pub(crate) fn put(memory: &GuestMemory, addr: u64, bytes: &[u8]) -> Result<()> {

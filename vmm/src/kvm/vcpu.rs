@@ -124,6 +124,9 @@ fn run(id: usize, mut vcpu: VcpuFd, context: &VcpuContext, stop: &AtomicBool) {
             return;
         }
     }
+    if let Ok(regs) = vcpu.get_regs() {
+        tracing::debug!(vcpu = id, rip = format_args!("{:#x}", regs.rip), "stopped");
+    }
 }
 
 /// Handles one exit; a reason ends the run.
@@ -133,7 +136,9 @@ fn handle(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<ExitReason> {
         // access to one has no meaning but the same, so that each byte is an access of its own.
         VcpuExit::IoOut(port, data) => {
             for byte in data {
-                context.pio.write(u64::from(port), &[*byte]);
+                if !context.pio.write(u64::from(port), &[*byte]) {
+                    tracing::trace!(port = format_args!("{port:#x}"), byte, "write to an empty port");
+                }
             }
             None
         }
