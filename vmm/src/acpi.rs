@@ -37,9 +37,8 @@ pub struct Window {
 
 /// Builds all tables as they lie from `start`; the RSDP comes first.
 pub fn build(start: u64, vcpus: u8, windows: &[Window]) -> Vec<u8> {
-    let mut tables = Vec::new();
     // Room for the RSDP, which is written last because it points forward.
-    tables.resize(align(Rsdp::len()), 0);
+    let mut tables = vec![0; align(Rsdp::len())];
     let mut place = |table: Vec<u8>| {
         let address = start + tables.len() as u64;
         tables.extend(table);

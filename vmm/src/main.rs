@@ -28,8 +28,8 @@ fn main() -> ExitCode {
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match cli.command {
-        Command::Run(args) => vmm::run::run(args).map_err(anyhow::Error::from),
-        Command::Check(args) => vmm::check::run(args).map_err(anyhow::Error::from),
+        Command::Run(args) => vmm::run::run(&args).map_err(anyhow::Error::from),
+        Command::Check(args) => vmm::check::run(&args).map_err(anyhow::Error::from),
         Command::Bench(args) => vmm::bench::run(args),
     };
     match result {

@@ -39,7 +39,7 @@ use crate::{acpi, kvm::memory, kvm::regs, signal};
 type Subscriber = Box<dyn MutEventSubscriber>;
 
 /// Runs a virtual machine until it ends.
-pub fn run(args: RunArgs) -> Result<()> {
+pub fn run(args: &RunArgs) -> Result<()> {
     terminal::install_panic_hook();
     let config = args.config()?;
     let kernel = Kernel::open(&config.kernel)?;
@@ -52,7 +52,7 @@ pub fn run(args: RunArgs) -> Result<()> {
     warn_of_emulation(&kernel);
     // The machine first: it fails sooner and leaves nothing behind.
     let machine = Machine::new(&config, &kernel, exit.clone())?;
-    let backends = Backends::start(&args, &config, &placement, &signals)?;
+    let backends = Backends::start(args, &config, &placement, &signals)?;
     machine.run(&config, kernel, backends, &placement, signals)
 }
 
@@ -150,7 +150,7 @@ impl Machine {
         placement: &Placement,
         signals: OwnedFd,
     ) -> Result<()> {
-        let mut events = EventManager::<Subscriber>::new().map_err(event_error)?;
+        let mut events = EventManager::<Subscriber>::new().map_err(|e| event_error(&e))?;
         let mut mmio = Bus::default();
         let mut windows = Vec::new();
         let mut transports = Vec::new();
@@ -259,12 +259,12 @@ fn wait(events: &mut EventManager<Subscriber>, exit: &ExitSignal) -> Result<Exit
             Ok(_) => {}
             Err(event_manager::Error::Epoll(e))
                 if std::io::Error::from_raw_os_error(e.errno()).kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err(event_error(e)),
+            Err(e) => return Err(event_error(&e)),
         }
     }
 }
 
-fn event_error(e: event_manager::Error) -> Error {
+fn event_error(e: &event_manager::Error) -> Error {
     Error::Os { action: "run the event loop", source: std::io::Error::other(e.to_string()) }
 }
 

@@ -117,7 +117,7 @@ fn probes(report: &mut Report) {
 }
 
 /// Runs the command.
-pub fn run(args: CheckArgs) -> Result<()> {
+pub fn run(args: &CheckArgs) -> Result<()> {
     let report = examine();
     let text = if args.json { json(&report)? } else { lines(&report) };
     use std::io::Write;

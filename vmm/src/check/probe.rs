@@ -27,7 +27,7 @@ const INSTRUCTIONS_PER_TURN: f64 = 2.0;
 const FIRST_TURNS: u32 = 100_000;
 /// Turns of the second run, made where the first was too short to tell.
 const SECOND_TURNS: u32 = 10_000_000;
-const LONG_ENOUGH: Duration = Duration::from_millis(50);
+const LONG_ENOUGH: Duration = Duration::from_millis(10);
 /// A probe that takes longer than this hangs.
 const DEADLINE: Duration = Duration::from_secs(10);
 

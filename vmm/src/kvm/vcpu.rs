@@ -117,7 +117,9 @@ fn run(id: usize, mut vcpu: VcpuFd, context: &VcpuContext, stop: &AtomicBool) {
             {
                 text.push_str(&format!(" (vCPU {id}, rip {:#x})", regs.rip));
             }
-            if let (ExitReason::TripleFault, Ok(regs), Ok(sregs)) = (&reason, vcpu.get_regs(), vcpu.get_sregs()) {
+            if let (ExitReason::TripleFault, Ok(regs), Ok(sregs)) =
+                (&reason, vcpu.get_regs(), vcpu.get_sregs())
+            {
                 tracing::debug!(vcpu = id, ?regs, cr2 = format_args!("{:#x}", sregs.cr2), "triple fault");
             }
             context.exit.give(reason);

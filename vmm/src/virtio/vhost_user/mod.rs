@@ -8,7 +8,7 @@ pub mod net;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
-use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -65,7 +65,7 @@ impl VhostUserDevice {
                 | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-            protocol = link.call("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features())? & wanted;
+            protocol = link.call("GET_PROTOCOL_FEATURES", Frontend::get_protocol_features)? & wanted;
             link.call("SET_PROTOCOL_FEATURES", |f| f.set_protocol_features(protocol))?;
         }
         if !protocol.contains(kind.needed) {
@@ -76,7 +76,7 @@ impl VhostUserDevice {
         }
         let queues = kind.queue_max_sizes.len() as u64;
         if protocol.contains(VhostUserProtocolFeatures::MQ) {
-            let has = link.call("GET_QUEUE_NUM", |f| f.get_queue_num())?;
+            let has = link.call("GET_QUEUE_NUM", Frontend::get_queue_num)?;
             if has < queues {
                 return Err(lacks(format!(
                     "has {has} queues, fewer than the {queues} asked for: lower queues="
@@ -136,7 +136,7 @@ impl VhostUserDevice {
                 source,
             })?;
         if self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            let slots = self.link.call("GET_MAX_MEM_SLOTS", |f| f.get_max_mem_slots())?;
+            let slots = self.link.call("GET_MAX_MEM_SLOTS", Frontend::get_max_mem_slots)?;
             if slots < regions.len() as u64 {
                 let reason = format!("has {slots} memory slots, {} are needed", regions.len());
                 return Err(Error::BackendLacks { device: self.name.clone(), reason });
