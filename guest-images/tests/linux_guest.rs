@@ -70,3 +70,13 @@ fn missing_root_device_is_told() {
     assert_eq!(linux::job_status(&console), Some(linux::INIT_FAILED), "{console}");
     assert!(console.contains("VCP-INIT-FAILED: no root device /dev/vdz after 10 s"), "{console}");
 }
+
+#[test]
+fn job_on_the_command_line_runs_without_a_root_and_its_failure_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("data");
+    std::fs::write(&disk, [b"hello from the disk\n".as_slice(), &[0; 492]].concat()).unwrap();
+    let console = boot(&disk, &linux::job_arg("head -n 1 /dev/vda; lsmod | grep -c virtio; false"));
+    assert_eq!(linux::job_status(&console), Some(1), "{console}");
+    assert!(console.contains("hello from the disk"), "{console}");
+}

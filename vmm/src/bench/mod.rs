@@ -1,8 +1,8 @@
 //! `vcp bench`: load generators for the virtual channel processors.
 //!
-//! `vcp bench blk` is a vhost-user-blk front end without a guest: [`front`] speaks vhost-user with any backend (ours,
-//! qemu-storage-daemon's, SPDK's), [`ring`] drives a split virtqueue in [`shared`] memory, [`load`] measures,
-//! [`verify`] checks data, [`report`] prints. Nothing here knows how a monitor works, and nothing needs KVM.
+//! `vcp bench blk` is a vhost-user-blk front end without a guest: `front` speaks vhost-user with any backend (ours,
+//! qemu-storage-daemon's, SPDK's), `ring` drives a split virtqueue in `shared` memory, `load` measures,
+//! `verify` checks data, `report` prints. Nothing here knows how a monitor works, and nothing needs KVM.
 
 mod args;
 mod cpu;
