@@ -14,7 +14,7 @@
 //! | [`virtio`] | virtio transport, entropy device, vhost-user front ends |
 //! | [`vcp`] | VCP processes |
 //! | [`check`] | what this host can do |
-//! | [`bench`] | load generator for vhost-user-blk backends |
+//! | [`mod@bench`] | load generator for vhost-user-blk backends |
 
 pub mod acpi;
 pub mod affinity;
