@@ -26,6 +26,9 @@ use crate::vu::listen::{ListenError, SocketFile};
 /// Adds the application's own fields to `status`.
 pub type StatusSource = Box<dyn FnMut() -> Map<String, Value> + Send>;
 
+/// Gives a device's own status, by its index.
+pub type DetailSource = Box<dyn FnMut(usize) -> Value + Send>;
+
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 16;
 /// Longest request line.
@@ -58,6 +61,7 @@ pub struct Control {
     clients: Vec<Client>,
     loop_metrics: Arc<LoopMetrics>,
     devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
+    details: DetailSource,
     extra: StatusSource,
 }
 
@@ -70,10 +74,11 @@ impl Control {
         path: Option<&Path>,
         loop_metrics: Arc<LoopMetrics>,
         devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
+        details: DetailSource,
         extra: StatusSource,
     ) -> Result<Self, ListenError> {
         let socket = path.map(SocketFile::bind).transpose()?;
-        Ok(Self { socket, clients: Vec::new(), loop_metrics, devices, extra })
+        Ok(Self { socket, clients: Vec::new(), loop_metrics, devices, details, extra })
     }
 
     /// Descriptors to wait for.
@@ -159,8 +164,10 @@ impl Control {
                 status.insert("version".into(), env!("CARGO_PKG_VERSION").into());
                 status.insert("pid".into(), std::process::id().into());
                 status.insert("loop".into(), json!(self.loop_metrics.snapshot()));
-                let names: Vec<&str> = self.devices.iter().map(|(name, _)| &**name).collect();
-                status.insert("devices".into(), names.into());
+                let details = &mut self.details;
+                let device = |(index, (name, _)): (usize, &(Arc<str>, _))| json!({"name": &**name, "status": details(index)});
+                let devices: Vec<Value> = self.devices.iter().enumerate().map(device).collect();
+                status.insert("devices".into(), devices.into());
                 status.append(&mut (self.extra)());
                 Value::Object(status)
             }
@@ -197,17 +204,17 @@ mod tests {
         device.read.ok.add(7);
         let extra: StatusSource = Box::new(|| Map::from_iter([("more".to_owned(), json!(1))]));
         let parts = vec![(Arc::from("disk0"), device)];
-        let mut control = Control::new(Some(&path), Arc::default(), parts, extra).unwrap();
+        let mut control =
+            Control::new(Some(&path), Arc::default(), parts, Box::new(|index| json!(index + 40)), extra)
+                .unwrap();
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(b"{\"cmd\":\"status\"}\n{\"cmd\":\"metrics\"}\nnonsense\n").unwrap();
         control.serve();
         let mut lines = BufReader::new(client).lines().map(|line| line.unwrap());
         let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap();
         let status = next();
-        assert_eq!(
-            (&status["ok"], &status["more"], &status["devices"][0]),
-            (&json!(true), &json!(1), &json!("disk0"))
-        );
+        assert_eq!((&status["ok"], &status["more"]), (&json!(true), &json!(1)));
+        assert_eq!(status["devices"], json!([{"name": "disk0", "status": 40}]));
         assert_eq!(next()["devices"][0]["read"]["ok"], json!(7));
         assert_eq!(next()["ok"], json!(false));
     }
@@ -216,7 +223,14 @@ mod tests {
     fn an_endless_line_ends_the_client() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
-        let mut control = Control::new(Some(&path), Arc::default(), Vec::new(), Box::new(Map::new)).unwrap();
+        let mut control = Control::new(
+            Some(&path),
+            Arc::default(),
+            Vec::new(),
+            Box::new(|_| Value::Null),
+            Box::new(Map::new),
+        )
+        .unwrap();
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(&[b'x'; MAX_LINE_BYTES + 1]).unwrap();
         control.serve();

@@ -6,7 +6,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::metrics::DeviceMetrics;
 use crate::queue::{Chain, ChainId, RingError};
@@ -74,6 +74,14 @@ pub trait RingDevice: Send + 'static {
     /// The guest no longer waits for what is in flight (reset, or a stop that took too long): end it as soon as it is
     /// certain that it has no further effect on guest memory. Completions are still reported.
     fn abandon(&mut self) {}
+
+    /// The process ends: ends what it holds outside (sessions) in order, within `limit` at most.
+    fn close(&mut self, _limit: Duration) {}
+
+    /// What people want to know of it, for the control socket. Called on the data thread, so it must not take long.
+    fn status(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
 
     /// Bytes of memory it can take at most, all of it taken at start.
     fn memory_bound_bytes(&self) -> u64;

@@ -30,7 +30,7 @@ use crate::control::{Control, StatusSource};
 use crate::device::{RingDevice, Rings};
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
-use crate::poll::{check_cpu, pin_to};
+use crate::poll::{CLOSE_AT_EXIT, check_cpu, pin_to};
 use crate::process::Signals;
 use crate::queue::{Chain, ChainId, RingError, take_split};
 use crate::vu::listen::SocketFile;
@@ -391,7 +391,12 @@ struct EpollServer {
 }
 
 impl EpollServer {
-    fn start<D: RingDevice>(device: D, socket: SocketFile, cpu: Option<usize>) -> Result<Self, ServeError> {
+    fn start<D: RingDevice>(
+        device: D,
+        socket: SocketFile,
+        cpu: Option<usize>,
+        devices: u32,
+    ) -> Result<Self, ServeError> {
         let (wake, woken) = UnixStream::pair().map_err(system("create a socket pair"))?;
         let (ended, guard) = UnixStream::pair().map_err(system("create a socket pair"))?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -413,6 +418,7 @@ impl EpollServer {
                 if let Some(cpu) = cpu {
                     pin_to(cpu)?;
                 }
+                let share = CLOSE_AT_EXIT / devices;
                 while !flag.load(Ordering::Acquire) {
                     if wait_for_front_end(&backend, &socket, &woken)
                         .map_err(system("wait for a front end"))?
@@ -420,6 +426,7 @@ impl EpollServer {
                         converse(&backend, &socket, &slot, &flag)?;
                     }
                 }
+                backend.lock().device.close(share);
                 Ok(())
             })
             .map_err(system("start the serving thread"))?;
@@ -521,12 +528,19 @@ pub fn serve<D: RingDevice>(
     }
     let parts =
         devices.iter().map(|spec| (Arc::clone(&spec.name), Arc::clone(spec.device.metrics()))).collect();
-    let mut control = Control::new(options.control.as_deref(), Arc::default(), parts, extra)?;
+    let mut control = Control::new(
+        options.control.as_deref(),
+        Arc::default(),
+        parts,
+        Box::new(|_| serde_json::Value::Null),
+        extra,
+    )?;
+    let count = u32::try_from(devices.len().max(1)).unwrap_or(u32::MAX);
     let sockets: Result<Vec<_>, _> = devices.iter().map(|spec| SocketFile::bind(&spec.socket)).collect();
     let servers: Result<Vec<_>, _> = devices
         .into_iter()
         .zip(sockets?)
-        .map(|(spec, socket)| EpollServer::start(spec.device, socket, options.cpu))
+        .map(|(spec, socket)| EpollServer::start(spec.device, socket, options.cpu, count))
         .collect();
     let servers = servers?;
     ready();

@@ -5,7 +5,7 @@
 //! engine repeats what a lost connection interrupted; the device model never does. Both run on the data thread.
 
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vcp_core::mem::GuestBuf;
 
@@ -144,6 +144,14 @@ pub trait Engine {
     /// can end at once. Each is still given back as a completion. The default lets them run their course, which is
     /// right for an engine whose requests end soon anyway.
     fn abandon(&mut self) {}
+
+    /// The process ends: ends the session in order, within `limit` at most. Nothing is submitted afterwards.
+    fn close(&mut self, _limit: Duration) {}
+
+    /// What people want to know of it (state of the session, counters), for the control socket.
+    fn status(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
 
     /// The unit changed (capacity, limits) since the last call: the device model tells its driver.
     fn take_change(&mut self) -> bool {

@@ -5,6 +5,10 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod cli;
+pub mod discover;
 pub mod engine;
+pub mod info;
 pub mod portal;
+pub mod serve;
 pub mod url;

@@ -24,6 +24,8 @@ use crate::vu::port::{Command, Port};
 
 /// How long the loop waits at its end for requests in flight. A target that is gone must not hold up a SIGTERM.
 const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
+/// How long all devices together may take to end what they hold outside; with the drain under two seconds in all.
+pub(crate) const CLOSE_AT_EXIT: Duration = Duration::from_millis(600);
 
 /// Engine descriptors waited for without allocating; more devices than this cost an allocation per sleep.
 const INLINE_FDS: usize = 16;
@@ -86,7 +88,10 @@ impl<D: RingDevice> DataLoop<D> {
             self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
             idle_since = None;
         }
-        self.drain()
+        let result = self.drain();
+        let share = CLOSE_AT_EXIT / u32::try_from(self.ports.len().max(1)).unwrap_or(u32::MAX);
+        self.ports.iter_mut().for_each(|port| port.device.close(share));
+        result
     }
 
     /// One pass over mailbox and devices; whether anything moved.

@@ -103,6 +103,8 @@ pub enum Answer {
     Base(u32),
     /// `GET_CONFIG`.
     Config(Vec<u8>),
+    /// The device's own status.
+    Status(serde_json::Value),
 }
 
 /// The reply to a command.
@@ -110,7 +112,7 @@ pub type Reply = Result<Answer, PortError>;
 
 /// What to change; the names are those of the vhost-user messages.
 #[derive(Debug)]
-#[allow(missing_docs)] // One per vhost-user message.
+#[allow(missing_docs)] // One per vhost-user message, and `Status` for the control socket.
 pub enum What {
     Attach,
     Detach,
@@ -128,6 +130,7 @@ pub enum What {
     GetConfig { offset: u32, len_bytes: u32 },
     SetConfig { offset: u32, data: Vec<u8> },
     SetChannel(UnixStream),
+    Status,
 }
 
 /// A message for the data thread.
@@ -225,6 +228,7 @@ impl<D: RingDevice> Port<D> {
             }
             What::SetConfig { offset, data } => self.device.write_config(offset, &data),
             What::SetChannel(stream) => self.channel = Some(stream),
+            What::Status => return Ok(Answer::Status(self.device.status())),
         }
         Ok(Answer::Done)
     }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,8 +17,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use super::channel::{Peeked, peek};
 use super::handler::{Facts, Handler};
 use super::listen::{ListenError, SocketFile};
-use super::port::{Command, Port, PortError, What};
-use crate::control::{Control, StatusSource};
+use super::port::{Answer, Command, Port, PortError, What};
+use crate::control::{Control, DetailSource, StatusSource};
 use crate::device::RingDevice;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
@@ -27,6 +28,9 @@ use crate::process::Signals;
 /// How long a front end that reconnects waits for its previous connection to be taken down. Messages already sent on
 /// it are still carried out first.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a status request waits for the data thread; the set-up thread does nothing else meanwhile.
+const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// One device to serve.
 #[derive(Debug)]
@@ -130,7 +134,9 @@ pub fn serve<D: RingDevice>(
         ports.push(Port::new(spec.name, spec.device));
     }
     let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
-    let mut control = Control::new(options.control.as_deref(), Arc::clone(&loop_metrics), parts, extra)?;
+    let details = device_status(Arc::clone(&mailbox));
+    let mut control =
+        Control::new(options.control.as_deref(), Arc::clone(&loop_metrics), parts, details, extra)?;
 
     let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::clone(&stop), loop_metrics)
         .map_err(system("create an epoll instance"))?;
@@ -148,6 +154,18 @@ pub fn serve<D: RingDevice>(
         }
     }
     result.and(ended)
+}
+
+/// Asks the data thread for a device's status.
+fn device_status(mailbox: Arc<Mailbox<Command>>) -> DetailSource {
+    Box::new(move |device| {
+        let (reply, answer) = sync_channel(1);
+        mailbox.send(Command { device, what: What::Status, reply });
+        match answer.recv_timeout(STATUS_TIMEOUT) {
+            Ok(Ok(Answer::Status(status))) => status,
+            _ => serde_json::Value::Null,
+        }
+    })
 }
 
 /// Accepts until a signal comes or the data thread ends.

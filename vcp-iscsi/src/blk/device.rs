@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vcp_core::device::{RingDevice, Rings, Wait};
 use vcp_core::mem::GuestBuf;
@@ -25,8 +25,6 @@ use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request};
 
 /// Largest virtqueue.
 const QUEUE_SIZE_MAX: u16 = 256;
-/// Slots for each queue, up to [`MAX_SLOTS`]: the default queue size of monitors.
-const SLOTS_PER_QUEUE: usize = 128;
 /// Most slots of a device: no target takes more commands at a time.
 const MAX_SLOTS: usize = 1024;
 /// Chains taken from one queue before the next one has its turn.
@@ -88,7 +86,8 @@ impl<E: Engine> BlkDevice<E> {
     pub fn new(engine: E, queues: u16) -> Self {
         let lun = engine.lun().clone();
         let queues = queues.max(1);
-        let count = (usize::from(queues) * SLOTS_PER_QUEUE).min(MAX_SLOTS);
+        // A request without a place at the engine waits in its ring, so more slots than places are of no use.
+        let count = engine.room().clamp(1, MAX_SLOTS);
         let now = Instant::now();
         let slots = (0..count)
             .map(|_| Slot {
@@ -511,6 +510,17 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
 
     fn abandon(&mut self) {
         self.engine.abandon();
+    }
+
+    fn close(&mut self, limit: Duration) {
+        self.engine.close(limit);
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let mut status =
+            serde_json::json!({ "lun": self.lun, "queues": self.queues, "writeback": self.writeback });
+        status["engine"] = self.engine.status();
+        status
     }
 
     fn memory_bound_bytes(&self) -> u64 {

@@ -1,0 +1,306 @@
+//! The command line of `vcp-iscsi`.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::error::{ContextKind, ContextValue};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vcp_core::poll::PollMode;
+
+use crate::discover::DiscoverArgs;
+use crate::info::InfoArgs;
+use crate::portal::SessionArgs;
+use crate::url::Url;
+
+/// Most queues of a device: more than a guest with a single disk process can make use of.
+const MAX_QUEUES: u16 = 64;
+
+/// iSCSI disks as vhost-user-blk devices.
+#[derive(Debug, Parser)]
+#[command(version, about, long_about = None, max_term_width = 110)]
+pub struct Cli {
+    /// What to log on standard error: error, warn, info, debug, trace, or a filter [default: $RUST_LOG, else warn]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = NonEmptyStringValueParser::new())]
+    pub log: Option<String>,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve logical units as vhost-user-blk devices
+    Serve(ServeArgs),
+    /// List the targets of a portal and their logical units
+    Discover(DiscoverArgs),
+    /// Tell what a logical unit is and what was negotiated with its target
+    Info(InfoArgs),
+}
+
+/// Reads the command line; ends the process on wrong usage, `--help` and `--version`.
+#[must_use]
+pub fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| without_secret(error).exit())
+}
+
+/// `clap` repeats a value that it refuses; one that is a URL may hold a password.
+fn without_secret(mut error: clap::Error) -> clap::Error {
+    let of_url = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(arg)) => arg.contains("URL"),
+        _ => false,
+    };
+    if of_url && error.get(ContextKind::InvalidValue).is_some() {
+        error.insert(ContextKind::InvalidValue, ContextValue::String("...".into()));
+    }
+    error
+}
+
+/// Which server runs the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ServerKind {
+    /// One polling thread for all devices
+    #[default]
+    Poll,
+    /// Event-driven threads of the vhost-user-backend crate
+    Epoll,
+}
+
+/// Arguments of `serve`.
+#[derive(Args, Debug)]
+#[command(
+    override_usage = "vcp-iscsi serve --socket-path SOCKET URL [OPTIONS]\n       \
+                      vcp-iscsi serve --disk socket=SOCKET,url=URL... [OPTIONS]",
+    after_help = "Example:\n  \
+        vcp-iscsi serve --socket-path /run/vm1/disk0 iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
+        qemu-system-x86_64 -machine q35,memory-backend=mem -object memory-backend-memfd,id=mem,size=2G,share=on \\\n    \
+        -chardev socket,id=d0,path=/run/vm1/disk0,reconnect=1 -device vhost-user-blk-pci,chardev=d0 ..."
+)]
+pub struct ServeArgs {
+    /// The unit: iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN
+    #[arg(value_name = "URL", conflicts_with_all = ["url_file", "disk"], requires = "socket_path")]
+    pub url: Option<Private>,
+    /// Read the URL from this file (or /dev/fd/N), so that a secret in it stays out of the process list
+    #[arg(long, value_name = "FILE", conflicts_with = "disk", requires = "socket_path")]
+    pub url_file: Option<PathBuf>,
+    /// Unix socket to listen on for the monitor
+    #[arg(long, value_name = "SOCKET", conflicts_with = "disk")]
+    pub socket_path: Option<PathBuf>,
+    /// One of several devices: socket=SOCKET,url=URL[,read-only][,queues=N]
+    #[arg(long, value_name = "SPEC", required_unless_present_any = ["url", "url_file"])]
+    pub disk: Vec<Private>,
+    /// Refuse all writes
+    #[arg(long)]
+    pub read_only: bool,
+    /// Virtqueues of each device
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
+    pub queues: u16,
+    /// Hardware thread for the data path
+    #[arg(long, value_name = "N")]
+    pub cpu: Option<usize>,
+    /// Microseconds that an idle data thread looks before it sleeps; 0: sleeps at once, `always`: never sleeps
+    #[arg(long, value_name = "N|always", default_value = "adaptive")]
+    pub poll_us: PollMode,
+    /// What runs the devices
+    #[arg(long, value_enum, default_value_t)]
+    pub server: ServerKind,
+    /// Unix socket for status and metrics (JSON lines: {"cmd":"status"}, {"cmd":"metrics"}, {"cmd":"log","level":..})
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+    /// End when the process that started this one ends
+    #[arg(long)]
+    pub exit_with_parent: bool,
+    /// How to log in.
+    #[command(flatten)]
+    pub session: SessionArgs,
+}
+
+/// An argument that may hold a secret: parsed later, because `clap` would repeat it in its message.
+#[derive(Clone)]
+pub struct Private(String);
+
+impl FromStr for Private {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Debug for Private {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("...")
+    }
+}
+
+impl Private {
+    /// As an iSCSI URL.
+    ///
+    /// # Errors
+    /// What is wrong with it, without repeating it.
+    pub fn url(&self) -> Result<Url, String> {
+        self.0.parse().map_err(|error| vcp_core::process::chain(&error))
+    }
+}
+
+impl ServeArgs {
+    /// The devices named on the command line itself (not by `--url-file`).
+    ///
+    /// # Errors
+    /// Wrong usage, in words for the user.
+    pub fn disks(&self) -> Result<Vec<DiskSpec>, String> {
+        match (&self.url, &self.socket_path) {
+            (Some(url), Some(socket)) => {
+                Ok(vec![DiskSpec { socket: socket.clone(), url: url.url()?, read_only: false, queues: None }])
+            }
+            _ => {
+                let spec = |text: &Private| text.0.parse().map_err(|error| format!("--disk: {error}"));
+                self.disk.iter().map(spec).collect()
+            }
+        }
+    }
+}
+
+/// `--disk`: one device of several.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// Socket to listen on.
+    pub socket: PathBuf,
+    /// The unit.
+    pub url: Url,
+    /// Refuse all writes.
+    pub read_only: bool,
+    /// Virtqueues, if other than `--queues`.
+    pub queues: Option<u16>,
+}
+
+impl FromStr for DiskSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut socket, mut url, mut read_only, mut queues) = (None, None, false, None);
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
+            let twice = || format!("`{key}` is given twice");
+            match (key, value) {
+                ("socket", Some(path)) if !path.is_empty() => {
+                    if socket.replace(PathBuf::from(path)).is_some() {
+                        return Err(twice());
+                    }
+                }
+                ("url", Some(value)) => {
+                    let parsed = Private(value.to_owned()).url()?;
+                    if url.replace(parsed).is_some() {
+                        return Err(twice());
+                    }
+                }
+                ("read-only", None) => read_only = true,
+                ("queues", Some(count)) => {
+                    let count = count.parse().ok().filter(|count| (1..=MAX_QUEUES).contains(count));
+                    queues = Some(count.ok_or(format!("queues must be 1 to {MAX_QUEUES}"))?);
+                }
+                // The part may hold a piece of a secret (a comma in a password), so only its key is shown.
+                _ => {
+                    return Err(
+                        "expected socket=SOCKET,url=URL[,read-only][,queues=N] (write a comma inside the URL as %2C)"
+                            .into(),
+                    );
+                }
+            }
+        }
+        match (socket, url) {
+            (Some(socket), Some(url)) => Ok(Self { socket, url, read_only, queues }),
+            (None, _) => Err("socket=SOCKET is missing".into()),
+            (_, None) => Err("url=URL is missing".into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    const URL: &str = "iscsi://127.0.0.1/iqn.2001-04.com.example:disk/0";
+
+    fn serve(args: &[&str]) -> Result<ServeArgs, clap::Error> {
+        let args = ["vcp-iscsi", "serve"].iter().chain(args);
+        let Command::Serve(args) = Cli::try_parse_from(args)?.command else { panic!("not serve") };
+        Ok(args)
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_stand_before_or_after_and_with_or_without_equals() {
+        let one = serve(&["--socket-path", "/s", URL, "--poll-us=always", "--queues=2"]).unwrap();
+        let two = serve(&[URL, "--queues", "2", "--poll-us", "always", "--socket-path=/s"]).unwrap();
+        for args in [one, two] {
+            assert_eq!((args.queues, args.poll_us), (2, PollMode::Always));
+            assert_eq!(args.socket_path.as_deref(), Some("/s".as_ref()));
+            assert!(args.url.is_some());
+        }
+        assert!(
+            Cli::try_parse_from(["vcp-iscsi", "serve", "--log", "debug", "--socket-path", "/s", URL]).is_ok()
+        );
+    }
+
+    #[test]
+    fn several_devices_are_specified_one_by_one() {
+        let first = format!("socket=/a,url={URL}");
+        let second = format!("url={URL},read-only,socket=/b,queues=3");
+        let disks = serve(&["--disk", &first, "--disk", &second]).unwrap().disks().unwrap();
+        let [a, b] = &disks[..] else { panic!("two disks") };
+        assert_eq!((a.socket.to_str(), a.read_only, a.queues), (Some("/a"), false, None));
+        assert_eq!((b.socket.to_str(), b.read_only, b.queues), (Some("/b"), true, Some(3)));
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        let disk = format!("socket=/a,url={URL}");
+        for wrong in [
+            &[][..],
+            &[URL],
+            &["--socket-path", "/s"],
+            &["--socket-path", "/s", URL, "--disk", &disk],
+            &["--socket-path", "/s", URL, "--url-file", "/f"],
+            &["--socket-path", "/s", "http://nonsense"],
+            &["--socket-path", "/s", URL, "--queues", "0"],
+            &["--socket-path", "/s", URL, "--poll-us", "soon"],
+            &["--disk", "socket=/a"],
+            &["--disk", &disk.replace("/a", "")],
+            &["--disk", &format!("{disk},wrong")],
+            &["--disk", &format!("{disk},socket=/b")],
+            &["--disk", &format!("{disk},queues=65")],
+        ] {
+            let refused = serve(wrong).map_err(|error| error.to_string()).and_then(|args| args.disks());
+            assert!(refused.is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_not_repeated() {
+        for command in ["discover", "info"] {
+            let args = ["vcp-iscsi", command, "http://me%hush@host"];
+            let error = without_secret(Cli::try_parse_from(args).unwrap_err()).render().to_string();
+            assert!(error.contains("URL") && !error.contains("hush"), "{error}");
+        }
+        for wrong in [
+            &["--disk", "socket=/a,url=iscsi://me%hush,hush@host/iqn.a:b/0"][..],
+            &["--disk", "socket=/a,url=http://me%hush@host/iqn.a:b/0"],
+            &["--socket-path", "/s", "http://me%hush@host/iqn.a:b/0"],
+            &["--socket-path", "/s", "iscsi://me%hush@host/iqn.a:b/x"],
+        ] {
+            let args = serve(wrong).unwrap();
+            assert!(!format!("{args:?}").contains("hush"));
+            assert!(!args.disks().unwrap_err().contains("hush"), "{wrong:?}");
+        }
+    }
+}
