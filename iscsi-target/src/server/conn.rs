@@ -4,12 +4,13 @@ use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
+use iscsi::login::target::{Claim, LoginError};
 use iscsi::pdu::framing::{Digests, FrameError, Limits};
 use iscsi::target::SessionError;
 
 use super::frame;
 use super::full::{FullFeature, Wider};
-use super::login::{Established, Login, LoginStep};
+use super::login::{Login, LoginStep};
 use super::out::Batch;
 use crate::device::Device;
 
@@ -25,8 +26,8 @@ pub(super) enum ConnError {
     ClosedInPdu,
     #[error("logged out")]
     LoggedOut,
-    #[error("login: {0}")]
-    Login(String),
+    #[error("login failed")]
+    Login(#[from] LoginError),
     #[error("login not finished in time")]
     LoginTimeout,
     #[error("silent for too long")]
@@ -85,8 +86,8 @@ pub(super) enum Progress {
     Idle,
     /// Other sessions are concerned.
     Wider(Wider),
-    /// The login succeeded; nothing of it has been answered yet.
-    Established(Box<Established>),
+    /// The initiator has proved who it is and may come in, if the server agrees.
+    Decide(Claim),
 }
 
 pub(super) enum Phase {
@@ -178,7 +179,7 @@ impl Conn {
                     .map(Progress::Wider),
                 Phase::Login(login) => match login.receive(&frame.bhs, frame.data, &mut self.batch)? {
                     LoginStep::Continue => None,
-                    LoginStep::Established(established) => Some(Progress::Established(established)),
+                    LoginStep::Decide(claim) => Some(Progress::Decide(claim)),
                 },
             };
             self.received.consume(wire_bytes);

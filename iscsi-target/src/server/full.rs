@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 
+use iscsi::discovery::{Answer, FoundTarget, TargetAddress, Wanted};
 use iscsi::pdu::framing::Digests;
-use iscsi::pdu::{Bhs, Itt, TaskFunction, TaskManagementRequest, TaskResponseCode, TextRequest, Ttt};
+use iscsi::pdu::{Bhs, RejectReason, TaskFunction, TaskManagementRequest, TaskResponseCode, TextRequest};
 use iscsi::scsi::{Lun, Sense, SenseKey, Status, opcode as op, sense::asc};
 use iscsi::target::{Completion, Event, OutgoingData, Session, SessionError, TaskId};
 
+use super::login::PORTAL_GROUP;
 use super::out::Batch;
-use super::text;
 use crate::device::{Attentions, Device, NexusId, UnitIndex};
 use crate::lu::{Step, Transfer};
 use crate::storage::Extent;
@@ -79,10 +80,7 @@ pub(super) struct FullFeature {
     pub(super) attentions: Attentions,
     tasks: Vec<TaskIo>,
     waiting_bytes: usize,
-    text: Vec<u8>,
-    /// The rest of a text answer that did not fit one PDU, with the tag by which it is asked for.
-    text_left: Option<(u32, Vec<u8>)>,
-    next_text_tag: u32,
+    text: Answer,
     /// Close once everything is sent.
     pub(super) closing: bool,
 }
@@ -98,9 +96,7 @@ impl FullFeature {
             attentions: Attentions::default(),
             tasks: std::iter::repeat_with(TaskIo::default).take(slots).collect(),
             waiting_bytes: 0,
-            text: Vec::new(),
-            text_left: None,
-            next_text_tag: 0,
+            text: Answer::new(),
             closing: false,
         }
     }
@@ -139,7 +135,7 @@ impl FullFeature {
             Event::TaskManagement(request) => {
                 return Ok(self.task_management(devices, &request).then_some(Wider::TaskManagement(request)));
             }
-            Event::Text(request) => self.text(devices, portal, &request, data),
+            Event::Text(request) => self.text(devices, portal, bhs, &request, data),
             Event::Logout => {}
         }
         Ok(None)
@@ -246,50 +242,42 @@ impl FullFeature {
         ended.into_iter().for_each(|task| self.forget(task));
     }
 
-    fn text(&mut self, devices: &[Device], portal: SocketAddr, request: &TextRequest, data: &[u8]) {
-        let itt = request.itt;
-        // An initiator that comes back with our tag asks for the rest of a long answer.
-        if let Some((tag, left)) = self.text_left.take()
-            && request.ttt == Ttt(tag)
-        {
-            return self.send_text(itt, left);
+    fn text(
+        &mut self,
+        devices: &[Device],
+        portal: SocketAddr,
+        bhs: &Bhs,
+        request: &TextRequest,
+        data: &[u8],
+    ) {
+        let own = self.target;
+        let limit_bytes = self.session.config().max_send_segment_bytes;
+        let answer = self.text.receive(request, data, limit_bytes, |wanted| {
+            let found = devices.iter().enumerate().filter(|(index, device)| match (wanted, own) {
+                // A session on a target may ask about that target only (RFC 7143 appendix C).
+                (Wanted::All, own) => own.is_none(),
+                (Wanted::Current, own) => own == Some(*index),
+                (Wanted::Named(name), own) => device.name() == name && own.is_none_or(|own| own == *index),
+            });
+            let allowed = !matches!((wanted, own), (Wanted::All, Some(_)) | (Wanted::Current, None));
+            let address = TargetAddress {
+                host: portal.ip().to_string(),
+                port: portal.port(),
+                portal_group_tag: Some(PORTAL_GROUP),
+            };
+            let found = found.map(|(_, device)| FoundTarget {
+                name: device.name().to_owned(),
+                addresses: vec![address.clone()],
+            });
+            allowed.then(|| found.collect())
+        });
+        match answer {
+            Ok(answer) => self.session.send_text(request.itt, answer.ttt, answer.continues, answer.data),
+            Err(error) => {
+                tracing::warn!(%error, "text request refused");
+                self.session.reject(bhs, RejectReason::Protocol);
+            }
         }
-        if request.ttt.is_none() {
-            // A new negotiation ends an earlier one (11.10.4).
-            self.text.clear();
-        }
-        if self.text.len() + data.len() > text::MAX_REQUEST_BYTES {
-            self.text.clear();
-            return self.session.send_text(itt, Ttt::NONE, false, Vec::new());
-        }
-        self.text.extend_from_slice(data);
-        if request.continues {
-            // More of the request follows: answer with nothing (6.1).
-            let tag = self.text_tag();
-            return self.session.send_text(itt, Ttt(tag), false, Vec::new());
-        }
-        let names: Vec<&str> = devices.iter().map(Device::name).collect();
-        let own = self.target.and_then(|target| names.get(target).copied());
-        let answer = text::answer(&self.text, &text::Scope { targets: &names, own, portal });
-        self.text.clear();
-        self.send_text(itt, answer);
-    }
-
-    /// Sends text in as many PDUs as it takes, one for each request of the initiator.
-    fn send_text(&mut self, itt: Itt, mut text: Vec<u8>) {
-        let max = self.session.config().max_send_segment_bytes as usize;
-        if text.len() <= max {
-            return self.session.send_text(itt, Ttt::NONE, false, text);
-        }
-        let left = text.split_off(max);
-        let tag = self.text_tag();
-        self.session.send_text(itt, Ttt(tag), true, text);
-        self.text_left = Some((tag, left));
-    }
-
-    fn text_tag(&mut self) -> u32 {
-        self.next_text_tag = self.next_text_tag.wrapping_add(1) & 0x7FFF_FFFF;
-        self.next_text_tag
     }
 
     /// Fills a batch with what is to be sent.

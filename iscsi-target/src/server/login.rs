@@ -1,168 +1,158 @@
-//! Interim login (to be replaced by iscsi::login::target).
+//! Logging in: `iscsi::login::target` with what this server is configured to be.
+
+use std::sync::Arc;
+
+use iscsi::chap::{ChapError, Entropy};
+use iscsi::login::LoginStatus;
+use iscsi::login::target::{self, Auth, Chap, Claim, Decision, LoggedIn, LoginError};
+use iscsi::params::{DigestPolicy, Params};
+use iscsi::pdu::Bhs;
+use iscsi::serial::Serial;
+use iscsi::target::Config as FullFeatureConfig;
+use rustix::rand::{GetRandomFlags, getrandom};
+
 use super::conn::ConnError;
 use super::out::Batch;
-use crate::config::{Config, SessionConfig};
-use iscsi::pdu::framing::{Digests, append_pdu};
-use iscsi::pdu::{Bhs, Isid, LoginRequest, LoginResponse, Pdu, Stage, TargetSn};
-use iscsi::target::Config as SessionParams;
+use crate::config::{Config, DigestChoice, SessionConfig};
 
+/// The only target portal group.
+pub(super) const PORTAL_GROUP: u16 = 1;
+
+/// What all logins are made with.
 pub(super) struct LoginContext {
-    targets: Vec<String>,
-    session: SessionConfig,
+    config: Arc<target::Config>,
 }
+
 impl LoginContext {
-    pub(super) fn new(c: &Config) -> Self {
-        Self { targets: c.targets.iter().map(|t| t.name.clone()).collect(), session: c.session }
+    pub(super) fn new(config: &Config) -> Result<Self, ChapError> {
+        let mut targets = Vec::new();
+        for target in &config.targets {
+            let auth = match &target.chap {
+                None => Auth::None,
+                Some(account) => Auth::Chap(Chap::new(vec![account.clone()], target.mutual_chap.clone())?),
+            };
+            targets.push(target::TargetConfig { auth, ..target::TargetConfig::new(target.name.clone()) });
+        }
+        let config = target::Config {
+            targets,
+            portal_group_tag: PORTAL_GROUP,
+            // What is listed is no secret here; every target guards itself.
+            discovery_auth: Auth::None,
+            params: params(&config.session),
+            command_window: u32::from(config.session.queue_depth),
+        };
+        Ok(Self { config: Arc::new(config) })
     }
 }
-pub(super) struct Login {
-    targets: Vec<String>,
-    session: SessionConfig,
-    stat: u32,
-    kv: Vec<(String, String)>,
-}
-pub(super) enum LoginStep {
-    Continue,
-    Established(Box<Established>),
-}
-pub(super) struct Established {
-    pub(super) initiator: String,
-    pub(super) isid: Isid,
-    pub(super) target: Option<usize>,
-    req: LoginRequest,
-    reply: Vec<u8>,
-    session: SessionConfig,
-    kv: Vec<(String, String)>,
-    stat: u32,
-}
-fn respond(req: &LoginRequest, tsih: u16, data: &[u8], stat: u32, batch: &mut Batch) {
-    let r = LoginResponse {
-        transit: req.transit,
-        continues: false,
-        stage: req.stage,
-        version_max: 0,
-        version_active: 0,
-        isid: req.isid,
-        tsih,
-        itt: req.itt,
-        sn: TargetSn { stat_sn: stat.into(), exp_cmd_sn: req.cmd_sn, max_cmd_sn: req.cmd_sn.add(31) },
-        status_class: 0,
-        status_detail: 0,
-        data_len_bytes: data.len() as u32,
+
+fn params(session: &SessionConfig) -> Params {
+    let policy = |choice| match choice {
+        DigestChoice::Any => DigestPolicy::Optional,
+        DigestChoice::None => DigestPolicy::Off,
+        DigestChoice::Crc32c => DigestPolicy::Prefer,
     };
-    let mut out = Vec::new();
-    append_pdu(&mut out, &r.encode(), data, Digests::default());
-    batch.push_raw(&out);
-}
-impl Login {
-    pub(super) fn new(c: &LoginContext) -> Self {
-        Self { targets: c.targets.clone(), session: c.session, stat: 0, kv: vec![] }
+    Params {
+        header_digest: policy(session.header_digest),
+        data_digest: policy(session.data_digest),
+        max_recv_data_segment_bytes: session.max_recv_segment_bytes,
+        max_burst_bytes: session.max_burst_bytes,
+        first_burst_bytes: session.first_burst_bytes,
+        initial_r2t: session.initial_r2t,
+        immediate_data: session.immediate_data,
+        max_outstanding_r2t: u16::from(session.max_outstanding_r2t),
+        // Nothing of a session outlives its connection.
+        time2wait_s: 0,
+        time2retain_s: 0,
+        ..Params::default()
     }
+}
+
+/// One login under way.
+pub(super) struct Login {
+    machine: target::Login,
+}
+
+/// What a login PDU led to.
+pub(super) enum LoginStep {
+    /// The answer is in the batch.
+    Continue,
+    /// The initiator may come in, if the server has room: call [`Login::decide`].
+    Decide(Claim),
+}
+
+impl Login {
+    pub(super) fn new(context: &LoginContext) -> std::io::Result<Self> {
+        let mut entropy = [0; 33];
+        let mut filled = 0;
+        while filled < entropy.len() {
+            filled += getrandom(&mut entropy[filled..], GetRandomFlags::empty())?;
+        }
+        let machine = target::Login::new(Arc::clone(&context.config), Entropy(entropy), Serial(0));
+        Ok(Self { machine })
+    }
+
     pub(super) fn receive(
         &mut self,
         bhs: &Bhs,
         data: &[u8],
         batch: &mut Batch,
     ) -> Result<LoginStep, ConnError> {
-        let req = LoginRequest::decode(bhs).map_err(|e| ConnError::Login(e.to_string()))?;
-        let mut reply = String::new();
-        for p in data.split(|b| *b == 0).filter(|p| !p.is_empty()) {
-            let p = String::from_utf8_lossy(p).to_string();
-            let (k, v) = p.split_once('=').unwrap();
-            self.kv.push((k.into(), v.into()));
-            let s = &self.session;
-            match k {
-                "AuthMethod" => reply += "AuthMethod=None\0TargetPortalGroupTag=1\0",
-                "HeaderDigest" => {
-                    reply +=
-                        &format!("HeaderDigest={}\0", if v.starts_with("CRC32C") { "CRC32C" } else { "None" })
-                }
-                "DataDigest" => {
-                    reply +=
-                        &format!("DataDigest={}\0", if v.starts_with("CRC32C") { "CRC32C" } else { "None" })
-                }
-                "InitialR2T" => {
-                    reply +=
-                        &format!("InitialR2T={}\0", if s.initial_r2t || v == "Yes" { "Yes" } else { "No" })
-                }
-                "ImmediateData" => {
-                    reply += &format!(
-                        "ImmediateData={}\0",
-                        if s.immediate_data && v == "Yes" { "Yes" } else { "No" }
-                    )
-                }
-                "MaxBurstLength" => {
-                    reply += &format!("MaxBurstLength={}\0", s.max_burst_bytes.min(v.parse().unwrap()))
-                }
-                "FirstBurstLength" => {
-                    reply += &format!("FirstBurstLength={}\0", s.first_burst_bytes.min(v.parse().unwrap()))
-                }
-                "MaxRecvDataSegmentLength" => {
-                    reply += &format!("MaxRecvDataSegmentLength={}\0", s.max_recv_segment_bytes)
-                }
-                "MaxOutstandingR2T" => reply += "MaxOutstandingR2T=1\0",
-                "MaxConnections" => reply += "MaxConnections=1\0",
-                "ErrorRecoveryLevel" => reply += "ErrorRecoveryLevel=0\0",
-                "DataPDUInOrder" | "DataSequenceInOrder" => reply += &format!("{k}=Yes\0"),
-                "DefaultTime2Wait" | "DefaultTime2Retain" => reply += &format!("{k}=0\0"),
-                _ => {}
+        match self.machine.receive(bhs, data) {
+            target::Progress::Send(pdu) => {
+                batch.push(&pdu.header, &pdu.data, Default::default());
+                Ok(LoginStep::Continue)
+            }
+            target::Progress::Decide(claim) => Ok(LoginStep::Decide(claim)),
+            target::Progress::Failed(pdu, error) => {
+                batch.push(&pdu.header, &pdu.data, Default::default());
+                Err(error.into())
+            }
+            // Comes from `decide` only.
+            target::Progress::Done(..) => Err(LoginError::Protocol("login ended without a decision").into()),
+        }
+    }
+
+    /// Answers the last request of the login.
+    pub(super) fn decide(
+        &mut self,
+        decision: Result<u16, LoginStatus>,
+        batch: &mut Batch,
+    ) -> Result<Box<LoggedIn>, ConnError> {
+        let decision = match decision {
+            Ok(tsih) => Decision::Accept { tsih },
+            Err(status) => Decision::Refuse(status),
+        };
+        match self.machine.decide(decision) {
+            target::Progress::Done(pdu, logged_in) => {
+                batch.push(&pdu.header, &pdu.data, Default::default());
+                Ok(logged_in)
+            }
+            target::Progress::Failed(pdu, error) => {
+                batch.push(&pdu.header, &pdu.data, Default::default());
+                Err(error.into())
+            }
+            target::Progress::Send(_) | target::Progress::Decide(_) => {
+                Err(LoginError::Protocol("login goes on after the decision").into())
             }
         }
-        let get = |k: &str| self.kv.iter().rev().find(|x| x.0 == k).map(|x| x.1.clone());
-        if req.transit == Some(Stage::FullFeature) {
-            let target = match get("TargetName") {
-                Some(t) => Some(
-                    self.targets
-                        .iter()
-                        .position(|x| *x == t)
-                        .ok_or(ConnError::Login("no such target".into()))?,
-                ),
-                None => None,
-            };
-            return Ok(LoginStep::Established(Box::new(Established {
-                initiator: get("InitiatorName").unwrap_or_default(),
-                isid: req.isid,
-                target,
-                req,
-                reply: reply.into_bytes(),
-                session: self.session,
-                kv: self.kv.clone(),
-                stat: self.stat,
-            })));
-        }
-        respond(&req, 0, reply.as_bytes(), self.stat, batch);
-        self.stat += 1;
-        Ok(LoginStep::Continue)
     }
 }
-impl Established {
-    pub(super) fn answer(&self, tsih: u16, batch: &mut Batch) -> (SessionParams, Digests) {
-        respond(&self.req, tsih, &self.reply, self.stat, batch);
-        let get = |k: &str| self.kv.iter().rev().find(|x| x.0 == k).map(|x| x.1.clone());
-        let s = &self.session;
-        (
-            SessionParams {
-                queue_depth: s.queue_depth,
-                max_recv_segment_bytes: s.max_recv_segment_bytes,
-                max_send_segment_bytes: get("MaxRecvDataSegmentLength").map_or(8192, |v| v.parse().unwrap()),
-                max_burst_bytes: s
-                    .max_burst_bytes
-                    .min(get("MaxBurstLength").map_or(262144, |v| v.parse().unwrap())),
-                first_burst_bytes: s
-                    .first_burst_bytes
-                    .min(get("FirstBurstLength").map_or(65536, |v| v.parse().unwrap())),
-                initial_r2t: get("InitialR2T").is_none_or(|v| v == "Yes") || s.initial_r2t,
-                immediate_data: s.immediate_data && get("ImmediateData").is_none_or(|v| v == "Yes"),
-                max_outstanding_r2t: 1,
-                discovery: self.target.is_none(),
-                exp_cmd_sn: self.req.cmd_sn,
-                stat_sn: (self.stat + 1).into(),
-                cid: self.req.cid,
-            },
-            Digests {
-                header: get("HeaderDigest").is_some_and(|v| v.starts_with("CRC32C")),
-                data: get("DataDigest").is_some_and(|v| v.starts_with("CRC32C")),
-            },
-        )
+
+/// The full-feature phase as it was agreed on.
+pub(super) fn full_feature(logged_in: &LoggedIn, queue_depth: u16) -> FullFeatureConfig {
+    let negotiated = &logged_in.negotiated;
+    FullFeatureConfig {
+        queue_depth,
+        max_recv_segment_bytes: negotiated.max_recv_data_segment_bytes,
+        max_send_segment_bytes: negotiated.max_send_data_segment_bytes,
+        max_burst_bytes: negotiated.max_burst_bytes,
+        first_burst_bytes: negotiated.first_burst_bytes,
+        initial_r2t: negotiated.initial_r2t,
+        immediate_data: negotiated.immediate_data,
+        max_outstanding_r2t: negotiated.max_outstanding_r2t.min(255) as u8,
+        discovery: logged_in.claim.target.is_none(),
+        exp_cmd_sn: logged_in.nexus.cmd_sn,
+        stat_sn: logged_in.nexus.stat_sn,
+        cid: logged_in.nexus.cid,
     }
 }

@@ -10,13 +10,14 @@ mod idle;
 mod login;
 mod out;
 mod registry;
-mod text;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use iscsi::login::LoginStatus;
+use iscsi::login::target::Claim;
 use iscsi::pdu::framing::Limits;
 use iscsi::pdu::{AsyncEvent, AsyncMessage, TargetSn, TaskFunction, TaskManagementRequest, TaskResponseCode};
 use iscsi::scsi::Lun;
@@ -33,7 +34,7 @@ use crate::storage::{FileStorage, MemoryStorage, Storage};
 use conn::{Conn, ConnError, Phase, Progress};
 use full::{FullFeature, Wider};
 use idle::Idle;
-use login::{Established, Login, LoginContext};
+use login::{Login, LoginContext};
 use registry::{Key, Registry};
 
 const LISTENER: u64 = u64::MAX;
@@ -81,6 +82,9 @@ pub enum Error {
         /// The LUN.
         lun: u16,
     },
+    /// The secrets of the two directions are the same, which lets an attacker reflect a challenge.
+    #[error("the CHAP accounts cannot be used")]
+    Chap(#[source] iscsi::chap::ChapError),
     /// Two targets have one name.
     #[error("target {0} is given twice")]
     Target(String),
@@ -104,6 +108,21 @@ pub enum Error {
 
 fn os<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Error {
     move |source| Error::Os { action, source: source.into() }
+}
+
+/// An error with its causes, on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
 }
 
 /// A slot for a connection. The generation tells events of an earlier one apart.
@@ -172,7 +191,7 @@ impl Server {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("creating an epoll instance"))?;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)
             .map_err(os("watching the listener"))?;
-        let login = LoginContext::new(&config);
+        let login = LoginContext::new(&config).map_err(Error::Chap)?;
         Ok(Self {
             config,
             devices,
@@ -294,7 +313,7 @@ impl Server {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
-        let conn = Conn::new(socket, Login::new(&self.login), Limits::default(), now)?;
+        let conn = Conn::new(socket, Login::new(&self.login)?, Limits::default(), now)?;
         let slot = &mut self.slots[index];
         let id = u64::from(slot.generation) << 32 | index as u64;
         let data = epoll::EventData::new_u64(id);
@@ -331,14 +350,16 @@ impl Server {
                     self.wider(index, wider);
                     continue;
                 }
-                Ok(Progress::Established(established)) => {
-                    self.establish(index, *established);
+                Ok(Progress::Decide(claim)) => {
+                    let admitted = self.admit(index, claim);
+                    if admitted.is_err() {
+                        self.last_words(index);
+                    }
+                    admitted?;
                     continue;
                 }
                 Err(error) => {
-                    // A Reject or a login response tells the initiator why; it has one chance to go out.
-                    conn.fill_batch();
-                    let _ = conn.batch.send(&conn.socket);
+                    self.last_words(index);
                     return Err(error);
                 }
             }
@@ -349,6 +370,15 @@ impl Server {
                 }
                 return self.watch(index);
             }
+        }
+    }
+
+    /// Before a connection is closed for an error: a Reject or a login response tells the initiator why. It has one
+    /// chance to go out.
+    fn last_words(&mut self, index: usize) {
+        if let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) {
+            conn.fill_batch();
+            let _ = conn.batch.send(&conn.socket);
         }
     }
 
@@ -369,31 +399,40 @@ impl Server {
         Ok(())
     }
 
-    /// A login succeeded: an earlier session of the same name is closed before the login is answered
+    /// An initiator has proved who it is: an earlier session of the same name is closed before the login is answered
     /// (RFC 7143 6.3.5), so that nothing of it can act afterwards.
-    fn establish(&mut self, index: usize, established: Established) {
-        let key = Key {
-            initiator: established.initiator.clone(),
-            isid: established.isid,
-            target: established.target,
+    fn admit(&mut self, index: usize, claim: Claim) -> Result<(), ConnError> {
+        let key = Key { initiator: claim.initiator_name, isid: claim.isid, target: claim.target };
+        let decision = match claim.tsih {
+            0 => {
+                if let Some(old) = self.registry.find(&key).filter(|&old| old != index) {
+                    self.close(old, &ConnError::Reinstated);
+                }
+                Ok(self.registry.free_tsih())
+            }
+            // A session has one connection; another cannot join it.
+            tsih if self.registry.has(tsih) => Err(LoginStatus::TOO_MANY_CONNECTIONS),
+            _ => Err(LoginStatus::NO_SESSION),
         };
-        if let Some(old) = self.registry.find(&key).filter(|&old| old != index) {
-            self.close(old, &ConnError::Reinstated);
-        }
-        let tsih = self.registry.free_tsih();
+        let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) else { return Ok(()) };
+        let Phase::Login(login) = &mut conn.phase else { return Ok(()) };
+        let logged_in = login.decide(decision, &mut conn.batch)?;
+        let tsih = logged_in.nexus.tsih;
         let nexus = self.registry.enter(key, tsih, index);
-        let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) else { return };
-        let (config, digests) = established.answer(tsih, &mut conn.batch);
+        let target = logged_in.claim.target;
         tracing::info!(
             peer = %conn.peer,
-            initiator = established.initiator,
-            target = established.target.and_then(|target| self.devices.get(target)).map_or("discovery", Device::name),
-            isid = %established.isid,
+            initiator = logged_in.claim.initiator_name,
+            chap_name = logged_in.chap_name,
+            target = target.and_then(|target| self.devices.get(target)).map_or("discovery", Device::name),
+            isid = %logged_in.claim.isid,
             tsih,
             sessions = self.registry.len(),
             "logged in"
         );
-        conn.enter_full_feature(FullFeature::new(Session::new(config), digests, nexus, established.target));
+        let session = Session::new(login::full_feature(&logged_in, self.config.session.queue_depth));
+        conn.enter_full_feature(FullFeature::new(session, logged_in.negotiated.digests, nexus, target));
+        Ok(())
     }
 
     /// The other sessions of a session's target: connection index and state.
@@ -479,9 +518,9 @@ impl Server {
         slot.generation = slot.generation.wrapping_add(1);
         self.connections -= 1;
         if reason.is_ordinary() {
-            tracing::info!(peer = %conn.peer, %reason, "disconnected");
+            tracing::info!(peer = %conn.peer, reason = %Chain(reason), "disconnected");
         } else {
-            tracing::warn!(peer = %conn.peer, %reason, "disconnected");
+            tracing::warn!(peer = %conn.peer, reason = %Chain(reason), "disconnected");
         }
         if let Phase::Full(full) = &conn.phase {
             self.registry.leave(index);

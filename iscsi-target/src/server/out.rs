@@ -108,13 +108,6 @@ impl Batch {
         }
     }
 
-    /// Adds bytes that are whole PDUs already (login).
-    pub(super) fn push_raw(&mut self, bytes: &[u8]) {
-        if !bytes.is_empty() {
-            self.push_bytes(bytes);
-        }
-    }
-
     /// Sends as much as the socket takes. `true` if all went out and the batch is empty again.
     pub(super) fn send(&mut self, socket: impl AsFd) -> io::Result<bool> {
         while self.sent_pieces < self.pieces.len() {

@@ -44,6 +44,11 @@ impl Registry {
         }
     }
 
+    /// Whether there is a session of this handle.
+    pub(super) fn has(&self, tsih: u16) -> bool {
+        self.entries.iter().any(|entry| entry.tsih == tsih)
+    }
+
     /// Enters a session and gives it an identity.
     pub(super) fn enter(&mut self, key: Key, tsih: u16, conn: usize) -> NexusId {
         self.entries.push(Entry { key, tsih, conn });

@@ -92,7 +92,8 @@ impl Session {
         Ok(Order::Deliver)
     }
 
-    fn reject(&mut self, bhs: &Bhs, reason: RejectReason) {
+    /// Rejects a PDU that the caller was told of.
+    pub fn reject(&mut self, bhs: &Bhs, reason: RejectReason) {
         self.counters.rejects_sent += 1;
         let answer = Reject { reason, data_len_bytes: bhs.0.len() as u32, sn: NO_SN, data_sn: Serial(0) };
         self.control.push(Answer::Reject(answer), bhs.0.to_vec());
