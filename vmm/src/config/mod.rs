@@ -7,7 +7,7 @@ pub mod spec;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-pub use spec::{DiskSpec, NetSpec};
+pub use spec::{DiskSpec, NetSpec, SecretUrl};
 
 use crate::error::{Error, Result};
 

@@ -5,12 +5,36 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+/// A URL that may hold a secret: it is not shown by `Debug`.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct SecretUrl(String);
+
+impl SecretUrl {
+    /// The URL in full, for the process that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for SecretUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl std::fmt::Debug for SecretUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("iscsi://...")
+    }
+}
+
 /// One block device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskSpec {
     /// iSCSI URL: the monitor starts a `vcp-iscsi` for it.
-    pub url: Option<String>,
+    pub url: Option<SecretUrl>,
     /// Socket of a vhost-user-blk backend that already runs.
     pub socket: Option<PathBuf>,
     /// Offer the disk read-only (with `url`).
@@ -43,7 +67,7 @@ impl DiskSpec {
         for part in text.split(',') {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
             match (key, value) {
-                ("url", Some(v)) if !v.is_empty() => spec.url = Some(v.to_owned()),
+                ("url", Some(v)) if !v.is_empty() => spec.url = Some(v.into()),
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("read-only", None) => spec.read_only = true,
                 ("queues", Some(v)) => spec.queues = Some(number(key, v)?),
@@ -60,7 +84,7 @@ impl DiskSpec {
         match (&self.url, &self.socket) {
             (None, None) => return Err("a disk needs url=iscsi://... or socket=PATH".into()),
             (Some(_), Some(_)) => return Err("a disk has either url= or socket=, not both".into()),
-            (Some(url), None) if !url.starts_with("iscsi://") => {
+            (Some(url), None) if !url.expose().starts_with("iscsi://") => {
                 return Err("a disk's url must begin with iscsi://, e.g. url=iscsi://127.0.0.1/iqn.2026-01.example:disk/0".into());
             }
             (None, Some(_)) if self.read_only => {
@@ -141,6 +165,13 @@ fn wrong_key(what: &str, key: &str, value: Option<&str>, keys: &[&str]) -> Strin
     if key.starts_with("iscsi://") {
         return format!("write {what} url=iscsi://...");
     }
+    if key.len() > 16 || !key.chars().all(|c| c.is_ascii_lowercase() || c == '-') {
+        // Not repeated: it may be the rest of a URL with a secret in it.
+        return format!(
+            "{what} has something that is no option after a comma (a comma in a URL is written %2C): options are {}",
+            keys.join(", ")
+        );
+    }
     let near = keys.iter().min_by_key(|k| distance(key, k)).filter(|k| distance(key, k) <= 3);
     match near {
         Some(near) => format!("unknown {what} option {key:?}: did you mean {near:?}?"),
@@ -197,6 +228,14 @@ mod tests {
         ] {
             assert!(DiskSpec::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let error = DiskSpec::parse("url=iscsi://u%pass,Word1@h/iqn.x:y/0").unwrap_err();
+        assert!(!error.contains("Word1"), "{error}");
+        let spec = DiskSpec::parse("url=iscsi://u%passWord1@h/iqn.x:y/0").unwrap();
+        assert!(!format!("{spec:?}").contains("passWord1"));
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl BusDevice for AcpiPm {
         let Some(&value) = data.first() else { return };
         match offset {
             SLEEP_CONTROL if value & SLP_EN != 0 && value >> 2 & 7 == SLEEP_TYPE_S5 => {
-                self.0.give(ExitReason::PowerOff)
+                self.0.give(ExitReason::PowerOff);
             }
             RESET if value == ACPI_RESET_VALUE => self.0.give(ExitReason::Reset),
             _ => {}

@@ -14,6 +14,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::config::SecretUrl;
 use crate::error::{Error, Result};
 use crate::exit::{ExitReason, ExitSignal};
 
@@ -30,7 +31,7 @@ pub struct IscsiVcp {
     /// Device name, e.g. `disk0`.
     pub device: String,
     /// The URL, with secrets; it never becomes an argument.
-    pub url: String,
+    pub url: SecretUrl,
     /// Where the VCP shall listen.
     pub socket: PathBuf,
     /// Offer the disk read-only.
@@ -71,7 +72,7 @@ impl VcpProcess {
         // by its name, and so reads it from the start.
         let url = rustix::fs::memfd_create("url", rustix::fs::MemfdFlags::empty())
             .map_err(Error::os("create a memfd"))?;
-        rustix::io::write(&url, vcp.url.as_bytes()).map_err(Error::os("write a memfd"))?;
+        rustix::io::write(&url, vcp.url.expose().as_bytes()).map_err(Error::os("write a memfd"))?;
         let mut command = Command::new(program);
         command.arg("serve").arg("--socket-path").arg(&vcp.socket);
         command.arg("--url-file").arg(format!("/proc/self/fd/{}", url.as_raw_fd()));

@@ -227,7 +227,7 @@ impl MmioTransport {
             reg::DRIVER_FEATURES_SEL => s.driver_features_sel = value,
             // After FEATURES_OK the set is final (3.1.1).
             reg::DRIVER_FEATURES if s.status & status::FEATURES_OK == 0 => {
-                set_half(&mut s.driver_features, s.driver_features_sel, value)
+                set_half(&mut s.driver_features, s.driver_features_sel, value);
             }
             reg::QUEUE_SEL => s.queue_sel = value,
             reg::QUEUE_NOTIFY => {

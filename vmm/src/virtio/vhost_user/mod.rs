@@ -246,7 +246,7 @@ impl VirtioDevice for VhostUserDevice {
         match sent {
             Ok(()) => self.config[offset as usize..][..data.len()].copy_from_slice(data),
             Err(e) => {
-                tracing::warn!(device = self.name, error = %crate::chain(&e), "the backend refuses a change of configuration")
+                tracing::warn!(device = self.name, error = %crate::chain(&e), "the backend refuses a change of configuration");
             }
         }
     }
