@@ -106,8 +106,10 @@ pub struct IscsiEngine {
     window_credit: usize,
     rescan: bool,
     changed: bool,
-    /// [`close`](IscsiEngine::close) was called.
+    /// [`Engine::close`] was called.
     closing: bool,
+    /// [`Engine::abandon`] was called: nobody waits for what is underway, so nothing of it is repeated.
+    abandoned: bool,
     attempts: u32,
     up_since: Instant,
     jitter: u64,
@@ -157,6 +159,7 @@ impl IscsiEngine {
             rescan: false,
             changed: false,
             closing: false,
+            abandoned: false,
             attempts: 0,
             up_since: Instant::now(),
             jitter,
@@ -206,9 +209,9 @@ impl IscsiEngine {
         slots * 1024 + RX_STAGING_BYTES as u64 + PROBE_BUFFER_BYTES as u64 + arena + (64 << 10)
     }
 
-    /// Ends the session in order: waits for commands underway for half of `limit`, logs out, and gives up at the end of
+    /// See [`Engine::close`]: waits for commands underway for half of `limit`, logs out, and gives up at the end of
     /// `limit`. Blocks so long at most; commands not answered by then are dropped.
-    pub fn close(&mut self, limit: Duration) {
+    fn shut_down(&mut self, limit: Duration) {
         let start = Instant::now();
         let deadline = start + limit;
         let mut done = Vec::new();
@@ -604,6 +607,17 @@ impl IscsiEngine {
         self.jobs.take(self.own_slot);
     }
 
+    /// Ends what is not with the target: for a guest that no longer waits for it.
+    fn drop_waiting(&mut self) {
+        while let Some(slot) = self.waiting.pop_front() {
+            self.finish(slot, Outcome::IoError);
+        }
+        while let Some((_, slot)) = self.backoff.pop() {
+            self.finish(slot, Outcome::IoError);
+        }
+        self.abandoned = self.free.len() < usize::from(self.own_slot);
+    }
+
     /// The session is lost: what it owes us waits for the next one.
     fn lost(&mut self, error: &dyn std::error::Error, time2wait_s: u16, blamed: Option<u16>, now: Instant) {
         if let Some(wire) = self.wire.take() {
@@ -633,6 +647,9 @@ impl IscsiEngine {
                     self.fail(slot, &chain(error), now);
                 }
             }
+        }
+        if self.abandoned {
+            self.drop_waiting();
         }
         if self.closing {
             self.phase = Phase::Closed;
@@ -782,6 +799,8 @@ impl Engine for IscsiEngine {
                 return;
             }
         };
+        // Somebody waits again; what is still underway from before ends in its own time.
+        self.abandoned = false;
         let job = Job {
             command,
             tag: Some(request.tag),
@@ -862,6 +881,33 @@ impl Engine for IscsiEngine {
             writable: writable || self.wire.as_ref().is_some_and(Wire::wants_write),
             deadline: [backoff, deadline, session].into_iter().flatten().min(),
         }
+    }
+
+    fn abandon(&mut self) {
+        self.abandoned = true;
+        if !matches!(self.phase, Phase::Up) {
+            self.drop_waiting();
+        }
+    }
+
+    fn close(&mut self, limit: Duration) {
+        self.shut_down(limit);
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let state = match self.phase {
+            Phase::Up => "up",
+            Phase::Probing { .. } => "looking at the unit",
+            Phase::Waiting { .. } => "lost, pause before the next attempt",
+            Phase::Dialing(_) => "lost, logging in",
+            Phase::Closed => "closed",
+        };
+        serde_json::json!({
+            "url": self.options.url.to_string(),
+            "state": state,
+            "session": self.negotiated,
+            "stats": self.stats(),
+        })
     }
 
     fn take_change(&mut self) -> bool {
