@@ -142,7 +142,8 @@ impl Front {
         self.ask("SET_MEM_TABLE", |f| f.set_mem_table(&[memory.info()]))?;
         for (n, queue) in queues.iter().enumerate() {
             let ring = queue.ring();
-            self.ask("SET_VRING_NUM", |f| f.set_vring_num(n, ring.size()))?;
+            self.ask("SET_VRING_NUM", |f| f.set_vring_num(n, ring.size()))
+                .with_context(|| format!("no ring of {} entries; try a lower --qd", ring.size()))?;
             self.ask("SET_VRING_BASE", |f| f.set_vring_base(n, 0))?;
             self.ask("SET_VRING_ADDR", |f| f.set_vring_addr(n, &ring.config()))?;
             self.ask("SET_VRING_ERR", |f| f.set_vring_err(n, &queue.error))?;
