@@ -491,6 +491,13 @@ impl Negotiation {
             offered: self.offer_text(def),
             answer: shorten(answer),
         };
+        if matches!(def.rule, Rule::Digest)
+            && answer == NONE
+            && self.digest_policy(def.key) == DigestPolicy::Require
+        {
+            // Not one of the values offered, but what some targets say in place of Reject.
+            return Err(ParamError::Refused { key: def.name, value: CRC32C });
+        }
         let want = self.want(def);
         let value = match answer {
             // The key keeps its value, here its default (6.2); `finish` knows whether that will do.

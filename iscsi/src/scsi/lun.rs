@@ -10,13 +10,17 @@ use super::{DataError, be32, need};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Lun(pub [u8; 8]);
 
+/// First byte of extended flat space addressing with three bytes of number: address method 11b, length 01b, extended
+/// address method 2.
+const EXTENDED_FLAT: u32 = 0xD2;
+
 impl Lun {
     /// LUN 0.
     pub const ZERO: Lun = Lun([0; 8]);
 
     /// The address for a number as people write it: peripheral device addressing up to 255, flat space addressing
-    /// up to 16383 (SAM-5 4.7.5); a larger number
-    /// is taken as all eight bytes.
+    /// up to 16383, extended flat space addressing up to 2^24-1 (SAM-5 4.7.5 to 4.7.7); a larger number is taken as
+    /// all eight bytes.
     pub fn from_number(number: u64) -> Self {
         let mut out = [0; 8];
         match number {
@@ -24,6 +28,9 @@ impl Lun {
             0x100..=0x3FFF => {
                 out[0] = 0x40 | (number >> 8) as u8;
                 out[1] = number as u8;
+            }
+            0x4000..=0xFF_FFFF => {
+                out[..4].copy_from_slice(&(EXTENDED_FLAT << 24 | number as u32).to_be_bytes());
             }
             _ => out = number.to_be_bytes(),
         }
@@ -39,6 +46,13 @@ impl Lun {
                 0 if b[0] == 0 => return u64::from(b[1]),
                 1 => return u64::from(b[0] & 0x3F) << 8 | u64::from(b[1]),
                 _ => {}
+            }
+        }
+        if b[4..] == [0; 4] && u32::from(b[0]) == EXTENDED_FLAT {
+            let number = u32::from_be_bytes([0, b[1], b[2], b[3]]);
+            // A target may give small numbers this way, too; they stay apart from the shorter forms.
+            if number > 0x3FFF {
+                return u64::from(number);
             }
         }
         u64::from_be_bytes(b)
@@ -58,7 +72,7 @@ impl Lun {
 impl fmt::Display for Lun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.number() {
-            number if number <= 0x3FFF => write!(f, "{number}"),
+            number if number <= 0xFF_FFFF => write!(f, "{number}"),
             number => write!(f, "{number:#018x}"),
         }
     }
@@ -114,7 +128,8 @@ mod tests {
         assert_eq!(Lun::from_number(255).0, [0, 255, 0, 0, 0, 0, 0, 0]);
         // Defect H of the field: 300 sent as 01 2C would be bus 1, LUN 44.
         assert_eq!(Lun::from_number(300).0, [0x41, 0x2C, 0, 0, 0, 0, 0, 0]);
-        for number in [0, 1, 255, 256, 300, 0x3FFF, 0x0102_0000_0000_0000, u64::MAX] {
+        assert_eq!(Lun::from_number(0x4000).0, [0xD2, 0x00, 0x40, 0x00, 0, 0, 0, 0]);
+        for number in [0, 1, 255, 256, 300, 0x3FFF, 0x4000, 0xFF_FFFF, 0x0102_0000_0000_0000, u64::MAX] {
             assert_eq!(Lun::from_number(number).number(), number);
         }
     }
