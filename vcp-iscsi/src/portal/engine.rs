@@ -249,7 +249,8 @@ impl IscsiEngine {
             cdb,
             direction,
             len_bytes,
-            exact: true,
+            // Of a parameter list, targets report all sorts of residuals (tgt: all of UNMAP's); of blocks, none may miss.
+            exact: matches!(request.op, Op::Read | Op::Write { .. }),
             timeout,
         };
         if request.op != Op::Flush {

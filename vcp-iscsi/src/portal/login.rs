@@ -9,7 +9,7 @@ use iscsi::chap::{Account, Algorithm, ChapError, Entropy};
 use iscsi::initiator::{Config as SessionConfig, Session};
 use iscsi::login::initiator::{Auth, Chap, Config, LoggedIn as Agreed, Login, LoginError, Progress};
 use iscsi::login::{LoginPdu, LoginStatus};
-use iscsi::params::{DigestPolicy, Params};
+use iscsi::params::{DigestPolicy, ParamError, Params};
 use iscsi::pdu::Isid;
 use iscsi::pdu::framing::{Limits, Receiver, Step};
 
@@ -394,12 +394,16 @@ fn login_failed(portal: &Portal, target: &str, error: &LoginError) -> PortalErro
         LoginError::AuthenticationSkipped => {
             "; leave the CHAP options out if the target is to be trusted without".to_owned()
         }
+        LoginError::Param(ParamError::BadAnswer { key: "HeaderDigest" | "DataDigest", .. })
+        | LoginError::Param(ParamError::Refused { .. }) => {
+            "; the target has to allow the digest, or leave --header-digest and --data-digest out".to_owned()
+        }
         _ => String::new(),
     };
     let may_retry = match error {
         LoginError::Refused(status) => status.may_retry(),
         LoginError::BadName { .. } | LoginError::BadAlias | LoginError::Chap(_) => false,
-        LoginError::AuthenticationSkipped | LoginError::AuthMethod { .. } => false,
+        LoginError::AuthenticationSkipped | LoginError::AuthMethod { .. } | LoginError::Param(_) => false,
         _ => true,
     };
     PortalError::Login {
