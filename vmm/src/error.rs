@@ -148,6 +148,9 @@ pub enum Error {
         /// What happened.
         reason: String,
     },
+    /// A signal asked the run to end before it began; no failure.
+    #[error("interrupted while the virtual machine was starting")]
+    Interrupted,
     /// The driver set up its device wrongly.
     #[error("{device}: the guest's driver {reason}")]
     Driver {

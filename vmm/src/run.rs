@@ -52,7 +52,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
     warn_of_emulation(&kernel);
     // The machine first: it fails sooner and leaves nothing behind.
     let machine = Machine::new(&config, &kernel, exit.clone())?;
-    let backends = Backends::start(args, &config, &placement, &signals)?;
+    let backends = match Backends::start(args, &config, &placement, &signals) {
+        Err(Error::Interrupted) => {
+            tracing::info!("ended by a signal while starting");
+            return Ok(());
+        }
+        other => other?,
+    };
     machine.run(&config, kernel, backends, &placement, signals)
 }
 
@@ -187,7 +193,9 @@ impl Machine {
         let vcpus = Vcpus::start(self.vcpus, &context, &placement.vcpus)?;
         let reason = wait(&mut events, &self.exit);
         let stopped = vcpus.stop();
-        if stopped {
+        // A device whose vCPU thread did not stop may be locked; one whose backend is gone has nothing to stop.
+        let backend_gone = matches!(reason, Ok(ExitReason::BackendGone { .. }));
+        if stopped && !backend_gone {
             for transport in &transports {
                 transport.shut_down();
             }

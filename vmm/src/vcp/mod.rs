@@ -133,7 +133,7 @@ impl VcpProcess {
                 )));
             }
             if !fds[1].revents().is_empty() {
-                return Err(fail("interrupted while its vcp-iscsi was starting".into()));
+                return Err(Error::Interrupted);
             }
             let mut byte = [0u8; 1];
             match stdout.read(&mut byte) {
@@ -256,5 +256,85 @@ impl MutEventSubscriber for VcpWatch {
                 ),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    /// A program that takes a VCP's options; `then` is what it does with the URL in `$url` and the socket in `$socket`.
+    fn program(dir: &Path, then: &str) -> PathBuf {
+        let path = dir.join("vcp-iscsi");
+        let text = format!("#!/bin/sh\nsocket=$3\nurl=$(cat \"$5\")\n{then}\n");
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn start(dir: &Path, then: &str) -> VcpProcess {
+        let url = "iscsi://user%secret@host/iqn.x:y/0".into();
+        let vcp = IscsiVcp {
+            device: "disk0".into(),
+            url,
+            socket: dir.join("s"),
+            read_only: true,
+            queues: 2,
+            cpu: None,
+        };
+        VcpProcess::start(&program(dir, then), &vcp).unwrap()
+    }
+
+    fn never() -> OwnedFd {
+        eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn ready_with_the_secret_passed_aside_and_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = start(
+            dir.path(),
+            "echo \"$url\" > \"$socket.url\"; echo hello; echo ready: here; exec sleep 1000",
+        );
+        process.wait_ready(Duration::from_secs(10), &never()).unwrap();
+        let arguments = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
+        assert!(!String::from_utf8_lossy(&arguments).contains("secret"));
+        let url = std::fs::read_to_string(dir.path().join("s.url")).unwrap();
+        assert_eq!(url.trim(), "iscsi://user%secret@host/iqn.x:y/0");
+        let pid = process.pid();
+        assert_eq!(process.ended(), None);
+        drop(process);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn end_before_ready_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = start(dir.path(), "exit 3").wait_ready(Duration::from_secs(10), &never()).unwrap_err();
+        assert!(error.to_string().contains("ended before it was ready: exit code 3"), "{error}");
+    }
+
+    #[test]
+    fn silence_is_an_error_and_a_stubborn_process_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = start(dir.path(), "trap '' TERM; while :; do sleep 0.1; done");
+        let error = process.wait_ready(Duration::from_millis(300), &never()).unwrap_err();
+        assert!(error.to_string().contains("was not ready within"), "{error}");
+        let pid = process.pid();
+        drop(process);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn a_signal_ends_the_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let signal = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+        let error =
+            start(dir.path(), "exec sleep 1000").wait_ready(Duration::from_secs(10), &signal).unwrap_err();
+        assert!(matches!(error, Error::Interrupted));
     }
 }

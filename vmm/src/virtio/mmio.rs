@@ -167,9 +167,14 @@ impl MmioTransport {
         self.kicks.get(index)
     }
 
-    /// Stops the device, as the driver's reset does. For the monitor's end of run.
+    /// Stops the device for good, at the end of the run.
     pub fn shut_down(&self) {
-        self.reset(&mut self.lock());
+        let mut s = self.lock();
+        if std::mem::take(&mut s.active)
+            && let Err(e) = s.device.shut_down()
+        {
+            tracing::warn!(device = s.device.name(), error = %crate::chain(&e), "the device did not stop cleanly");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

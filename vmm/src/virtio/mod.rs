@@ -79,4 +79,8 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<()>;
     /// Stops the device and forgets all that the driver told it. When this returns, nobody touches the queues any more.
     fn reset(&mut self) -> Result<()>;
+    /// Stops the device because the run is over and no driver waits: as [`VirtioDevice::reset`], but without patience.
+    fn shut_down(&mut self) -> Result<()> {
+        self.reset()
+    }
 }

@@ -22,6 +22,8 @@ use crate::exit::{ExitReason, ExitSignal};
 pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a backend has to stop a queue: it must finish the requests that it has begun.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same at the end of the run, when nobody waits for those requests any more.
+pub const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
 struct Watch {
@@ -203,7 +205,8 @@ impl MutEventSubscriber for HangupWatch {
     fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
         let reason = self.shared.lock().failure.clone();
         let reason = reason.unwrap_or_else(|| "closed its connection".into());
-        tracing::error!(device = self.device, "the vhost-user backend {reason}");
+        // The error that ends the run says it to the user.
+        tracing::debug!(device = self.device, "the vhost-user backend {reason}");
         self.exit.give(ExitReason::BackendGone { device: self.device.clone(), reason });
         // Said once; a closed socket stays readable.
         if let Err(e) = ops.remove(Events::empty_raw(self.stream.as_raw_fd())) {

@@ -6,13 +6,14 @@ pub mod link;
 pub mod net;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use self::link::{Link, STOP_TIMEOUT};
+use self::link::{END_TIMEOUT, Link, STOP_TIMEOUT};
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
@@ -202,6 +203,17 @@ impl VhostUserDevice {
     }
 }
 
+impl VhostUserDevice {
+    /// Stops the rings: what was begun is finished, nothing more is begun (vhost-user, "Ring states").
+    fn stop_queues(&mut self, timeout: Duration) -> Result<()> {
+        for index in std::mem::take(&mut self.active) {
+            // After an error the connection is dead: the other rings cannot be stopped either.
+            self.link.call_within(timeout, "GET_VRING_BASE", |f| f.get_vring_base(usize::from(index)))?;
+        }
+        Ok(())
+    }
+}
+
 /// Host address of a piece of guest memory that lies in one region.
 fn host_address(memory: &GuestMemory, addr: u64, len: u64) -> Option<u64> {
     let region = memory.find_region(GuestAddress(addr))?;
@@ -262,19 +274,11 @@ impl VirtioDevice for VhostUserDevice {
     }
 
     fn reset(&mut self) -> Result<()> {
-        let mut result = Ok(());
-        for index in std::mem::take(&mut self.active) {
-            // Stops the ring: what was begun is finished, nothing more is begun (vhost-user, "Ring states").
-            let stopped = self
-                .link
-                .call_within(STOP_TIMEOUT, "GET_VRING_BASE", |f| f.get_vring_base(usize::from(index)));
-            if let Err(e) = stopped {
-                // The connection is dead: the other rings cannot be stopped either.
-                result = Err(e);
-                break;
-            }
-        }
-        result
+        self.stop_queues(STOP_TIMEOUT)
+    }
+
+    fn shut_down(&mut self) -> Result<()> {
+        self.stop_queues(END_TIMEOUT)
     }
 }
 
