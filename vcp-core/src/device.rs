@@ -32,6 +32,10 @@ pub trait Rings {
     /// which completions belong to a ring that no longer exists.
     fn complete(&mut self, id: ChainId, len_bytes: u32);
 
+    /// Whether the driver still waits for this chain. If not (its ring stopped or is gone), guest memory must not be
+    /// written for it any more; it is given back all the same.
+    fn wanted(&self, id: ChainId) -> bool;
+
     /// The request in this chain breaks the rules of the device: its queue stops, the chain is not given back.
     fn fail(&mut self, id: ChainId, error: RingError);
 }

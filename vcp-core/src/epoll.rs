@@ -52,13 +52,13 @@ struct State<D> {
     /// As the crate handed them out; needed where it calls without them.
     vrings: Vec<Vring>,
     indirect: bool,
-    epoch: u32,
+    epochs: Vec<u32>,
     inflight: Vec<u32>,
     broken: Vec<bool>,
     /// Queues that must not be read: being stopped.
     stopping: Vec<bool>,
-    /// In flight of earlier connections.
-    orphans: u32,
+    /// In flight of earlier lives of each queue.
+    orphans: Vec<u32>,
     /// Engine socket and timer, as one descriptor for the crate's epoll.
     events: OwnedFd,
     timer: OwnedFd,
@@ -69,11 +69,11 @@ struct EpollRings<'a> {
     vrings: &'a [Vring],
     map: Option<Arc<GuestMap>>,
     indirect: bool,
-    epoch: u32,
+    epochs: &'a [u32],
     inflight: &'a mut [u32],
     broken: &'a mut [bool],
     stopping: &'a [bool],
-    orphans: &'a mut u32,
+    orphans: &'a mut [u32],
     used: u64,
     metrics: &'a DeviceMetrics,
 }
@@ -90,7 +90,7 @@ impl Rings for EpollRings<'_> {
     fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
         let at = usize::from(queue);
         let (Some(vring), Some(map)) = (self.vrings.get(at), &self.map) else { return false };
-        if *self.orphans != 0 || self.broken[at] || self.stopping[at] {
+        if self.orphans[at] != 0 || self.broken[at] || self.stopping[at] {
             return false;
         }
         let mut state = vring.get_mut();
@@ -102,7 +102,7 @@ impl Rings for EpollRings<'_> {
         match taken {
             Ok(true) => {
                 chain.id.queue = queue;
-                chain.id.epoch = self.epoch;
+                chain.id.epoch = self.epochs[at];
                 self.inflight[at] += 1;
                 true
             }
@@ -116,8 +116,8 @@ impl Rings for EpollRings<'_> {
 
     fn complete(&mut self, id: ChainId, len_bytes: u32) {
         let at = usize::from(id.queue);
-        if id.epoch != self.epoch {
-            *self.orphans = self.orphans.saturating_sub(1);
+        if !self.wanted(id) {
+            self.orphans[at] = self.orphans[at].saturating_sub(1);
             self.metrics.stale_completions.add(1);
             return;
         }
@@ -129,13 +129,17 @@ impl Rings for EpollRings<'_> {
         }
     }
 
+    fn wanted(&self, id: ChainId) -> bool {
+        self.epochs.get(usize::from(id.queue)) == Some(&id.epoch)
+    }
+
     fn fail(&mut self, id: ChainId, error: RingError) {
         let at = usize::from(id.queue);
-        if id.epoch == self.epoch {
+        if self.wanted(id) {
             self.inflight[at] = self.inflight[at].saturating_sub(1);
             self.break_queue(at, error);
         } else {
-            *self.orphans = self.orphans.saturating_sub(1);
+            self.orphans[at] = self.orphans[at].saturating_sub(1);
         }
     }
 }
@@ -152,11 +156,11 @@ impl<D: RingDevice> State<D> {
             memory: None,
             vrings: Vec::new(),
             indirect: false,
-            epoch: 0,
+            epochs: vec![0; queues],
             inflight: vec![0; queues],
             broken: vec![false; queues],
             stopping: vec![false; queues],
-            orphans: 0,
+            orphans: vec![0; queues],
             events,
             timer,
         })
@@ -170,7 +174,7 @@ impl<D: RingDevice> State<D> {
             vrings: &self.vrings,
             map,
             indirect: self.indirect,
-            epoch: self.epoch,
+            epochs: &self.epochs,
             inflight: &mut self.inflight,
             broken: &mut self.broken,
             stopping: &self.stopping,
@@ -210,8 +214,9 @@ impl<D: RingDevice> State<D> {
     fn arm(&mut self) -> bool {
         let (broken, stopping) = (&self.broken, &self.stopping);
         let live = self.vrings.iter().enumerate().filter(|(at, _)| !broken[*at] && !stopping[*at]);
-        let blocked = self.orphans != 0;
-        live.fold(false, |more, (_, vring)| {
+        let orphans = &self.orphans;
+        live.fold(false, |more, (at, vring)| {
+            let blocked = orphans[at] != 0;
             let runs = vring.get_ref().is_enabled() && vring.get_ref().get_queue().ready();
             (runs && !blocked && vring.enable_notification().unwrap_or(false)) || more
         })
@@ -244,13 +249,20 @@ impl<D: RingDevice> State<D> {
         Ok(())
     }
 
+    /// What is in flight on this queue belongs to the past.
+    fn orphan(&mut self, at: usize) {
+        self.epochs[at] = self.epochs[at].wrapping_add(1);
+        self.orphans[at] += std::mem::take(&mut self.inflight[at]);
+    }
+
     /// The connection is gone.
     fn detach(&mut self) {
         self.vrings.clear();
         self.memory = None;
-        self.epoch = self.epoch.wrapping_add(1);
-        self.orphans += self.inflight.iter().sum::<u32>();
-        self.inflight.fill(0);
+        (0..self.epochs.len()).for_each(|at| self.orphan(at));
+        if self.orphans.iter().any(|&orphans| orphans != 0) {
+            self.device.abandon();
+        }
         self.broken.fill(false);
         self.stopping.fill(false);
         self.device.set_features(0);
@@ -350,6 +362,7 @@ impl<D: RingDevice> VhostUserBackend for Backend<D> {
             if inflight == 0 || Instant::now() >= deadline {
                 if inflight != 0 {
                     tracing::warn!(queue, inflight, "ring stopped with requests in flight");
+                    state.orphan(at);
                     state.device.abandon();
                 }
                 (state.stopping[at], state.broken[at]) = (false, false);
@@ -456,7 +469,7 @@ fn wait_for_front_end<D: RingDevice>(
     let mut state = backend.lock();
     state.run();
     // A new connection may repeat what is still under way for the old one, so it has to wait.
-    let drained = state.orphans == 0;
+    let drained = state.orphans.iter().all(|&orphans| orphans == 0);
     let mut fds = vec![PollFd::new(woken, PollFlags::IN), PollFd::new(&state.events, PollFlags::IN)];
     if drained {
         fds.push(PollFd::new(socket, PollFlags::IN));

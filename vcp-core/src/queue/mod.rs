@@ -69,6 +69,12 @@ pub trait VirtQueue {
     /// [`RingError`]: the driver broke a rule; the position in the ring is then undefined.
     fn take(&mut self, map: &Arc<GuestMap>, chain: &mut Chain) -> Result<bool, RingError>;
 
+    /// Takes a chain again that was taken before and not given back, by its head.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    fn take_again(&mut self, map: &Arc<GuestMap>, head: u16, chain: &mut Chain) -> Result<(), RingError>;
+
     /// Writes a used element. The driver sees it with the next [`publish`](Self::publish).
     ///
     /// # Errors

@@ -175,6 +175,11 @@ impl VirtQueue for SplitQueue {
         take_split(&mut self.queue, self.indirect, map, chain)
     }
 
+    fn take_again(&mut self, map: &Arc<GuestMap>, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.begin(head);
+        walk(map, self.queue.desc_table(), u32::from(self.queue.size()), head, self.indirect, chain)
+    }
+
     fn put_used(&mut self, map: &GuestMap, head: u16, len_bytes: u32) -> Result<(), RingError> {
         let next = self.queue.next_used();
         let slot = 4 + USED_ELEM_BYTES * u64::from(next % self.queue.size());

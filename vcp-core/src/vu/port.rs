@@ -235,6 +235,10 @@ impl<D: RingDevice> Port<D> {
 
     fn reset(&mut self, epoll: &OwnedFd) {
         self.rings.reset(epoll);
+        if self.rings.inflight() != 0 {
+            // Its answers go nowhere. A front end that reconnects repeats it.
+            self.device.abandon();
+        }
         self.device.set_features(0);
     }
 }

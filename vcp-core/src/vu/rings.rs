@@ -11,7 +11,8 @@
 //!    |   broken rule, reset,   |  +----------------> Stopping ----------------+
 //!    +--- disconnect ----------+                        | deadline
 //!                                                       v
-//!                              Parked (resumes if the ring starts again exactly where it stopped)
+//!                              Parked (if the ring starts again exactly where it stopped,
+//!                                      what was in flight is taken again, in its old order)
 //! ```
 
 use std::fs::File;
@@ -35,13 +36,17 @@ use crate::queue::{Chain, ChainId, RingError, SplitQueue, VirtQueue};
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A ring that was stopped with requests in flight, as the front end was told.
+///
+/// The stop is either a pause, and the guest still waits for these requests, or part of a reset, and the guest must
+/// not see them (or have its memory written by them) any more. Only the next start tells. So they are abandoned at
+/// once, and a ring that resumes takes them again from its descriptors.
 #[derive(Debug)]
 struct Parked {
     base: u16,
     used: u16,
     desc_table: u64,
-    /// Ended since: given back if the ring resumes.
-    late: Vec<(u16, u32)>,
+    /// Heads of the chains in flight, newest first.
+    heads: Vec<u16>,
 }
 
 #[derive(Debug)]
@@ -61,6 +66,11 @@ struct Vring {
     inflight: u32,
     /// In flight of earlier epochs.
     orphans: u32,
+    /// When each head was taken, by a counter; 0: not in flight.
+    taken: Vec<u64>,
+    taken_count: u64,
+    /// Heads to take again before anything new, newest first.
+    again: Vec<u16>,
     unpublished: bool,
     stopping: Option<(SyncSender<Reply>, Instant)>,
     parked: Option<Parked>,
@@ -81,6 +91,9 @@ impl Vring {
             epoch: 0,
             inflight: 0,
             orphans: 0,
+            taken: vec![0; size_max.into()],
+            taken_count: 0,
+            again: Vec::new(),
             unpublished: false,
             stopping: None,
             parked: None,
@@ -97,6 +110,42 @@ impl Vring {
         self.orphans += self.inflight;
         self.inflight = 0;
         self.parked = None;
+        self.again.clear();
+        self.taken.fill(0);
+    }
+
+    /// Stops with requests in flight.
+    fn park(&mut self, ring: &SplitQueue) {
+        let mut heads: Vec<(u64, u16)> =
+            self.taken.iter().zip(0..).filter(|(at, _)| **at != 0).map(|(at, head)| (*at, head)).collect();
+        heads.sort_unstable_by(|a, b| b.cmp(a));
+        let mut heads: Vec<u16> = heads.into_iter().map(|(_, head)| head).collect();
+        // What was still to be taken again is newer than what was.
+        heads.splice(0..0, std::mem::take(&mut self.again));
+        self.orphan();
+        let queue = ring.queue();
+        self.parked = Some(Parked {
+            base: queue.next_avail(),
+            used: queue.next_used(),
+            desc_table: queue.desc_table(),
+            heads,
+        });
+    }
+
+    /// Takes the next chain: first those that are taken again.
+    fn take(&mut self, map: &Arc<GuestMap>, chain: &mut Chain) -> Result<bool, RingError> {
+        let Some(ring) = &mut self.ring else { return Ok(false) };
+        if let Some(head) = self.again.pop() {
+            ring.take_again(map, head, chain)?;
+        } else if !ring.take(map, chain)? {
+            return Ok(false);
+        }
+        self.taken_count += 1;
+        if let Some(at) = self.taken.get_mut(usize::from(chain.id.head)) {
+            *at = self.taken_count;
+        }
+        self.inflight += 1;
+        Ok(true)
     }
 }
 
@@ -238,16 +287,12 @@ impl RingSet {
         let _ = setup.try_set_avail_ring_address(GuestAddress(vring.setup.avail_ring()));
         let _ = setup.try_set_used_ring_address(GuestAddress(vring.setup.used_ring()));
         setup.set_event_idx(event_idx);
-        let mut ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
+        let ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
             .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
         let here = (vring.base, ring.queue().next_used(), ring.queue().desc_table());
         match vring.parked.take() {
             Some(parked) if (parked.base, parked.used, parked.desc_table) == here => {
-                for (head, len_bytes) in parked.late {
-                    ring.put_used(&self.map, head, len_bytes)
-                        .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
-                    vring.unpublished = true;
-                }
+                vring.again = parked.heads
             }
             _ => vring.orphan(),
         }
@@ -280,7 +325,8 @@ impl RingSet {
         let mut late = false;
         for queue in 0..self.vrings.len() {
             let Some((_, deadline)) = self.vrings[queue].stopping else { continue };
-            let drained = self.vrings[queue].inflight == 0;
+            let vring = &self.vrings[queue];
+            let drained = vring.inflight == 0 && vring.again.is_empty();
             if !drained && now < deadline {
                 continue;
             }
@@ -297,12 +343,7 @@ impl RingSet {
                         inflight = vring.inflight,
                         "ring stopped with requests in flight: they did not end in {STOP_TIMEOUT:?}"
                     );
-                    vring.parked = Some(Parked {
-                        base: vring.base,
-                        used: ring.queue().next_used(),
-                        desc_table: ring.queue().desc_table(),
-                        late: Vec::with_capacity(vring.inflight as usize),
-                    });
+                    vring.park(&ring);
                 }
             }
             drop_kick(epoll, vring);
@@ -368,7 +409,7 @@ impl RingSet {
                 continue;
             }
             match vring.ring.as_mut().map(|ring| ring.arm(&self.map)) {
-                Some(Ok(pending)) => more |= pending,
+                Some(Ok(pending)) => more |= pending || !vring.again.is_empty(),
                 Some(Err(error)) => self.break_queue(queue, error),
                 None => {}
             }
@@ -411,15 +452,14 @@ impl Rings for RingSet {
         if !vring.runs() || self.closing {
             return false;
         }
-        match vring.ring.as_mut().map(|ring| ring.take(&self.map, chain)) {
-            Some(Ok(true)) => {
+        match vring.take(&self.map, chain) {
+            Ok(true) => {
                 chain.id.queue = queue;
                 chain.id.epoch = vring.epoch;
-                vring.inflight += 1;
                 true
             }
-            Some(Ok(false)) | None => false,
-            Some(Err(error)) => {
+            Ok(false) => false,
+            Err(error) => {
                 self.break_queue(usize::from(queue), error);
                 false
             }
@@ -435,14 +475,20 @@ impl Rings for RingSet {
             return;
         }
         vring.inflight = vring.inflight.saturating_sub(1);
-        match (&mut vring.ring, &mut vring.parked) {
-            (Some(ring), _) => match ring.put_used(&self.map, id.head, len_bytes) {
-                Ok(()) => vring.unpublished = true,
-                Err(error) => self.break_queue(queue, error),
-            },
-            (None, Some(parked)) => parked.late.push((id.head, len_bytes)),
-            (None, None) => self.metrics.stale_completions.add(1),
+        if let Some(at) = vring.taken.get_mut(usize::from(id.head)) {
+            *at = 0;
         }
+        match vring.ring.as_mut().map(|ring| ring.put_used(&self.map, id.head, len_bytes)) {
+            Some(Ok(())) => vring.unpublished = true,
+            Some(Err(error)) => self.break_queue(queue, error),
+            None => self.metrics.stale_completions.add(1),
+        }
+    }
+
+    fn wanted(&self, id: ChainId) -> bool {
+        self.vrings
+            .get(usize::from(id.queue))
+            .is_some_and(|vring| vring.epoch == id.epoch && vring.ring.is_some())
     }
 
     fn fail(&mut self, id: ChainId, error: RingError) {

@@ -374,7 +374,9 @@ impl<E: Engine> BlkDevice<E> {
             self.unsubmitted.retain(|&queued| queued != index);
         }
         let slot = &mut self.slots[index as usize];
-        slot.status.copy_from(0, &[slot.result as u8]);
+        if rings.wanted(slot.id) {
+            slot.status.copy_from(0, &[slot.result as u8]);
+        }
         let counters = counters(&self.metrics, slot.kind);
         if slot.result == Status::Ok {
             counters.ok.add(1);

@@ -54,6 +54,10 @@ impl Rings for Hand {
         self.ended.push((id.head, End::Used(len_bytes)));
     }
 
+    fn wanted(&self, _id: ChainId) -> bool {
+        true
+    }
+
     fn fail(&mut self, id: ChainId, error: RingError) {
         self.ended.push((id.head, End::Failed(error)));
     }
