@@ -41,13 +41,13 @@ done
 dd if=/tmp/random of=/dev/vdb bs=64k seek=64 conv=notrunc oflag=direct 2>/dev/null || die direct write
 dd if=/dev/vdb bs=64k skip=64 count=32 iflag=direct 2>/dev/null | cmp - /tmp/random || die direct compare
 if [ $(cat /sys/block/vdb/queue/write_zeroes_max_bytes) -gt 0 ]; then
-    blkdiscard -z -o 4194304 -l 1048576 /dev/vdb || die zero
+    /usr/sbin/blkdiscard -z -o 4194304 -l 1048576 /dev/vdb || die zero
     drop_caches
     dd if=/dev/vdb bs=64k skip=64 count=16 2>/dev/null | cmp -n 1048576 - /dev/zero || die zeroes
     dd if=/dev/vdb bs=64k skip=80 count=16 2>/dev/null | cmp - /tmp/half || die behind the zeroes
 fi
 if [ $(cat /sys/block/vdb/queue/discard_max_bytes) -gt 0 ]; then
-    blkdiscard -o 8388608 -l 4194304 /dev/vdb || die discard
+    /usr/sbin/blkdiscard -o 8388608 -l 4194304 /dev/vdb || die discard
     value discarded yes
 fi
 
@@ -67,7 +67,7 @@ errors=$(dmesg | grep -ciE 'i/o error|vda.*error|vdb.*error'); value errors $err
 "#;
 
 fn boots(kind: Kind) -> Result<()> {
-    if !target::have(kind) || !tool::have(&["qemu-system-x86_64", "mkfs.ext4", "e2fsck"]) {
+    if !target::have(kind) || !tool::have(&["qemu-system-x86_64", "mkfs.ext4", "blkdiscard", "e2fsck"]) {
         return Ok(());
     }
     // istgt has one block size for all its LUNs.
@@ -83,6 +83,7 @@ fn boots(kind: Kind) -> Result<()> {
         .disk(backends[0].socket(), 2)
         .disk(backends[1].socket(), 1)
         .program(&mkfs.display().to_string())
+        .program("/usr/sbin/blkdiscard")
         .run(SCRIPT)?;
     ensure!(done.status == 0, "the job failed:\n{}", done.console);
 
