@@ -479,7 +479,8 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
         self.done = done;
         if !self.done.is_empty() {
             moved = true;
-            self.reap(rings, now);
+            // `now` is from before the engine's system calls: a request may have begun and ended in this very pass.
+            self.reap(rings, Instant::now());
         }
         if self.engine.take_change() {
             let lun = self.engine.lun().clone();
