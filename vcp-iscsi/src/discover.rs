@@ -19,7 +19,7 @@ use crate::portal::client::dial;
 use crate::portal::login::{LoggedIn, Purpose};
 use crate::portal::probe::Found;
 use crate::portal::socket::wait_until;
-use crate::portal::{Client, Options, SessionArgs};
+use crate::portal::{Client, Options, PortalError, SessionArgs};
 use crate::url::{Portal, Url};
 
 /// Shows the targets of a portal and their logical units.
@@ -208,8 +208,19 @@ pub(crate) fn human_bytes(bytes: u64) -> String {
 /// # Errors
 /// The portal cannot be reached, refuses us, or answers nonsense.
 pub fn targets(options: &Options) -> anyhow::Result<Vec<FoundTarget>> {
-    let options = Arc::new(options.clone());
-    let logged_in = dial(&options, Purpose::Discovery)?;
+    let mut options = Arc::new(options.clone());
+    let logged_in = match dial(&options, Purpose::Discovery) {
+        // Many targets want CHAP for themselves but not for discovery, which only tells names; whoever asked for
+        // mutual CHAP does not take names from just anybody.
+        Err(PortalError::Login { wants_no_chap: true, .. })
+            if options.chap.is_some() && options.mutual_chap.is_none() =>
+        {
+            tracing::debug!("discovery without CHAP");
+            Arc::make_mut(&mut options).chap = None;
+            dial(&options, Purpose::Discovery)?
+        }
+        other => other?,
+    };
     let portal = logged_in.portal.to_string();
     let deadline = Instant::now() + options.timeouts.login;
     Conversation::new(logged_in, deadline).run().with_context(|| format!("discovery at {portal} failed"))

@@ -44,6 +44,8 @@ pub enum PortalError {
         why: String,
         /// Whether the same login may succeed later without a change of anything on this side.
         may_retry: bool,
+        /// Whether the target knows no such authentication as was offered.
+        wants_no_chap: bool,
     },
     /// The login did not end in time.
     #[error("login to {target} at {portal} did not end within {} ms (--login-timeout-ms)", .timeout.as_millis())]
