@@ -89,10 +89,10 @@ struct Serve {
     #[arg(long, value_name = "N", default_value_t = SessionConfig::default().max_outstanding_r2t, value_parser = clap::value_parser!(u8).range(1..), help_heading = "Session")]
     max_outstanding_r2t: u8,
     /// Whether initiators must wait for an R2T before they send data that is not immediate.
-    #[arg(long, value_name = "yes|no", default_value = "no", value_parser = yes_no, help_heading = "Session")]
+    #[arg(long, value_name = "yes|no", default_value = "no", action = ArgAction::Set, value_parser = yes_no, help_heading = "Session")]
     initial_r2t: bool,
     /// Whether data may come with the command.
-    #[arg(long, value_name = "yes|no", default_value = "yes", value_parser = yes_no, help_heading = "Session")]
+    #[arg(long, value_name = "yes|no", default_value = "yes", action = ArgAction::Set, value_parser = yes_no, help_heading = "Session")]
     immediate_data: bool,
     /// MaxBurstLength in bytes.
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = segment_size, help_heading = "Session")]

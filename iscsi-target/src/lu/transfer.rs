@@ -137,8 +137,16 @@ impl LogicalUnit {
         let lba = offset / u64::from(self.block_bytes);
         self.scratch.clear();
         self.storage.read(offset, data.len(), &mut self.scratch).map_err(|e| read_error(&e, lba))?;
-        let medium = self.scratch.iter().flat_map(|extent| extent.as_slice());
-        let difference = data.iter().zip(medium).position(|(a, b)| a != b);
+        let mut done = 0;
+        let mut difference = None;
+        for medium in self.scratch.iter().map(Extent::as_slice) {
+            let sent = &data[done..done + medium.len()];
+            if sent != medium {
+                difference = sent.iter().zip(medium).position(|(a, b)| a != b).map(|at| done + at);
+                break;
+            }
+            done += medium.len();
+        }
         self.scratch.clear();
         match difference {
             None => Ok(()),
@@ -155,7 +163,7 @@ impl LogicalUnit {
         self.scratch.clear();
         self.storage.read(offset, data.len(), &mut self.scratch).map_err(|e| read_error(&e, lba))?;
         self.or_buffer.clear();
-        let medium = self.scratch.iter().flat_map(|extent| extent.as_slice());
+        let medium = self.scratch.iter().flat_map(Extent::as_slice);
         self.or_buffer.extend(data.iter().zip(medium).map(|(a, b)| a | b));
         self.scratch.clear();
         self.dirty = true;

@@ -485,22 +485,22 @@ impl Server {
             units.iter().for_each(|&unit| device.reset(unit));
         }
         tracing::info!(function = ?request.function, lun = ?lun, "task management");
-        let mut others = Vec::new();
+        let mut sessions = Vec::new();
         for (other, full) in self.peers(target) {
             full.abort(lun);
             if other == index {
                 full.session.complete_task_management(request.itt, TaskResponseCode::Complete);
                 full.closing |= cold;
-            } else {
-                others.push(other);
             }
+            sessions.push(other);
         }
-        for other in others {
-            if cold {
+        for other in sessions {
+            if cold && other != index {
                 // A cold reset ends all connections (RFC 7143 11.5.1).
                 self.close(other, &ConnError::Reset);
                 continue;
             }
+            // Every initiator is told, the one that asked too (SAM-5 6.3.3).
             let device = &self.devices[target];
             if reset
                 && let Some(conn) = &mut self.slots[other].conn

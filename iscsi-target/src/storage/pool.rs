@@ -66,9 +66,11 @@ impl Pool {
     }
 }
 
-/// A zero-filled shared buffer.
+static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
+
+/// A zero-filled shared buffer of at most a chunk.
 pub(super) fn zeroed(len: usize) -> Arc<[u8]> {
-    std::iter::repeat_n(0u8, len).collect()
+    Arc::from(&ZEROES[..len.min(CHUNK_BYTES)])
 }
 
 #[cfg(test)]
