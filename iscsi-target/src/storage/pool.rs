@@ -77,12 +77,20 @@ pub(super) fn zeroed(len: usize) -> Arc<[u8]> {
 mod tests {
     use super::*;
 
+    fn filled(pool: &mut Pool, byte: u8) -> Extent {
+        let fill = |buffer: &mut [u8]| {
+            buffer.fill(byte);
+            Ok(())
+        };
+        pool.with(10, fill).unwrap()
+    }
+
     #[test]
     fn buffers_in_use_are_left_alone() {
         let mut pool = Pool::new();
         let mut held = Vec::new();
         for i in 0..100u8 {
-            held.push(pool.with(10, |b| Ok(b.fill(i))).unwrap());
+            held.push(filled(&mut pool, i));
         }
         for (i, extent) in held.iter().enumerate() {
             assert_eq!(extent.as_slice(), [i as u8; 10]);
