@@ -261,8 +261,6 @@ impl MutEventSubscriber for VcpWatch {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
@@ -271,8 +269,11 @@ mod tests {
     fn program(dir: &Path, then: &str) -> PathBuf {
         let path = dir.join("vcp-iscsi");
         let text = format!("#!/bin/sh\nsocket=$3\nurl=$(cat \"$5\")\n{then}\n");
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        // Written by another process: a descriptor open for writing that a test beside this one inherits by fork would
+        // make it "text file busy".
+        let mut write = Command::new("sh");
+        write.args(["-c", "printf %s \"$1\" > \"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
+        assert!(write.status().unwrap().success());
         path
     }
 

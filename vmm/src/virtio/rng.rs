@@ -180,3 +180,98 @@ impl MutEventSubscriber for RngWorker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::super::ActiveQueue;
+    use super::Rng;
+    use super::*;
+
+    const DESC: u64 = 0x1000;
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+    const BUFFER: u64 = 0x10_0000;
+    const WRITABLE: u16 = 2;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Interrupt for Count {
+        fn queue(&self, _index: u16) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+        fn config(&self) {}
+        fn call_fd(&self, _index: u16) -> Option<&EventFd> {
+            None
+        }
+    }
+
+    fn started(memory: &Arc<GuestMemory>) -> (Rng, RngQueue, Arc<Count>) {
+        let (mut rng, queue) = Rng::new();
+        let count = Arc::new(Count::default());
+        let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let setup =
+            ActiveQueue { index: 0, size: 16, desc_table: DESC, avail_ring: AVAIL, used_ring: USED, kick };
+        let activation = Activation {
+            features: F_VERSION_1,
+            memory: memory.clone(),
+            queues: vec![setup],
+            interrupt: count.clone(),
+        };
+        rng.activate(activation).unwrap();
+        (rng, queue, count)
+    }
+
+    fn put<T: vm_memory::ByteValued>(memory: &GuestMemory, addr: u64, value: T) {
+        memory.write_obj(value, GuestAddress(addr)).unwrap();
+    }
+
+    #[test]
+    fn a_buffer_is_filled_and_returned() {
+        let memory = crate::kvm::memory::create(4 << 20, false).unwrap();
+        let (_rng, queue, count) = started(&memory);
+        put(&memory, DESC, BUFFER);
+        put(&memory, DESC + 8, 64u32);
+        put(&memory, DESC + 12, WRITABLE);
+        put(&memory, AVAIL + 2, 1u16);
+        queue.active.lock().unwrap().as_mut().unwrap().serve().unwrap();
+        let used: (u16, u32) = (
+            memory.read_obj(GuestAddress(USED + 2)).unwrap(),
+            memory.read_obj(GuestAddress(USED + 8)).unwrap(),
+        );
+        assert_eq!(used, (1, 64));
+        let bytes: [u8; 32] = memory.read_obj(GuestAddress(BUFFER)).unwrap();
+        assert!(bytes.iter().any(|b| *b != 0));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_queue_outside_of_memory_is_refused() {
+        let memory = crate::kvm::memory::create(4 << 20, false).unwrap();
+        let (mut rng, _queue) = Rng::new();
+        let kick = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let setup =
+            ActiveQueue { index: 0, size: 16, desc_table: 1 << 40, avail_ring: AVAIL, used_ring: USED, kick };
+        let interrupt = Arc::new(Count::default());
+        let activation = Activation { features: F_VERSION_1, memory, queues: vec![setup], interrupt };
+        assert!(rng.activate(activation).is_err());
+    }
+
+    proptest! {
+        /// Whatever lies in the rings, a pass ends without a panic and without returning more than a ring's worth.
+        #[test]
+        fn hostile_rings(desc in proptest::collection::vec(any::<u8>(), 256), avail in proptest::collection::vec(any::<u8>(), 38)) {
+            let memory = crate::kvm::memory::create(4 << 20, false).unwrap();
+            let (_rng, queue, _) = started(&memory);
+            memory.write_slice(&desc, GuestAddress(DESC)).unwrap();
+            memory.write_slice(&avail, GuestAddress(AVAIL)).unwrap();
+            let _ = queue.active.lock().unwrap().as_mut().unwrap().serve();
+            let used: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
+            prop_assert!(used <= 16);
+        }
+    }
+}
