@@ -63,7 +63,8 @@ impl Harness {
                         self.ready.push(task);
                     }
                 } else {
-                    self.ready.push(task);
+                    // The machine wants an answer before the next PDU.
+                    self.complete_task(task, command.cdb[0] & 1 != 0);
                 }
             }
             Event::Data(placement) => {
@@ -90,6 +91,10 @@ impl Harness {
             return;
         }
         let task = self.ready.swap_remove(usize::from(which) % self.ready.len());
+        self.complete_task(task, bad);
+    }
+
+    fn complete_task(&mut self, task: TaskId, bad: bool) {
         let completion = if bad {
             Completion { status: Status::CHECK_CONDITION, device_len: 0, sense: &[0x70; 18] }
         } else {
