@@ -259,6 +259,7 @@ fn serve(options: &Serve, matches: &ArgMatches) -> anyhow::Result<()> {
     }
 
     let mut server = Server::new(options.config(matches)?)?;
+    server.pin()?;
     tracing::info!(memory_bound_bytes = server.memory_bound_bytes(), "media open");
     let names = options.target.join(",");
     println!("ready: addr={} target={names} luns={}", server.addr(), server.unit_count());

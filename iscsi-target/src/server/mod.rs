@@ -222,8 +222,8 @@ impl Server {
         per_connection * self.config.max_connections as u64
     }
 
-    /// Serves until `stop` becomes readable. Then writes back what is cached and closes all connections.
-    pub fn run(&mut self, stop: impl AsFd) -> Result<(), Error> {
+    /// Pins the calling thread, which is to be the one that [`run`](Self::run)s, to the configured hardware thread.
+    pub fn pin(&self) -> Result<(), Error> {
         if let Some(cpu) = self.config.cpu {
             let mut set = rustix::thread::CpuSet::new();
             if cpu >= rustix::thread::CpuSet::MAX_CPU {
@@ -233,6 +233,11 @@ impl Server {
             rustix::thread::sched_setaffinity(None, &set)
                 .map_err(|source| Error::Pin { cpu, source: source.into() })?;
         }
+        Ok(())
+    }
+
+    /// Serves until `stop` becomes readable. Then writes back what is cached and closes all connections.
+    pub fn run(&mut self, stop: impl AsFd) -> Result<(), Error> {
         epoll::add(&self.epoll, stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)
             .map_err(os("watching for the end"))?;
         let mut events =
