@@ -495,9 +495,9 @@ impl IscsiEngine {
             self.window_credit = 0;
             self.window = (self.window + 1).min(usize::from(self.own_slot));
         }
-        if self.attempts > 0 && now.saturating_duration_since(self.up_since) >= SETTLED {
-            self.attempts = 0;
-        }
+        // A session that gets something done is worth having again soon; one that lasts, at once.
+        let settled = now.saturating_duration_since(self.up_since) >= SETTLED;
+        self.attempts = self.attempts.min(if settled { 0 } else { 1 });
         if let Some(job) = self.jobs.get_mut(slot)
             && job.op == (Op::Write { fua: true })
             && !self.lun.fua
@@ -657,12 +657,14 @@ impl IscsiEngine {
             return;
         }
         let limits = &self.options.timeouts;
+        let longest = limits.backoff_max;
         let pause = match self.attempts {
             0 => Duration::ZERO,
             n => limits.backoff_max.min(limits.backoff_min * (1 << (n - 1).min(16))),
         };
         self.attempts += 1;
-        let pause = self.jittered(pause).max(Duration::from_secs(u64::from(time2wait_s.min(30))));
+        let time2wait = Duration::from_secs(u64::from(time2wait_s.min(30)));
+        let pause = self.jittered(pause).min(longest).max(time2wait);
         tracing::warn!(
             url = %self.options.url,
             error = chain(error),
