@@ -405,7 +405,10 @@ mod tests {
         assert_eq!(parse(b"=1\0"), Err(TextError::BadKey(String::new())));
         assert_eq!(parse(b"A \n=1\0"), Err(TextError::BadKey("A \n".into())));
         assert_eq!(parse(b"A=\xff\0"), Err(TextError::NotUtf8));
-        assert_eq!(parse(&b"A=\0".repeat(MAX_PAIRS + 1)), Err(TextError::TooManyPairs { max_pairs: MAX_PAIRS }));
+        assert_eq!(
+            parse(&b"A=\0".repeat(MAX_PAIRS + 1)),
+            Err(TextError::TooManyPairs { max_pairs: MAX_PAIRS })
+        );
         let mut assembler = Assembler::new(4);
         assert_eq!(assembler.push(b"A=1", true), Ok(None));
         assert_eq!(assembler.push(b"\0B", true), Err(TextError::TooLong { limit_bytes: 4 }));

@@ -30,7 +30,7 @@ impl Bhs {
         Self(bytes)
     }
 
-    /// The opcode's six bits as they came; [`Opcode::try_from`] gives them a name.
+    /// The opcode's six bits as they came; [`opcode`](Self::opcode) gives them a name.
     #[inline]
     #[must_use]
     pub const fn opcode_bits(&self) -> u8 {
