@@ -4,12 +4,14 @@
 //! the answers of the whole batch with one gather send. Nothing is shared, so nothing is locked.
 
 mod conn;
+mod error;
 mod frame;
 mod full;
 mod idle;
 mod login;
 mod out;
 mod registry;
+mod wider;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,12 +21,13 @@ use std::time::{Duration, Instant};
 use iscsi::login::LoginStatus;
 use iscsi::login::target::Claim;
 use iscsi::pdu::framing::Limits;
-use iscsi::pdu::{AsyncEvent, AsyncMessage, TargetSn, TaskFunction, TaskManagementRequest, TaskResponseCode};
+use iscsi::pdu::{AsyncEvent, AsyncMessage, TargetSn};
 use iscsi::scsi::Lun;
 use iscsi::target::Session;
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
+pub use error::Error;
 pub use idle::PollMode;
 
 use crate::config::{Config, Medium, TargetConfig};
@@ -32,7 +35,8 @@ use crate::device::Device;
 use crate::lu::{Identity, LogicalUnit};
 use crate::storage::{FileStorage, MemoryStorage, Storage};
 use conn::{Conn, ConnError, Phase, Progress};
-use full::{FullFeature, Wider};
+use error::{Chain, os};
+use full::FullFeature;
 use idle::Idle;
 use login::{Login, LoginContext};
 use registry::{Key, Registry};
@@ -42,88 +46,6 @@ const STOP: u64 = u64::MAX - 1;
 const MAX_EVENTS: usize = 64;
 /// Deadlines are looked at this often.
 const TICK: Duration = Duration::from_secs(1);
-
-/// Why a server cannot be set up.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The address cannot be listened on.
-    #[error("cannot listen on {addr}; is it taken, or not an address of this machine?")]
-    Listen {
-        /// The address.
-        addr: SocketAddr,
-        /// Why.
-        source: io::Error,
-    },
-    /// A medium cannot be opened.
-    #[error("cannot open the medium `{path}` of LUN {lun}")]
-    Medium {
-        /// The file.
-        path: String,
-        /// The LUN.
-        lun: u16,
-        /// Why.
-        source: io::Error,
-    },
-    /// A medium holds no block.
-    #[error("the medium `{path}` of LUN {lun} is smaller than a block of {block_bytes} bytes")]
-    Empty {
-        /// The file.
-        path: String,
-        /// The LUN.
-        lun: u16,
-        /// The block size.
-        block_bytes: u32,
-    },
-    /// Two logical units have one number, or there are too many.
-    #[error("LUN {lun} of {target} is given twice, or there are more than {max} LUNs", max = crate::device::MAX_LUNS)]
-    Lun {
-        /// The target.
-        target: String,
-        /// The LUN.
-        lun: u16,
-    },
-    /// The secrets of the two directions are the same, which lets an attacker reflect a challenge.
-    #[error("the CHAP accounts cannot be used")]
-    Chap(#[source] iscsi::chap::ChapError),
-    /// Two targets have one name.
-    #[error("target {0} is given twice")]
-    Target(String),
-    /// The data thread cannot be pinned.
-    #[error("cannot pin the data path to hardware thread {cpu}; does it exist, and is it allowed?")]
-    Pin {
-        /// The hardware thread.
-        cpu: usize,
-        /// Why.
-        source: io::Error,
-    },
-    /// The operating system refused.
-    #[error("{action} failed")]
-    Os {
-        /// What.
-        action: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-fn os<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Error {
-    move |source| Error::Os { action, source: source.into() }
-}
-
-/// An error with its causes, on one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
-    }
-}
 
 /// A slot for a connection. The generation tells events of an earlier one apart.
 #[derive(Default)]
@@ -438,82 +360,6 @@ impl Server {
         let session = Session::new(login::full_feature(&logged_in, self.config.session.queue_depth));
         conn.enter_full_feature(FullFeature::new(session, logged_in.negotiated.digests, nexus, target));
         Ok(())
-    }
-
-    /// The other sessions of a session's target: connection index and state.
-    fn peers(&mut self, target: usize) -> impl Iterator<Item = (usize, &mut FullFeature)> {
-        self.slots.iter_mut().enumerate().filter_map(move |(index, slot)| {
-            match &mut slot.conn.as_mut()?.phase {
-                Phase::Full(full) if full.target == Some(target) => Some((index, &mut **full)),
-                _ => None,
-            }
-        })
-    }
-
-    fn wider(&mut self, index: usize, wider: Wider) {
-        let Some(target) = self.slots.get(index).and_then(|slot| match &slot.conn.as_ref()?.phase {
-            Phase::Full(full) => full.target,
-            Phase::Login(_) => None,
-        }) else {
-            return;
-        };
-        match wider {
-            Wider::ModeChanged(unit) => {
-                let slots = &mut self.slots;
-                let device = &self.devices[target];
-                for (other, slot) in slots.iter_mut().enumerate() {
-                    if let Some(Phase::Full(full)) = slot.conn.as_mut().map(|conn| &mut conn.phase)
-                        && full.target == Some(target)
-                        && other != index
-                    {
-                        device.note_mode_change(&mut full.attentions, unit);
-                    }
-                }
-            }
-            Wider::TaskManagement(request) => self.task_management(index, target, &request),
-        }
-    }
-
-    /// Functions that end the tasks of all initiators, and resets.
-    fn task_management(&mut self, index: usize, target: usize, request: &TaskManagementRequest) {
-        let whole_target =
-            matches!(request.function, TaskFunction::TargetWarmReset | TaskFunction::TargetColdReset);
-        let cold = request.function == TaskFunction::TargetColdReset;
-        let lun = (!whole_target).then_some(request.lun);
-        let reset = request.function != TaskFunction::ClearTaskSet;
-        let device = &mut self.devices[target];
-        let units: Vec<_> = match lun {
-            Some(lun) => device.find(lun).into_iter().collect(),
-            None => device.all_units().collect(),
-        };
-        if reset {
-            units.iter().for_each(|&unit| device.reset(unit));
-        }
-        tracing::info!(function = ?request.function, lun = ?lun, "task management");
-        let mut sessions = Vec::new();
-        for (other, full) in self.peers(target) {
-            full.abort(lun);
-            if other == index {
-                full.session.complete_task_management(request.itt, TaskResponseCode::Complete);
-                full.closing |= cold;
-            }
-            sessions.push(other);
-        }
-        for other in sessions {
-            if cold && other != index {
-                // A cold reset ends all connections (RFC 7143 11.5.1).
-                self.close(other, &ConnError::Reset);
-                continue;
-            }
-            // Every initiator is told, the one that asked too (SAM-5 6.3.3).
-            let device = &self.devices[target];
-            if reset
-                && let Some(conn) = &mut self.slots[other].conn
-                && let Phase::Full(full) = &mut conn.phase
-            {
-                units.iter().for_each(|&unit| device.note_reset(&mut full.attentions, unit));
-            }
-        }
     }
 
     /// Ends a connection with its session.
