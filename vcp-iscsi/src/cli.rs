@@ -75,12 +75,12 @@ pub enum ServerKind {
     override_usage = "vcp-iscsi serve --socket-path SOCKET URL [OPTIONS]\n       \
                       vcp-iscsi serve --disk socket=SOCKET,url=URL... [OPTIONS]",
     after_help = "Example:\n  \
-        vcp-iscsi serve --socket-path /run/vm1/disk0 iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
-        qemu-system-x86_64 -machine q35,memory-backend=mem -object memory-backend-memfd,id=mem,size=2G,share=on \\\n    \
-        -chardev socket,id=d0,path=/run/vm1/disk0,reconnect=1 -device vhost-user-blk-pci,chardev=d0 ..."
+        vcp-iscsi serve --socket-path /run/disk0 iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
+        qemu-system-x86_64 -M q35,memory-backend=m -object memory-backend-memfd,id=m,size=2G \\\n    \
+        -chardev socket,id=c,path=/run/disk0,reconnect=1 -device vhost-user-blk-pci,chardev=c ..."
 )]
 pub struct ServeArgs {
-    /// The unit: iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN
+    /// The unit: `iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN`
     #[arg(value_name = "URL", conflicts_with_all = ["url_file", "disk"], requires = "socket_path")]
     pub url: Option<Private>,
     /// Read the URL from this file (or /dev/fd/N), so that a secret in it stays out of the process list
@@ -89,7 +89,7 @@ pub struct ServeArgs {
     /// Unix socket to listen on for the monitor
     #[arg(long, value_name = "SOCKET", conflicts_with = "disk")]
     pub socket_path: Option<PathBuf>,
-    /// One of several devices: socket=SOCKET,url=URL[,read-only][,queues=N]
+    /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`
     #[arg(long, value_name = "SPEC", required_unless_present_any = ["url", "url_file"])]
     pub disk: Vec<Private>,
     /// Refuse all writes
@@ -107,7 +107,7 @@ pub struct ServeArgs {
     /// What runs the devices
     #[arg(long, value_enum, default_value_t)]
     pub server: ServerKind,
-    /// Unix socket for status and metrics (JSON lines: {"cmd":"status"}, {"cmd":"metrics"}, {"cmd":"log","level":..})
+    /// Unix socket for status and metrics, one JSON object per line: {"cmd":"status"}, {"cmd":"metrics"}
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
     /// End when the process that started this one ends

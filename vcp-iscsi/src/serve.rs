@@ -2,13 +2,14 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags};
 use vcp_core::device::RingDevice;
 use vcp_core::process::{Signals, exit_with_parent};
+use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, ServeOptions};
 
 use crate::blk::BlkDevice;
@@ -22,7 +23,7 @@ const MAX_URL_BYTES: u64 = 8192;
 
 /// A device to be.
 struct Plan {
-    socket: PathBuf,
+    socket: SocketFile,
     queues: u16,
     options: Options,
 }
@@ -70,7 +71,7 @@ pub fn run(args: &ServeArgs, disks: Vec<DiskSpec>, signals: &Signals) -> Result<
 fn describe(plan: &Plan, lun: &Lun, memory_bound_bytes: u64) -> String {
     format!(
         " socket={} size_bytes={} block_bytes={} queues={} memory_bound_bytes={memory_bound_bytes}",
-        plan.socket.display(),
+        plan.socket.path().display(),
         lun.blocks.saturating_mul(lun.block_bytes.into()),
         lun.block_bytes,
         plan.queues,
@@ -83,15 +84,18 @@ fn plans(args: &ServeArgs, mut disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
     }
     let mut plans: Vec<Plan> = Vec::with_capacity(disks.len());
     for disk in disks {
-        if plans.iter().any(|plan| plan.socket == disk.socket) {
+        if plans.iter().any(|plan| plan.socket.path() == disk.socket) {
             bail!("socket {} is given for two devices", disk.socket.display());
         }
+        // Before the unit is opened: a second process for the same socket must fail without taking the session of the
+        // first one over. A front end that connects early waits.
+        let socket = SocketFile::bind(&disk.socket)?;
         let mut options = args.session.options(disk.url)?;
         options.read_only = args.read_only || disk.read_only;
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.
         options.instance = disk.socket.display().to_string();
-        plans.push(Plan { socket: disk.socket, queues: disk.queues.unwrap_or(args.queues), options });
+        plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options });
     }
     Ok(plans)
 }

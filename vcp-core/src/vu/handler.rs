@@ -18,7 +18,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::port::{Answer, Command, F_PROTOCOL_FEATURES, PortError, What};
-use super::rings::STOP_TIMEOUT;
+use super::vring::STOP_TIMEOUT;
 use crate::mailbox::Mailbox;
 use crate::mem::{MAX_REGIONS, MemTable, RegionSpec};
 
@@ -69,9 +69,9 @@ impl Handler {
         self.memory.guest_addr(user_addr).ok_or_else(|| failed(PortError::Address(user_addr)))
     }
 
-    /// Whether failures of messages can be told to the front end, so that the connection may go on after one.
-    pub(crate) fn has_reply_ack(&self) -> bool {
-        self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK)
+    /// Whether a protocol feature was negotiated.
+    pub(crate) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
     }
 }
 

@@ -1,7 +1,8 @@
 //! The vhost-user server: set-up messages on a thread per connection, rings on the data thread.
 //!
-//! * [`port`]: the data thread's side of one device: its rings, and the commands that change them.
-//! * [`handler`]: the connection's side: the messages of the `vhost` crate turned into commands.
+//! * [`port`]: the data thread's side of one device, and the commands that change it.
+//! * [`RingSet`]: its rings, and the lives they go through.
+//! * `handler`: the connection's side: the messages of the `vhost` crate turned into commands.
 //! * [`listen`]: the socket file.
 //! * [`server`]: accepts, refuses, reconnects; puts it all together.
 //!
@@ -13,6 +14,7 @@ pub mod listen;
 pub mod port;
 mod rings;
 pub mod server;
+mod vring;
 
 pub use rings::RingSet;
 pub use server::{DeviceSpec, ServeError, ServeOptions, serve};

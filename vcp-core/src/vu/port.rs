@@ -151,6 +151,8 @@ pub struct Port<D> {
     pub(crate) rings: RingSet,
     /// The back-end channel, for configuration changes.
     channel: Option<UnixStream>,
+    /// The configuration changed and the front end does not know yet.
+    changed: bool,
 }
 
 impl<D: RingDevice> Port<D> {
@@ -158,7 +160,7 @@ impl<D: RingDevice> Port<D> {
     pub fn new(name: Arc<str>, device: D) -> Self {
         let metrics = Arc::clone(device.metrics());
         let rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
-        Self { device, rings, channel: None }
+        Self { device, rings, channel: None, changed: false }
     }
 
     /// One pass: device, engine, used rings, notifications. Returns whether anything moved.
@@ -170,12 +172,15 @@ impl<D: RingDevice> Port<D> {
         if self.rings.deadline().is_some() && self.rings.finish_stops(epoll, now) {
             self.device.abandon();
         }
-        if self.device.take_config_change()
+        self.changed |= self.device.take_config_change();
+        if self.changed
             && let Some(channel) = &self.channel
-            && let Err(error) = notify_config_change(channel)
         {
-            tracing::warn!(%error, "cannot tell the front end of a configuration change");
-            self.channel = None;
+            self.changed = false;
+            if let Err(error) = notify_config_change(channel) {
+                tracing::warn!(%error, "cannot tell the front end of a configuration change");
+                self.channel = None;
+            }
         }
         moved
     }
@@ -193,7 +198,8 @@ impl<D: RingDevice> Port<D> {
 
     fn carry_out(&mut self, epoll: &OwnedFd, what: What) -> Reply {
         match what {
-            What::Attach => {}
+            // A new front end reads the configuration as it is.
+            What::Attach => self.changed = false,
             What::Detach => {
                 self.reset(epoll);
                 self.channel = None;

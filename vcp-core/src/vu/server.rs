@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use super::channel::{Peeked, peek};
@@ -37,8 +38,9 @@ const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 pub struct DeviceSpec<D> {
     /// Name in logs and metrics.
     pub name: Arc<str>,
-    /// Socket file to listen on.
-    pub socket: PathBuf,
+    /// Where front ends connect. Listening from before the device exists, so that two processes never both open what
+    /// is behind the same socket.
+    pub socket: SocketFile,
     /// The device model.
     pub device: D,
 }
@@ -128,9 +130,9 @@ pub fn serve<D: RingDevice>(
     let (mut entries, mut ports) = (Vec::new(), Vec::new());
     for spec in devices {
         let facts = Facts { features: spec.device.features(), queues: spec.device.queues() };
-        let socket = SocketFile::bind(&spec.socket)?;
         let metrics = Arc::clone(spec.device.metrics());
-        entries.push(Entry { name: Arc::clone(&spec.name), socket, facts, metrics, connection: None });
+        let (name, socket) = (Arc::clone(&spec.name), spec.socket);
+        entries.push(Entry { name, socket, facts, metrics, connection: None });
         ports.push(Port::new(spec.name, spec.device));
     }
     let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
@@ -274,25 +276,28 @@ fn converse(stream: UnixStream, peeker: &UnixStream, handler: &Arc<Mutex<Handler
     }
     let mut connection = BackendReqHandler::from_stream(stream, Arc::clone(handler));
     loop {
-        let channel = match peek(peeker) {
-            Ok(Peeked::Channel(channel)) => Some(channel),
-            Ok(Peeked::Other) => None,
+        match peek(peeker) {
+            Ok(Peeked::Other) => {}
+            // Before the crate acknowledges the message: from then on the front end counts on being told.
+            Ok(Peeked::Channel(channel)) => {
+                let handler = lock();
+                if handler.has(VhostUserProtocolFeatures::BACKEND_REQ)
+                    && let Err(error) = handler.ask(What::SetChannel(channel))
+                {
+                    return port_error(&error);
+                }
+            }
             Err(error) => return VhostError::SocketBroken(error),
-        };
+        }
         match connection.handle_request() {
             Ok(()) => {}
             // The message was whole and understood, and the front end was told that it failed.
             Err(error @ (VhostError::ReqHandlerError(_) | VhostError::InvalidOperation(_)))
-                if lock().has_reply_ack() =>
+                if lock().has(VhostUserProtocolFeatures::REPLY_ACK) =>
             {
                 tracing::warn!(%error, "message from the front end refused");
             }
             Err(error) => return error,
-        }
-        if let Some(channel) = channel
-            && let Err(error) = lock().ask(What::SetChannel(channel))
-        {
-            return port_error(&error);
         }
     }
 }

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use vcp_core::device::{RingDevice, Rings, Wait};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::{DeviceMetrics, OpMetrics};
-use vcp_core::queue::{Chain, ChainId, MAX_CHAIN_DESCRIPTORS, RingError};
+use vcp_core::queue::{Chain, MAX_CHAIN_DESCRIPTORS, RingError};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::config::{CONFIG_BYTES, WRITEBACK_OFFSET, bit, features, space};
-use super::request::{HEADER_BYTES, Header, ID_BYTES, Kind, Range, Ranges, Status, read_ranges};
+use super::request::{HEADER_BYTES, Header, ID_BYTES, Kind, Ranges, Status, read_ranges};
+use super::slot::Slot;
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request};
 
 /// Largest virtqueue.
@@ -33,29 +34,6 @@ const BATCH: usize = 32;
 const PIECES: usize = 128;
 /// Bytes for a piece (pointer and length).
 const PIECE_BYTES: u64 = 16;
-
-/// A request under way.
-#[derive(Debug)]
-struct Slot {
-    id: ChainId,
-    kind: Kind,
-    /// Data to move; taken by the engine while a request that needs no splitting is under way.
-    data: GuestBuf,
-    /// The status byte.
-    status: GuestBuf,
-    ranges: Ranges,
-    /// Next part to submit: index of the range and blocks of it that were submitted.
-    range: usize,
-    done_blocks: u32,
-    /// Parts at the engine.
-    outstanding: u32,
-    /// A FLUSH has to follow (write through without FUA).
-    flush_after: bool,
-    result: Status,
-    writable_bytes: u32,
-    payload_bytes: u64,
-    since: Instant,
-}
 
 /// A virtio-blk device on top of an engine.
 #[derive(Debug)]
@@ -89,23 +67,7 @@ impl<E: Engine> BlkDevice<E> {
         // A request without a place at the engine waits in its ring, so more slots than places are of no use.
         let count = engine.room().clamp(1, MAX_SLOTS);
         let now = Instant::now();
-        let slots = (0..count)
-            .map(|_| Slot {
-                id: ChainId::default(),
-                kind: Kind::Flush,
-                data: GuestBuf::with_capacity(PIECES),
-                status: GuestBuf::with_capacity(1),
-                ranges: Ranges::default(),
-                range: 0,
-                done_blocks: 0,
-                outstanding: 0,
-                flush_after: false,
-                result: Status::Ok,
-                writable_bytes: 0,
-                payload_bytes: 0,
-                since: now,
-            })
-            .collect();
+        let slots = (0..count).map(|_| Slot::new(PIECES, now)).collect();
         let writeback = lun.write_cache;
         Self {
             engine,
@@ -162,12 +124,7 @@ impl<E: Engine> BlkDevice<E> {
         let slot = &mut self.slots[index as usize];
         let writable = self.chain.writable.len_bytes();
         self.chain.writable.split_off_into(writable - 1, &mut slot.status);
-        slot.id = id;
-        slot.writable_bytes = writable as u32;
-        slot.since = now;
-        slot.data.clear();
-        (slot.range, slot.done_blocks, slot.outstanding, slot.payload_bytes) = (0, 0, 0, 0);
-        (slot.flush_after, slot.result) = (false, Status::Ok);
+        slot.begin(id, writable as u32, now);
         self.metrics.inflight.set((self.slots.len() - self.free.len()) as u64);
         match self.plan(index, header) {
             Ok(true) => self.unsubmitted.push_back(index),
@@ -241,11 +198,8 @@ impl<E: Engine> BlkDevice<E> {
             // Bytes before the status that nobody asked for: defined all the same, the used length covers them.
             self.chain.writable.fill_zero(0, self.chain.writable.len_bytes());
         }
-        // Ranges of zero blocks need no command.
-        while slot.ranges.get(slot.range).is_some_and(|range| range.blocks == 0) {
-            slot.range += 1;
-        }
-        Ok(slot.flush_after || slot.ranges.get(slot.range).is_some())
+        slot.skip_empty();
+        Ok(slot.flush_after || slot.current().is_some())
     }
 
     /// Submits parts of waiting requests, oldest first, while the engine has room; whether any was submitted.
@@ -260,7 +214,7 @@ impl<E: Engine> BlkDevice<E> {
                     self.slots[index as usize].outstanding += 1;
                     self.engine.submit(request);
                     moved = true;
-                    if !self.has_parts(index) {
+                    if !self.slots[index as usize].has_parts() {
                         self.unsubmitted.pop_front();
                     }
                 }
@@ -270,13 +224,6 @@ impl<E: Engine> BlkDevice<E> {
         moved
     }
 
-    /// Whether a part of the slot could be submitted now. The FLUSH after a write waits for its parts to end.
-    fn has_parts(&self, index: u32) -> bool {
-        let slot = &self.slots[index as usize];
-        slot.result == Status::Ok
-            && (slot.ranges.get(slot.range).is_some() || slot.flush_after && slot.outstanding == 0)
-    }
-
     fn next_part(&mut self, index: u32) -> Option<Request> {
         let must_make_durable = self.must_make_durable();
         let slot = &mut self.slots[index as usize];
@@ -284,7 +231,7 @@ impl<E: Engine> BlkDevice<E> {
             return None;
         }
         let tag = u64::from(index);
-        let Some(range) = slot.ranges.get(slot.range) else {
+        let Some(range) = slot.current() else {
             if !slot.flush_after || slot.outstanding != 0 {
                 return None;
             }
@@ -314,14 +261,7 @@ impl<E: Engine> BlkDevice<E> {
             }
             _ => GuestBuf::new(),
         };
-        slot.done_blocks += blocks;
-        if slot.done_blocks == range.blocks {
-            slot.range += 1;
-            slot.done_blocks = 0;
-            while slot.ranges.get(slot.range).is_some_and(|next: Range| next.blocks == 0) {
-                slot.range += 1;
-            }
-        }
+        slot.submitted(blocks);
         Some(Request { tag, op, lba, blocks, data })
     }
 
@@ -355,11 +295,10 @@ impl<E: Engine> BlkDevice<E> {
             if slot.outstanding != 0 {
                 continue;
             }
-            let unfinished =
-                slot.result == Status::Ok && (slot.flush_after || slot.ranges.get(slot.range).is_some());
+            let unfinished = slot.result == Status::Ok && (slot.flush_after || slot.current().is_some());
             if !unfinished {
                 self.finish(rings, index, now);
-            } else if slot.ranges.get(slot.range).is_none() {
+            } else if slot.current().is_none() {
                 // All written: the FLUSH goes out next. (With parts left the slot is still queued.)
                 self.unsubmitted.push_back(index);
             }

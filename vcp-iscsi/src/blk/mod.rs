@@ -7,6 +7,7 @@
 pub mod config;
 pub mod device;
 pub mod request;
+mod slot;
 
 pub use device::BlkDevice;
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vcp_core::mem::GuestMap;
 use vcp_core::poll::PollMode;
 use vcp_core::process::Signals;
+use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, ServeError, ServeOptions};
 use vcp_iscsi::blk::BlkDevice;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -52,7 +53,8 @@ impl Server {
         let engine = MemEngine::new(lun, depth);
         let control = Arc::clone(&engine.control);
         let device = BlkDevice::new(engine, queues);
-        let specs = vec![DeviceSpec { name: "disk0".into(), socket: dir.path().join("vu"), device }];
+        let socket = SocketFile::bind(&dir.path().join("vu")).unwrap();
+        let specs = vec![DeviceSpec { name: "disk0".into(), socket, device }];
         let (signals, stop) = Signals::embedded().unwrap();
         let poll = if let Kind::Poll(mode) = kind { mode } else { PollMode::Adaptive };
         let options = ServeOptions { poll, control: Some(dir.path().join("ctl")), ..ServeOptions::default() };
