@@ -389,7 +389,7 @@ impl Login {
                 return Err(ChapError::ReflectedChallenge.into());
             }
             // 11.13.5: this status also says that target authentication is not supported.
-            let own = chap.own.as_ref().ok_or(LoginError::AuthenticationRequired)?;
+            let own = chap.own.as_ref().ok_or(LoginError::MutualUnsupported)?;
             self.out.push("CHAP_N", own.name());
             self.out.push("CHAP_R", &theirs.respond(algorithm, own.secret()).to_text());
         }

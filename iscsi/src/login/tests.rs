@@ -251,7 +251,9 @@ fn refusals() {
     assert_eq!(run(wrong_name, with_auth(target_chap())), LoginStatus::AUTHENTICATION_FAILURE);
     assert_eq!(run(initiator_config(), with_auth(target_chap())), LoginStatus::AUTHENTICATION_FAILURE);
     let one_way = target::Chap { own: None, ..target_chap() };
-    assert_eq!(run(with_chap(&|_| ()), with_auth(one_way)), LoginStatus::AUTHENTICATION_FAILURE);
+    let (status, error) = refused(log_in(with_chap(&|_| ()), with_auth(one_way), accept(), &whole()));
+    assert_eq!(status, LoginStatus::AUTHENTICATION_FAILURE);
+    assert_eq!(error, target::LoginError::MutualUnsupported);
     // The initiator answers with the target's own secret: a reflected response.
     let reflecting = with_chap(&|chap| {
         chap.account = account("me", "target's own secret");

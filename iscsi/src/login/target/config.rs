@@ -165,6 +165,9 @@ pub enum LoginError {
     /// The initiator does without the authentication that the target wants, or offers no method that we know.
     #[error("initiator does not offer the authentication that is required")]
     AuthenticationRequired,
+    /// The initiator wants proof of who we are, and there is no account of ours.
+    #[error("initiator asks for mutual CHAP, for which this target has no name and secret")]
+    MutualUnsupported,
     /// There is no such target.
     #[error("there is no target `{}`", .0.escape_debug())]
     NoTarget(String),
@@ -221,9 +224,10 @@ impl LoginError {
             | Self::BadValue { .. }
             | Self::Protocol(_)
             | Self::Endless => LoginStatus::INITIATOR_ERROR,
-            Self::Chap(_) | Self::UnknownAccount(_) | Self::AuthenticationRequired => {
-                LoginStatus::AUTHENTICATION_FAILURE
-            }
+            Self::Chap(_)
+            | Self::UnknownAccount(_)
+            | Self::AuthenticationRequired
+            | Self::MutualUnsupported => LoginStatus::AUTHENTICATION_FAILURE,
             Self::NoTarget(_) => LoginStatus::NOT_FOUND,
             Self::NotAllowed(_) => LoginStatus::AUTHORIZATION_FAILURE,
             Self::Moved { permanently: true } => LoginStatus::MOVED_PERMANENTLY,
