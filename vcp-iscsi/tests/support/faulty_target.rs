@@ -34,7 +34,7 @@ pub enum Fault {
     BadDigest,
     /// No answer, until the task is aborted.
     Hang,
-    /// The connection is closed; `true`: after the command was carried out.
+    /// The connection is closed without an answer; `true`: after the command was carried out.
     Close(bool),
     /// The unit now has this many blocks, and says so by a unit attention.
     Resize(u64),
@@ -219,8 +219,11 @@ impl Connection {
             let (header, data) = self.pdu()?;
             let event = session.receive(&header, &data, true).map_err(std::io::Error::other)?;
             let open = self.event(&mut session, event, &data);
-            self.flush(&mut session)?;
+            if open {
+                self.flush(&mut session)?;
+            }
             if !open || session.is_finished() {
+                // What was carried out but not answered stays so.
                 let _ = self.stream.shutdown(std::net::Shutdown::Both);
                 return Ok(());
             }
