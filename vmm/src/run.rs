@@ -181,8 +181,8 @@ impl Machine {
         if let Some(first) = self.vcpus.first() {
             regs::set_entry(first, &memory, entry)?;
         }
-        let escape = std::io::stdin().is_terminal();
-        let (console, irq, input) = Console::new(Box::new(Stdout), self.exit.clone(), escape)?;
+        let terminal = std::io::stdin().is_terminal();
+        let (console, irq, input) = Console::new(Box::new(Stdout), self.exit.clone(), terminal, is_ring3)?;
         self.vm.irqfd(&irq, COM1_GSI)?;
         let pio = ports(console, &self.exit, is_ring3);
         events.add_subscriber(Box::new(Wake { signals, exit: self.exit.clone() }));

@@ -1,11 +1,13 @@
 //! The serial console: a 16550 (by `vm-superio`) between the guest and standard input and output.
 //!
-//! Input is read only as far as the UART has room, so that a pipe is never drained into nowhere. At the end of input the
-//! descriptor leaves the event loop for good. On a terminal, Ctrl-A x ends the run and Ctrl-A Ctrl-A is a Ctrl-A for the
-//! guest.
+//! Input from a pipe or file is read only as far as the guest takes it, so that none is drained into nowhere; and none
+//! is given to a guest whose driver has not set up the receiver yet, since drivers empty it when they start. At the end of input the descriptor leaves the event loop for good. On a terminal keys are always read, so that
+//! Ctrl-A x ends the run of a guest that does not listen; Ctrl-A Ctrl-A is a Ctrl-A for the guest.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -16,6 +18,24 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
 use crate::exit::{ExitReason, ExitSignal};
+
+/// Keys that are kept for a guest that does not listen; more are dropped.
+const MAX_PENDING_BYTES: usize = 4096;
+/// Interrupt enable register, and its bit for received data.
+const IER: u64 = 1;
+const IER_RECEIVED_DATA: u8 = 1;
+/// Modem control register, and its bit "request to send": the driver is ready to receive.
+const MCR: u64 = 4;
+const MCR_RTS: u8 = 1 << 1;
+/// Modem control: loop-back, by which drivers test the UART.
+const MCR_LOOP: u8 = 1 << 4;
+
+/// Whether a driver has set the UART up for receiving. Interrupts alone do not say so: Linux enables them for a moment
+/// when it looks what kind of UART it has.
+fn receives(uart: &Uart) -> bool {
+    let state = uart.state();
+    state.interrupt_enable & IER_RECEIVED_DATA != 0 && state.modem_control & (MCR_RTS | MCR_LOOP) == MCR_RTS
+}
 
 /// Number of the UART's registers.
 pub const UART_LEN: u64 = 8;
@@ -76,6 +96,8 @@ type Uart = Serial<Line, InputTaken, Box<dyn Write + Send>>;
 /// The 16550 on the port bus.
 pub struct Console {
     uart: Mutex<Uart>,
+    /// Input is held back until the guest listens. Changed under the lock of `uart` only.
+    held_back: AtomicBool,
 }
 
 impl std::fmt::Debug for Console {
@@ -90,21 +112,24 @@ fn event() -> Result<EventFd> {
 
 impl Console {
     /// Creates the UART with its output. Returned with it: the eventfd of its interrupt line, and the part that reads
-    /// standard input.
+    /// standard input. `terminal`: input is one, with the escape key. `polled`: the guest reads without interrupts.
     pub fn new(
         output: Box<dyn Write + Send>,
         exit: ExitSignal,
-        escape: bool,
+        terminal: bool,
+        polled: bool,
     ) -> Result<(Arc<Self>, EventFd, ConsoleInput)> {
         let (irq, taken) = (event()?, event()?);
         let clone = |e: &EventFd| e.try_clone().map_err(Error::os("duplicate an eventfd"));
         let uart = Serial::with_events(Line(clone(&irq)?), InputTaken(clone(&taken)?), output);
-        let console = Arc::new(Self { uart: Mutex::new(uart) });
+        let console = Arc::new(Self { uart: Mutex::new(uart), held_back: AtomicBool::new(false) });
         let input = ConsoleInput {
             console: console.clone(),
             taken,
             exit,
-            escape: escape.then_some(Escape::default()),
+            escape: terminal.then_some(Escape::default()),
+            polled,
+            pending: VecDeque::new(),
             source: Source::Waiting,
         };
         Ok((console, irq, input))
@@ -123,10 +148,14 @@ impl BusDevice for Console {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(&value) = data.first()
-            && let Err(e) = self.uart().write(offset as u8, value)
-        {
+        let Some(&value) = data.first() else { return };
+        let mut uart = self.uart();
+        if let Err(e) = uart.write(offset as u8, value) {
             tracing::debug!(error = %e, "console output failed");
+        }
+        if matches!(offset, IER | MCR) && self.held_back.load(Ordering::Relaxed) && receives(&uart) {
+            self.held_back.store(false, Ordering::Relaxed);
+            uart.events().in_buffer_empty();
         }
     }
 }
@@ -172,6 +201,9 @@ pub struct ConsoleInput {
     taken: EventFd,
     exit: ExitSignal,
     escape: Option<Escape>,
+    polled: bool,
+    /// Read and not yet given to the UART.
+    pending: VecDeque<u8>,
     source: Source,
 }
 
@@ -201,43 +233,64 @@ impl ConsoleInput {
         self.source = next;
     }
 
-    /// Reads what the UART has room for.
-    fn pump(&mut self, ops: &mut EventOps<'_>) {
-        let mut uart = self.console.uart();
-        let mut buffer = [0u8; 64];
-        let room = uart.fifo_capacity().min(buffer.len());
+    /// What the guest would take now, bytes.
+    fn room(&self) -> usize {
+        let uart = self.console.uart();
+        if !self.polled && !receives(&uart) {
+            self.console.held_back.store(true, Ordering::Relaxed);
+            return 0;
+        }
+        uart.fifo_capacity()
+    }
+
+    /// Gives pending input to the guest, as far as it takes it.
+    fn deliver(&mut self) {
+        let room = self.room().min(self.pending.len());
         if room == 0 {
-            drop(uart);
+            return;
+        }
+        let bytes: Vec<u8> = self.pending.drain(..room).collect();
+        if let Err(e) = self.console.uart().enqueue_raw_bytes(&bytes) {
+            tracing::debug!(error = ?e, "console input lost");
+        }
+    }
+
+    /// Reads input: from a terminal what there is, else what the guest has room for.
+    fn pump(&mut self, ops: &mut EventOps<'_>) {
+        self.deliver();
+        let mut buffer = [0u8; 64];
+        let room = match self.escape {
+            Some(_) => buffer.len(),
+            None if self.pending.is_empty() => self.room().min(buffer.len()),
+            None => 0,
+        };
+        if room == 0 {
             if self.source == Source::Polled {
                 self.unlisten(ops, Source::Waiting);
             }
             return;
         }
-        let read = rustix::io::read(rustix::stdio::stdin(), &mut buffer[..room]);
-        let count = match read {
+        let count = match rustix::io::read(rustix::stdio::stdin(), &mut buffer[..room]) {
             Ok(count) => count,
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return,
             // A terminal that hung up, or a closed descriptor.
             Err(_) => 0,
         };
         if count == 0 {
-            drop(uart);
             self.unlisten(ops, Source::Ended);
             return;
         }
-        let mut for_guest = Vec::with_capacity(count);
         for &key in &buffer[..count] {
             match self.escape.as_mut().map_or(Ok(Some(key)), |e| e.take(key)) {
-                Ok(key) => for_guest.extend(key),
+                Ok(Some(key)) if self.pending.len() < MAX_PENDING_BYTES => self.pending.push_back(key),
+                Ok(_) => {}
                 Err(()) => {
                     self.exit.give(ExitReason::User);
                     return;
                 }
             }
         }
-        if let Err(e) = uart.enqueue_raw_bytes(&for_guest) {
-            tracing::debug!(error = ?e, "console input lost");
-        }
+        self.deliver();
     }
 }
 
@@ -253,6 +306,7 @@ impl MutEventSubscriber for ConsoleInput {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         if events.fd() == self.taken.as_raw_fd() {
             let _ = self.taken.read();
+            self.deliver();
             match self.source {
                 Source::Waiting => self.listen(ops),
                 Source::AlwaysReady => self.pump(ops),
@@ -282,10 +336,27 @@ mod tests {
         assert_eq!(escape.take(b'x'), Err(()));
     }
 
+    #[test]
+    fn input_waits_for_a_driver() {
+        let (console, _irq, mut input) =
+            Console::new(Box::new(Vec::new()), ExitSignal::new().unwrap(), true, false).unwrap();
+        input.pending.extend(*b"abc");
+        console.write(IER, &[0x0f]);
+        input.deliver();
+        assert_eq!(input.pending.len(), 3);
+        // The guest's driver is ready: the event loop is told, and input flows.
+        console.write(MCR, &[0x0b]);
+        assert_eq!(input.taken.read().unwrap(), 1);
+        input.deliver();
+        let mut byte = [0];
+        console.read(0, &mut byte);
+        assert_eq!((input.pending.len(), byte[0]), (0, b'a'));
+    }
+
     proptest! {
         #[test]
         fn no_access_panics(accesses in proptest::collection::vec((any::<bool>(), 0u64..16, any::<[u8; 8]>(), 0usize..=8), 0..200)) {
-            let (console, _irq, _input) = Console::new(Box::new(Vec::new()), ExitSignal::new().unwrap(), false).unwrap();
+            let (console, _irq, _input) = Console::new(Box::new(Vec::new()), ExitSignal::new().unwrap(), false, false).unwrap();
             for (write, offset, mut data, len) in accesses {
                 if write { console.write(offset, &data[..len]) } else { console.read(offset, &mut data[..len]) }
             }
