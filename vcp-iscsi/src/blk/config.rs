@@ -20,6 +20,10 @@ pub const MAX_RANGES: usize = 16;
 /// Most data segments of a request, so that header, data and status fit a queue of 128 entries (what monitors use by
 /// default) even without indirect descriptors.
 const MAX_SEGMENTS: u64 = 126;
+/// Largest segment that is told. No driver builds larger ones, and SeaBIOS takes segments times their size, in sectors,
+/// modulo 65536 as the most that it may read at once: told 126 segments of 16 MiB, that is 0, and it reads for ever.
+/// With this limit, pages, and [`MAX_SEGMENTS`], it is never 0.
+const MAX_SEGMENT_BYTES: u64 = 4 << 20;
 /// Page size that drivers cut segments at.
 const PAGE_BYTES: u64 = 4096;
 
@@ -88,7 +92,7 @@ pub fn space(lun: &Lun, queues: u16, writeback: bool) -> [u8; CONFIG_BYTES] {
     let max_transfer = u64::from(lun.max_transfer_blocks) * u64::from(lun.block_bytes);
     // A segment is at least a page for drivers, and no larger than what one command carries: larger requests work
     // (they are split), these numbers say what works best.
-    let size_max = max_transfer.clamp(PAGE_BYTES, 1 << 30) / PAGE_BYTES * PAGE_BYTES;
+    let size_max = max_transfer.clamp(PAGE_BYTES, MAX_SEGMENT_BYTES) / PAGE_BYTES * PAGE_BYTES;
     let seg_max = (max_transfer / PAGE_BYTES).clamp(1, MAX_SEGMENTS);
     let mut space = Space([0; CONFIG_BYTES]);
     space.put(0, &lun.blocks.saturating_mul(sectors_per_block(lun)).to_le_bytes());
@@ -174,6 +178,17 @@ mod tests {
             few & (bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES) | bit(VIRTIO_BLK_F_MQ)),
             0
         );
+    }
+
+    #[test]
+    fn seabios_can_read_whatever_the_transfer_limit() {
+        for max_transfer_blocks in
+            (3..=32).map(|n| u32::MAX >> (32 - n)).flat_map(|n| [n, n - n / 2, n - n / 4])
+        {
+            let space = space(&Lun { block_bytes: 512, max_transfer_blocks, ..lun() }, 1, true);
+            let bytes = u32_at(&space, 8).wrapping_mul(u32_at(&space, 12));
+            assert_ne!((bytes / 512) as u16, 0, "{max_transfer_blocks} blocks");
+        }
     }
 
     #[test]
