@@ -1,0 +1,236 @@
+//! Getting a session back, and making sure that the unit behind it is still the same.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use iscsi::initiator::{Outcome as TaskOutcome, SessionError, Violation};
+use iscsi::pdu::framing::FrameError;
+use iscsi::scsi::Status;
+
+use super::{IscsiEngine, MAX_FAILURES, Phase, add_wire, chain, own_job};
+use crate::engine::Outcome;
+use crate::portal::PortalError;
+use crate::portal::link::Dial;
+use crate::portal::login::Purpose;
+use crate::portal::probe::{Found, Next, Probe, ProbeError, Reply};
+use crate::portal::wire::WireError;
+
+impl IscsiEngine {
+    /// The engine's own command ended.
+    pub(super) fn own_ended(&mut self, outcome: TaskOutcome, now: Instant) {
+        let Phase::Probing { probe, later } = &mut self.phase else { return };
+        let mut data = Vec::new();
+        let (status, sense) = match outcome {
+            TaskOutcome::Status { status, sense, transferred_bytes } => {
+                if let Some(job) = self.jobs.get(self.own_slot) {
+                    data.resize(transferred_bytes as usize, 0);
+                    job.data.copy_to(0, &mut data);
+                }
+                (status, sense)
+            }
+            // Tried again; the probe bounds how often.
+            _ => (Status::BUSY, None),
+        };
+        self.jobs.take(self.own_slot);
+        match probe.answer(Reply { status, sense, data: &data }) {
+            Ok(Next::Send) => *later = Some(now),
+            Ok(Next::Later(pause)) => *later = Some(now + pause),
+            Ok(Next::Done) => self.probed(now),
+            Err(source) => {
+                let error = self.probe_error(source);
+                self.lost(&error, 0, None, now);
+            }
+        }
+    }
+
+    pub(super) fn probe_error(&self, source: ProbeError) -> PortalError {
+        PortalError::Probe {
+            target: self.options.url.target.clone().unwrap_or_default(),
+            lun: self.lun_address.to_string(),
+            source,
+        }
+    }
+
+    /// The unit was looked at again.
+    pub(super) fn probed(&mut self, now: Instant) {
+        let Phase::Probing { probe, .. } = std::mem::replace(&mut self.phase, Phase::Up) else { return };
+        let found = match probe.finish() {
+            Ok(found) => found,
+            Err(source) => {
+                let error = self.probe_error(source);
+                return self.lost(&error, 0, None, now);
+            }
+        };
+        if !found.is_same_unit(&self.found) {
+            let describe = |f: &Found| {
+                format!(
+                    "serial {:?}, {} bytes per block",
+                    f.serial.as_ref().or(f.designator.as_ref()),
+                    f.capacity.block_bytes
+                )
+            };
+            let error = PortalError::OtherUnit {
+                target: self.options.url.target.clone().unwrap_or_default(),
+                lun: self.lun_address.to_string(),
+                before: describe(&self.found),
+                now: describe(&found),
+            };
+            return self.lost(&error, 0, None, now);
+        }
+        let lun = found.lun(self.options.read_only);
+        if lun != self.lun {
+            tracing::info!(url = %self.options.url, blocks_before = self.lun.blocks, blocks = lun.blocks, "unit changed");
+            if lun.blocks < self.lun.blocks {
+                tracing::warn!(url = %self.options.url, "the unit shrank; requests behind its end fail");
+            }
+            self.lun = lun;
+            self.changed = true;
+        }
+        self.found = found;
+    }
+
+    /// Sends the probe's next command, if it is time.
+    pub(super) fn drive_probe(&mut self, now: Instant) {
+        let Phase::Probing { probe, later } = &mut self.phase else { return };
+        if later.is_none_or(|at| at > now) || self.jobs.get(self.own_slot).is_some() {
+            return;
+        }
+        *later = None;
+        let command = probe.next();
+        self.jobs.put(self.own_slot, own_job(command));
+        if let Some(wire) = &mut self.wire {
+            wire.session.submit(self.own_slot, command, now);
+        }
+    }
+
+    pub(super) fn start_probe(&mut self, now: Instant) {
+        self.rescan = false;
+        self.phase = Phase::Probing { probe: Box::new(Probe::new(self.lun_address)), later: Some(now) };
+        self.jobs.take(self.own_slot);
+    }
+
+    /// Ends what is not with the target: for a guest that no longer waits for it.
+    pub(super) fn drop_waiting(&mut self) {
+        while let Some(slot) = self.waiting.pop_front() {
+            self.finish(slot, Outcome::IoError);
+        }
+        while let Some((_, slot)) = self.backoff.pop() {
+            self.finish(slot, Outcome::IoError);
+        }
+        self.abandoned = self.free.len() < usize::from(self.own_slot);
+    }
+
+    /// The session is lost: what it owes us waits for the next one.
+    pub(super) fn lost(
+        &mut self,
+        error: &dyn std::error::Error,
+        time2wait_s: u16,
+        blamed: Option<u16>,
+        now: Instant,
+    ) {
+        if let Some(wire) = self.wire.take() {
+            self.stats.sessions_lost += 1;
+            self.counters.add(wire.session.counters());
+            add_wire(&mut self.stats.wire, wire.stats);
+            // The connection is closed here; nothing of it is sent any more.
+            self.scratch.clear();
+            wire.session.unanswered(&mut self.scratch);
+            drop(wire);
+            self.jobs.take(self.own_slot);
+            for (_, job) in self.jobs.iter_mut() {
+                job.unsent = 0;
+            }
+            self.release_pinned();
+            let own_slot = self.own_slot;
+            self.stats.repeated += self.scratch.len() as u64;
+            for &slot in self.scratch.iter().rev().filter(|&&slot| slot != own_slot) {
+                self.waiting.push_front(slot);
+            }
+            if let Some(slot) = blamed
+                && let Some(job) = self.jobs.get_mut(slot)
+            {
+                job.failures += 1;
+                if job.failures > MAX_FAILURES {
+                    self.waiting.retain(|&s| s != slot);
+                    self.fail(slot, &chain(error), now);
+                }
+            }
+        }
+        if self.abandoned {
+            self.drop_waiting();
+        }
+        if self.closing {
+            self.phase = Phase::Closed;
+            return;
+        }
+        let limits = &self.options.timeouts;
+        let longest = limits.backoff_max;
+        let pause = match self.attempts {
+            0 => Duration::ZERO,
+            n => limits.backoff_max.min(limits.backoff_min * (1 << (n - 1).min(16))),
+        };
+        self.attempts += 1;
+        let time2wait = Duration::from_secs(u64::from(time2wait_s.min(30)));
+        let pause = self.jittered(pause).min(longest).max(time2wait);
+        tracing::warn!(
+            url = %self.options.url,
+            error = chain(error),
+            attempt = self.attempts,
+            pause_ms = pause.as_millis() as u64,
+            "no session; trying again"
+        );
+        self.phase = Phase::Waiting { until: now + pause };
+    }
+
+    pub(super) fn wire_lost(&mut self, error: &WireError, now: Instant) {
+        let (time2wait_s, blamed) = match error {
+            WireError::Session(SessionError::Dropped { time2wait_s }) => (*time2wait_s, None),
+            WireError::Session(error) => (0, error.slot()),
+            WireError::Frame(FrameError::HeaderDigest { .. }) => {
+                self.counters.count(Violation::HeaderDigest);
+                (0, None)
+            }
+            WireError::Frame(_) => {
+                self.counters.count(Violation::SegmentTooLong);
+                (0, None)
+            }
+            WireError::Io(_) | WireError::Closed => (0, None),
+        };
+        self.lost(error, time2wait_s, blamed, now);
+    }
+
+    /// Gets the session back.
+    pub(super) fn reconnect(&mut self, now: Instant) -> bool {
+        match &mut self.phase {
+            Phase::Waiting { until } if *until <= now => {
+                let tag = self.negotiated.portal_group_tag;
+                match Dial::start(Arc::clone(&self.options), Purpose::Normal, tag, now) {
+                    Ok(dial) => self.phase = Phase::Dialing(Box::new(dial)),
+                    Err(error) => {
+                        self.lost(&error, 0, None, now);
+                        return true;
+                    }
+                }
+            }
+            Phase::Dialing(_) => {}
+            _ => return false,
+        }
+        let Phase::Dialing(dial) = &mut self.phase else { return false };
+        match dial.poll(now) {
+            Ok(None) => false,
+            Ok(Some(logged_in)) => {
+                self.stats.sessions_regained += 1;
+                self.up_since = now;
+                self.negotiated = logged_in.negotiated();
+                self.wire = Some(logged_in.into_wire(&self.options, now));
+                self.start_probe(now);
+                tracing::info!(url = %self.options.url, repeat = self.waiting.len(), "session regained");
+                true
+            }
+            Err(error) => {
+                self.lost(&error, 0, None, now);
+                true
+            }
+        }
+    }
+}
