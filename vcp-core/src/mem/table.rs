@@ -13,8 +13,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::GuestMap;
 
-/// Most regions of a table (`GET_MAX_MEM_SLOTS`): 32, what QEMU can make use of on x86 and what fits one
-/// `SET_MEM_TABLE` message four times.
+/// Most regions of a table (`GET_MAX_MEM_SLOTS`): four times what one `SET_MEM_TABLE` message carries, so that a guest
+/// can be given memory piece by piece. Each region is a mapping and may be a step in the search for an address.
 pub const MAX_REGIONS: usize = 32;
 
 /// Why a memory region was refused.

@@ -92,12 +92,16 @@ struct Connection {
 impl Connection {
     /// Whether the front end closed its side.
     fn is_dead(&self) -> bool {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        self.thread.is_finished()
-            || rustix::event::poll(&mut fds, Some(&now)).is_ok()
-                && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+        self.thread.is_finished() || hung_up(&self.stream)
     }
+}
+
+/// Whether the peer closed its side.
+fn hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut fds, Some(&now)).is_ok()
+        && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }
 
 /// A device as the set-up thread sees it.
@@ -220,6 +224,10 @@ fn accept(index: usize, entry: &mut Entry, mailbox: &Arc<Mailbox<Command>>) {
     };
     if let Some(connection) = &entry.connection {
         if !connection.is_dead() {
+            if hung_up(&stream) {
+                // Another process that looked whether somebody listens here.
+                return;
+            }
             entry.metrics.refused_connections.add(1);
             tracing::warn!(device = &*entry.name, "a second front end was refused: one is connected");
             return;
