@@ -27,7 +27,8 @@ use crate::url::{Portal, Url};
 /// Example: vcp-iscsi discover iscsi://192.0.2.1
 #[derive(Args, Clone, Debug)]
 pub struct DiscoverArgs {
-    /// iscsi://[USER[%PASSWORD]@]HOST[:PORT]
+    /// The portal.
+    #[arg(help = "iscsi://[USER[%PASSWORD]@]HOST[:PORT]")]
     pub url: Url,
     /// Print JSON
     #[arg(long)]

@@ -18,7 +18,8 @@ use crate::url::Url;
 /// Example: vcp-iscsi info iscsi://192.0.2.1/iqn.2026-01.org.example:disk/0
 #[derive(Args, Clone, Debug)]
 pub struct InfoArgs {
-    /// iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN
+    /// The unit.
+    #[arg(help = "iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN")]
     pub url: Url,
     /// Print JSON
     #[arg(long)]

@@ -324,12 +324,9 @@ impl Connection {
                 }
                 self.spoil_digest |= fault == Some(Fault::BadDigest);
                 let buffer = &mut self.buffers[task.slot()];
-                let device_len = match answer(&mut state, &cdb, buffer) {
-                    Some(len) => len,
-                    None => {
-                        check(session, SenseKey::IllegalRequest, asc::INVALID_OPCODE);
-                        return true;
-                    }
+                let Some(device_len) = answer(&mut state, &cdb, buffer) else {
+                    check(session, SenseKey::IllegalRequest, asc::INVALID_OPCODE);
+                    return true;
                 };
                 let device_len = if fault == Some(Fault::Half) { device_len / 2 } else { device_len };
                 session.complete(
