@@ -10,5 +10,5 @@ pub mod params;
 pub mod pdu;
 pub mod scsi;
 pub mod serial;
-pub mod text;
 pub mod target;
+pub mod text;
