@@ -10,7 +10,7 @@ fn lists(kind: Kind) -> Result<()> {
     if !target::have(kind) {
         return Ok(());
     }
-    let spec = Spec { luns: vec![LunSpec::new(64 << 20), LunSpec::new(32 << 20)], chap: None };
+    let spec = Spec::luns([LunSpec::new(64 << 20), LunSpec::new(32 << 20)]);
     let target = Target::start(kind, &spec)?;
     let url = format!("iscsi://{}", target.portal());
     let table = output(&["discover", &url])?;

@@ -19,7 +19,7 @@ fn verifies(kind: Kind, digest: &str) -> Result<()> {
     if !target::have(kind) {
         return Ok(());
     }
-    let target = Target::start(kind, &Spec::disk(SIZE))?;
+    let target = Target::start(kind, &Spec::disk(SIZE).digests(digest == "crc32c"))?;
     let proxy = Proxy::start(target.portal())?;
     proxy.record();
     let args = ["--queues", "2", "--header-digest", digest, "--data-digest", digest];
@@ -215,7 +215,7 @@ fn read_only_option_refuses_changes() -> Result<()> {
 fn read_only_lun_refuses_changes() -> Result<()> {
     for kind in [Kind::Tgtd, Kind::Ours].into_iter().filter(|k| target::have(*k)) {
         let lun = LunSpec { read_only: true, ..LunSpec::new(SIZE) };
-        let target = Target::start(kind, &Spec { luns: vec![lun], chap: None })?;
+        let target = Target::start(kind, &Spec::luns([lun]))?;
         refuses_changes(&target, &[]).with_context(|| kind.to_string())?;
     }
     Ok(())
@@ -225,7 +225,7 @@ fn read_only_lun_refuses_changes() -> Result<()> {
 fn blocks_of_4096_bytes_are_addressed_rightly() -> Result<()> {
     for kind in Kind::ALL.into_iter().filter(|k| target::have(*k)) {
         let lun = LunSpec { block_bytes: 4096, ..LunSpec::new(SIZE) };
-        let target = Target::start(kind, &Spec { luns: vec![lun], chap: None })?;
+        let target = Target::start(kind, &Spec::luns([lun]))?;
         let backend = Backend::vcp_iscsi(&target.url(0), &[])?;
         let mut driver = Driver::connect(backend.socket(), 1)?;
         let config = driver.config()?;
@@ -251,7 +251,7 @@ fn lun_300_is_reached() -> Result<()> {
         // LUN 44 is what a bare 300 means in peripheral addressing (bus 1, LUN 44).
         let lun = |number, size| LunSpec { number: Some(number), ..LunSpec::new(size) };
         let luns = vec![lun(1, 1 << 20), lun(44, 2 << 20), lun(300, 3 << 20)];
-        let target = Target::start(kind, &Spec { luns, chap: None })?;
+        let target = Target::start(kind, &Spec::luns(luns))?;
         let backend = Backend::vcp_iscsi(&target.url(2), &[])?;
         let mut driver = Driver::connect(backend.socket(), 1)?;
         assert_eq!(driver.config()?.size_bytes, 3 << 20, "{kind}");

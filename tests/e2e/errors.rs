@@ -20,7 +20,7 @@ use crate::support::{COMMAND, one_error, vcp, vcp_iscsi};
 const LOGIN_LIMIT: Duration = Duration::from_secs(15);
 
 fn target() -> Result<Target> {
-    Target::start(Kind::Ours, &Spec { luns: vec![LunSpec::new(1 << 20)], chap: None })
+    Target::start(Kind::Ours, &Spec::luns([LunSpec::new(1 << 20)]))
 }
 
 /// The same wrong URL by `info` and by `serve`, which must not become ready.
@@ -28,7 +28,7 @@ fn both_fail(url: &str, words: &[&str]) -> Result<()> {
     let out = vcp_iscsi(["info", url])?.run(COMMAND)?;
     one_error(&out, 1, words).with_context(|| format!("info {url}"))?;
     let dir = tempfile::tempdir()?;
-    let out = serve(&dir.path().join("s"))?.args(["--log", "error"]).arg(url).run(COMMAND)?;
+    let out = serve(&dir.path().join("s"))?.arg(url).run(COMMAND)?;
     one_error(&out, 1, words).with_context(|| format!("serve {url}"))?;
     Ok(())
 }
@@ -175,7 +175,7 @@ fn every_command_has_help_with_an_example() -> Result<()> {
 fn socket_path_that_cannot_be_bound_is_named() -> Result<()> {
     let target = target()?;
     let path = Path::new("/no/such/directory/blk.sock");
-    let out = serve(path)?.args(["--log", "error"]).arg(target.url(0)).run(COMMAND)?;
+    let out = serve(path)?.arg(target.url(0)).run(COMMAND)?;
     one_error(&out, 1, &["/no/such/directory/blk.sock"])
 }
 

@@ -73,7 +73,7 @@ fn boots(kind: Kind) -> Result<()> {
     // istgt has one block size for all its LUNs.
     let raw_block = if kind == Kind::Istgt { 512 } else { 4096 };
     let luns = vec![LunSpec::new(FILE_SYSTEM), LunSpec { block_bytes: raw_block, ..LunSpec::new(RAW) }];
-    let target = Target::start(kind, &Spec { luns, chap: None })?;
+    let target = Target::start(kind, &Spec::luns(luns))?;
     let backends = [
         Backend::vcp_iscsi(&target.url(0), &["--queues", "2"])?,
         Backend::vcp_iscsi(&target.url(1), &["--queues", "1"])?,

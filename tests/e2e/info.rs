@@ -24,7 +24,7 @@ fn tells(kind: Kind, lun: &LunSpec) -> Result<()> {
     if !target::have(kind) {
         return Ok(());
     }
-    let target = Target::start(kind, &Spec { luns: vec![lun.clone()], chap: None })?;
+    let target = Target::start(kind, &Spec::luns([lun.clone()]))?;
     let url = target.url(0);
     let document = json(&["info", &url])?;
     assert_eq!(number(&document, "size_bytes")?, lun.size_bytes, "{document}");
@@ -68,7 +68,7 @@ fn info_tells_lun_300_with_4096_byte_blocks_and_4_tib() -> Result<()> {
 #[test]
 fn info_tells_that_a_lun_is_read_only() -> Result<()> {
     let lun = LunSpec { read_only: true, ..LunSpec::new(1 << 20) };
-    let target = Target::start(Kind::Ours, &Spec { luns: vec![lun], chap: None })?;
+    let target = Target::start(Kind::Ours, &Spec::luns([lun]))?;
     let document = json(&["info", &target.url(0)])?;
     assert_eq!(find(&document, "read_only"), Some(&Value::Bool(true)), "{document}");
     Ok(())

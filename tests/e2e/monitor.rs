@@ -62,7 +62,11 @@ fn bare_metal_guest_verifies_and_loads_its_iscsi_disk() -> Result<()> {
         .run(BARE)?;
     ensure!(out.status.success(), "{}: {}{}", out.status, out.stdout, out.stderr);
     ensure!(out.stdout.contains("guest: done"), "{}", out.stdout);
-    ensure!(out.stdout.contains("verify") && out.stdout.contains("IOPS"), "no figures in:\n{}", out.stdout);
+    ensure!(
+        out.stdout.contains("verify: ok") && out.stdout.contains("iops="),
+        "no figures in:\n{}",
+        out.stdout
+    );
     Ok(())
 }
 

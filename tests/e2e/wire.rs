@@ -14,7 +14,7 @@ fn decodes(kind: Kind, digest: &str) -> Result<()> {
     if !vcp_tests::target::have(kind) || !tool::have(&["tshark"]) {
         return Ok(());
     }
-    let target = Target::start(kind, &Spec::disk(8 << 20))?;
+    let target = Target::start(kind, &Spec::disk(8 << 20).digests(digest == "crc32c"))?;
     let proxy = Proxy::start(target.portal())?;
     proxy.record();
     let args = ["--header-digest", digest, "--data-digest", digest];
@@ -27,12 +27,13 @@ fn decodes(kind: Kind, digest: &str) -> Result<()> {
     backend.proc().terminate(COMMAND)?;
     proxy.wait_open(0, COMMAND)?;
     let dir = tempfile::tempdir()?;
-    let mut seen = [false; 64];
+    let (mut seen, mut digests) = ([false; 64], 0);
     for record in proxy.records() {
-        for opcode in pcap::decode(&record, dir.path())? {
-            seen[usize::from(opcode & 0x3f)] = true;
-        }
+        let decoded = pcap::decode(&record, dir.path())?;
+        decoded.opcodes.iter().for_each(|opcode| seen[usize::from(*opcode)] = true);
+        digests += decoded.digests;
     }
+    ensure!((digests > 0) == (digest == "crc32c"), "{digests} digests on the wire");
     // Login, command, response, data in and logout of both sides.
     for opcode in [0x03, 0x23, 0x01, 0x21, 0x25, 0x06, 0x26] {
         ensure!(seen[opcode], "tshark saw no PDU with opcode {opcode:#04x}");
@@ -54,7 +55,7 @@ fn tshark_finds_our_digests_right() -> Result<()> {
 #[test]
 fn lun_300_goes_out_in_flat_addressing() -> Result<()> {
     let lun = LunSpec { number: Some(300), ..LunSpec::new(1 << 20) };
-    let target = Target::start(Kind::Ours, &Spec { luns: vec![lun], chap: None })?;
+    let target = Target::start(Kind::Ours, &Spec::luns([lun]))?;
     let proxy = Proxy::start(target.portal())?;
     proxy.record();
     let backend = Backend::vcp_iscsi(&target.url_at(proxy.addr(), 0), &[])?;

@@ -25,7 +25,7 @@ impl Backend {
     /// Starts `vcp-iscsi serve` for a URL, with further arguments.
     pub fn vcp_iscsi(url: &str, args: &[&str]) -> Result<Self> {
         let (dir, socket) = socket()?;
-        let proc = serve(&socket)?.args(args).arg(url).spawn()?;
+        let proc = serve(&socket)?.env("RUST_LOG", "info").args(args).arg(url).spawn()?;
         proc.wait_line(Stream::Out, "ready:", START)?;
         Ok(Self { proc, socket, _dir: dir })
     }
@@ -76,9 +76,7 @@ impl Backend {
 
 /// `vcp-iscsi serve` on a socket, without the URL: for tests that expect it to fail.
 pub fn serve(socket: &Path) -> Result<Cmd> {
-    Ok(Cmd::new(tool::ours("vcp-iscsi")?)
-        .args(["serve", "--exit-with-parent", "--log", "info", "--socket-path"])
-        .arg(socket))
+    Ok(Cmd::new(tool::ours("vcp-iscsi")?).args(["serve", "--exit-with-parent", "--socket-path"]).arg(socket))
 }
 
 fn socket() -> Result<(TempDir, PathBuf)> {

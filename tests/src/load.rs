@@ -39,7 +39,8 @@ impl Load {
         (self.random % below as u64) as usize
     }
 
-    /// Does `count` requests on `queue`, `depth` in flight; calls `at` with the number of completed ones.
+    /// Does `count` requests on `queue`, `depth` in flight, after those that [`Load::fill`] left there; ends with none in
+    /// flight. Calls `at` with the number of completed ones.
     pub fn run(
         &mut self,
         driver: &mut Driver,
@@ -48,9 +49,8 @@ impl Load {
         count: usize,
         mut at: impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let mut done = 0;
-        let mut left = count;
-        while done < count {
+        let (mut done, mut left) = (0, count);
+        while left > 0 || !self.in_flight.is_empty() {
             while left > 0 && self.in_flight.len() < depth {
                 self.start(driver, queue)?;
                 left -= 1;

@@ -55,25 +55,35 @@ pub fn pcap(record: &Record) -> Vec<u8> {
     out
 }
 
-/// Lets tshark decode a connection; returns the iSCSI opcodes (with the immediate bit cleared) that it saw, in order.
-/// Fails if it calls anything malformed or finds a wrong digest.
-pub fn decode(record: &Record, dir: &Path) -> Result<Vec<u8>> {
+/// What tshark says of a connection.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// The iSCSI opcodes, without the immediate bit, in order.
+    pub opcodes: Vec<u8>,
+    /// Number of header and data digests, all of them right.
+    pub digests: usize,
+}
+
+/// Lets tshark decode a connection. Fails if it calls anything malformed or finds a wrong digest.
+pub fn decode(record: &Record, dir: &Path) -> Result<Decoded> {
     let file = dir.join("connection.pcap");
     std::fs::write(&file, pcap(record))?;
     let tshark = |args: &[&str]| {
-        Cmd::new("tshark")
-            .arg("-r")
-            .arg(&file)
-            .args(["-d", "tcp.port==3260,iscsi"])
-            .args(args)
-            .output(Duration::from_secs(60))
+        let cmd = Cmd::new("tshark").arg("-r").arg(&file).args(["-d", "tcp.port==3260,iscsi"]).args(args);
+        cmd.output(Duration::from_secs(60))
     };
-    let wrong =
-        tshark(&["-Y", "_ws.malformed || iscsi.headerdigest.status == 0 || iscsi.datadigest.status == 0"])?;
-    if !wrong.trim().is_empty() {
-        bail!("tshark finds these packets malformed:\n{wrong}");
+    let malformed = tshark(&["-Y", "_ws.malformed || iscsi.opcode.invalid"])?;
+    if !malformed.trim().is_empty() {
+        bail!("tshark finds these packets malformed:\n{malformed}");
+    }
+    let text = tshark(&["-O", "iscsi"])?;
+    let is_digest = |line: &&str| line.starts_with("HeaderDigest: 0x") || line.starts_with("DataDigest: 0x");
+    let digests: Vec<&str> = text.lines().map(str::trim).filter(is_digest).collect();
+    if let Some(wrong) = digests.iter().find(|line| !line.ends_with("(Good CRC32)")) {
+        bail!("tshark finds a wrong digest: {wrong}");
     }
     let opcodes = tshark(&["-Y", "iscsi", "-T", "fields", "-e", "iscsi.opcode"])?;
     let parse = |word: &str| u8::from_str_radix(word.trim().trim_start_matches("0x"), 16).ok();
-    Ok(opcodes.split([',', '\n']).filter_map(parse).collect())
+    let opcodes = opcodes.split([',', '\n']).filter_map(parse).map(|opcode| opcode & 0x3f).collect();
+    Ok(Decoded { opcodes, digests: digests.len() })
 }

@@ -14,7 +14,7 @@ use crate::proc::{Cmd, Proc, Stream};
 pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
     let dir = config.dir.display();
     let (base, name) = config.iqn.split_once(':').context("the target's name has no colon")?;
-    let method = match config.chap {
+    let method = match &config.spec.chap {
         None => "None",
         Some(chap) if chap.mutual.is_none() => "CHAP",
         Some(_) => "CHAP Mutual",
@@ -43,7 +43,7 @@ pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
         }
     }
     let mut auth = "[AuthGroup1]\n".to_owned();
-    if let Some(chap) = config.chap {
+    if let Some(chap) = &config.spec.chap {
         write!(auth, "  Auth \"{}\" \"{}\"", chap.user, chap.secret)?;
         if let Some((user, secret)) = &chap.mutual {
             write!(auth, " \"{user}\" \"{secret}\"")?;

@@ -118,18 +118,33 @@ pub struct Spec {
     pub luns: Vec<LunSpec>,
     /// Its login.
     pub chap: Option<Chap>,
+    /// Whether it is told to take CRC32C digests. tgtd takes none otherwise, and always where it may; the others agree
+    /// with what the initiator prefers.
+    pub digests: bool,
 }
 
 impl Spec {
     /// One disk of this size, no CHAP.
     pub fn disk(size_bytes: u64) -> Self {
-        Self { luns: vec![LunSpec::new(size_bytes)], chap: None }
+        Self::luns([LunSpec::new(size_bytes)])
+    }
+
+    /// These disks, no CHAP.
+    pub fn luns(luns: impl IntoIterator<Item = LunSpec>) -> Self {
+        Self { luns: luns.into_iter().collect(), ..Self::default() }
     }
 
     /// The same with CHAP.
     #[must_use]
     pub fn chap(mut self, chap: Chap) -> Self {
         self.chap = Some(chap);
+        self
+    }
+
+    /// The same with digests or without.
+    #[must_use]
+    pub fn digests(mut self, digests: bool) -> Self {
+        self.digests = digests;
         self
     }
 }
@@ -175,7 +190,7 @@ impl Target {
         let mut last = None;
         for _ in 0..PORT_TRIES {
             let portal = SocketAddr::from((Ipv4Addr::LOCALHOST, port::free()?));
-            let config = Config { iqn: &iqn, portal, luns: &luns, chap: spec.chap.as_ref(), dir: dir.path() };
+            let config = Config { iqn: &iqn, portal, spec, luns: &luns, dir: dir.path() };
             match config.start(kind) {
                 Ok(proc) => return Ok(Self { kind, iqn, portal, spec: spec.clone(), luns, dir, proc }),
                 Err(e) => last = Some(e),
@@ -201,7 +216,7 @@ impl Target {
             iqn: &self.iqn,
             portal: self.portal,
             luns: &self.luns,
-            chap: self.spec.chap.as_ref(),
+            spec: &self.spec,
             dir: self.dir.path(),
         };
         self.proc = config.start(self.kind)?;
@@ -256,8 +271,8 @@ impl Target {
 struct Config<'a> {
     iqn: &'a str,
     portal: SocketAddr,
+    spec: &'a Spec,
     luns: &'a [Lun],
-    chap: Option<&'a Chap>,
     dir: &'a Path,
 }
 

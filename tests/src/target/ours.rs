@@ -17,7 +17,7 @@ pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
         }
         cmd = cmd.args(["--lun", &spec]);
     }
-    if let Some(chap) = config.chap {
+    if let Some(chap) = &config.spec.chap {
         cmd = cmd.args(["--chap", &format!("{}:{}", chap.user, chap.secret)]);
         if let Some((user, secret)) = &chap.mutual {
             cmd = cmd.args(["--mutual-chap", &format!("{user}:{secret}")]);

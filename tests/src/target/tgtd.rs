@@ -33,6 +33,10 @@ pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
     }
     let adm = |args: &[&str]| adm(config.dir, args);
     adm(&["--mode", "target", "--op", "new", "--tid", "1", "--targetname", config.iqn])?;
+    for digest in ["HeaderDigest", "DataDigest"].into_iter().filter(|_| config.spec.digests) {
+        let update = ["--mode", "target", "--op", "update", "--tid", "1", "--name", digest];
+        adm(&[&update[..], &["--value", "CRC32C,None"][..]].concat())?;
+    }
     for lun in config.luns {
         let number = lun.number.to_string();
         let image = lun.image.display().to_string();
@@ -44,7 +48,7 @@ pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
         let params = format!("thin_provisioning=1,readonly={read_only}");
         adm(&[&unit[..], &["--op", "update", "--params", &params][..]].concat())?;
     }
-    if let Some(chap) = config.chap {
+    if let Some(chap) = &config.spec.chap {
         let new = ["--mode", "account", "--op", "new", "--user"];
         let bind = ["--mode", "account", "--op", "bind", "--tid", "1", "--user"];
         adm(&[&new[..], &[&chap.user, "--password", &chap.secret][..]].concat())?;

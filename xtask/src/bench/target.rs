@@ -52,7 +52,7 @@ pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
     let serve = ["serve", "--listen", "127.0.0.1:0", "--target", TARGET, "--lun", &file, "--lun", "mem:256M"];
     let ours = Server::start(&bin.join("iscsi-target"), &serve)?;
     let spec = LunSpec { image: Some(image("tgtd")?), ..LunSpec::new(LUN_BYTES) };
-    let tgtd = Target::start(Kind::Tgtd, &Spec { luns: vec![spec], chap: None })?;
+    let tgtd = Target::start(Kind::Tgtd, &Spec::luns([spec]))?;
     let portal = ours.told("addr")?;
     let contenders = [
         Contender { name: "iscsi-target file", pid: ours.pid(), url: format!("iscsi://{portal}/{TARGET}/0") },
