@@ -23,9 +23,8 @@ use crate::portal::{Client, Options, PortalError, SessionArgs};
 use crate::url::{Portal, Url};
 
 /// Shows the targets of a portal and their logical units.
-///
-/// Example: vcp-iscsi discover iscsi://192.0.2.1
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "Example:\n  vcp-iscsi discover iscsi://192.0.2.1")]
 pub struct DiscoverArgs {
     /// The portal.
     #[arg(help = "iscsi://[USER[%PASSWORD]@]HOST[:PORT]")]

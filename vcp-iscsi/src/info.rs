@@ -14,9 +14,8 @@ use crate::portal::{Client, SessionArgs};
 use crate::url::Url;
 
 /// Shows a logical unit: size, block size, provisioning, limits, and what was negotiated.
-///
-/// Example: vcp-iscsi info iscsi://192.0.2.1/iqn.2026-01.org.example:disk/0
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "Example:\n  vcp-iscsi info iscsi://192.0.2.1/iqn.2026-01.org.example:disk/0")]
 pub struct InfoArgs {
     /// The unit.
     #[arg(help = "iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN")]

@@ -10,13 +10,16 @@ use iscsi::initiator::{Config as SessionConfig, Session};
 use iscsi::login::initiator::{Auth, Chap, Config, LoggedIn as Agreed, Login, LoginError, Progress};
 use iscsi::login::{LoginPdu, LoginStatus};
 use iscsi::params::{DigestPolicy, ParamError, Params};
-use iscsi::pdu::Isid;
 use iscsi::pdu::framing::{Limits, Receiver, Step};
+use iscsi::pdu::{Isid, Opcode};
 
 use super::options::{Credentials, DigestChoice};
 use super::wire::Wire;
 use super::{Options, PortalError};
 use crate::url::Portal;
+
+/// What a target's PDU begins with in the login phase: Login Response or Reject, reserved bits clear (RFC 7143 11.2.1.2).
+const FIRST_BYTES: [u8; 2] = [Opcode::LoginResponse as u8, Opcode::Reject as u8];
 
 /// What a session is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,8 +250,12 @@ impl LoginPort {
         loop {
             match self.receiver.step() {
                 Step::Framing { .. } => {
-                    if bytes.is_empty() {
-                        return Ok(LoginStep::Pending);
+                    let Some(&first) = bytes.first() else { return Ok(LoginStep::Pending) };
+                    // Something else than iSCSI is told by its first byte. As a length, what it sends could be waited
+                    // for until the time is up.
+                    if self.receiver.is_between_pdus() && !FIRST_BYTES.contains(&first) {
+                        let what = format!("what came, {first:#04x} first, is no Login Response");
+                        return Err(self.broken(&io::Error::new(io::ErrorKind::InvalidData, what)));
                     }
                     let taken = self.receiver.feed(bytes).map_err(|error| self.broken(&error))?;
                     bytes = &bytes[taken..];
