@@ -8,10 +8,11 @@ use guest_images::helper::HelperVm;
 use guest_images::rootfs::{self, RootFs};
 use guest_images::{bare, linux};
 use serde_json::Value;
+use vcp_tests::backend::Backend;
 use vcp_tests::guest::Outcome;
-use vcp_tests::proc::Cmd;
-use vcp_tests::target::{Kind, Spec, Target};
-use vcp_tests::{Result, tool};
+use vcp_tests::proc::{Cmd, Stream};
+use vcp_tests::target::{Chap, Kind, Spec, Target};
+use vcp_tests::{Result, procfs, tool};
 
 use crate::support::{COMMAND, vcp};
 
@@ -77,7 +78,7 @@ fn bare_metal_guest_runs_on_a_backend_that_already_runs() -> Result<()> {
     }
     let kernel = bare::build()?;
     let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
-    let backend = vcp_tests::backend::Backend::vcp_iscsi(&target.url(0), &[])?;
+    let backend = Backend::vcp_iscsi(&target.url(0), &[])?;
     for _ in 0..2 {
         // The backend outlives its guests.
         let out = vcp(["run", "--cmdline", "job=verify region=4M", "--disk"])?
@@ -103,26 +104,36 @@ fn failing_guest_is_exit_code_1() -> Result<()> {
 }
 
 #[test]
-fn sigterm_ends_guest_and_vcp() -> Result<()> {
+fn sigterm_ends_guest_and_vcp_and_the_secret_is_in_no_process_list() -> Result<()> {
     if !ring3()? {
         return Ok(());
     }
-    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
-    let proc = vcp(["run", "--cmdline", "job=bench rw=randread secs=60 region=8M", "--disk"])?
-        .arg(format!("url={}", target.url(0)))
-        .arg("--kernel")
-        .arg(bare::build()?)
-        .spawn()?;
-    proc.wait_line(vcp_tests::proc::Stream::Out, "guest:", BARE)?;
-    let children = vcp_tests::procfs::children(proc.pid())?;
+    let chap = Chap::one_way();
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20).chap(chap.clone()))?;
+    let url = target.url(0).replace("iscsi://", &format!("iscsi://{}%{}@", chap.user, chap.secret));
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("vm.toml");
+    let kernel = bare::build()?.display().to_string();
+    std::fs::write(
+        &file,
+        format!(
+            "kernel = {kernel:?}\ncmdline = \"job=bench rw=randread secs=60 region=8M\"\n[[disk]]\nurl = {url:?}\n"
+        ),
+    )?;
+    let proc = vcp(["run", "--log", "trace"])?.arg(&file).spawn()?;
+    proc.wait_line(Stream::Out, "disk 0:", BARE)?;
+    let children = procfs::children(proc.pid())?;
+    ensure!(!children.is_empty(), "vcp run started no vcp-iscsi");
+    for pid in children.iter().chain([&proc.pid()]) {
+        let line = procfs::cmdline(*pid)?;
+        ensure!(!line.contains(&chap.secret), "the secret is in the process list: {line}");
+    }
     let (status, took) = proc.terminate(COMMAND)?;
     ensure!(took < Duration::from_secs(5), "took {took:?}");
     ensure!(status.code().is_some(), "killed by a signal: {status}");
+    ensure!(!proc.text().contains(&chap.secret), "the secret is in the log");
     for child in children {
-        ensure!(
-            vcp_tests::procfs::cmdline(child).map_or(true, |c| c.is_empty()),
-            "process {child} is left behind"
-        );
+        ensure!(procfs::cmdline(child).map_or(true, |c| c.is_empty()), "process {child} is left behind");
     }
     Ok(())
 }
