@@ -1,10 +1,15 @@
 //! The poll server and the epoll server are the same device: one trace of requests, the same answers.
 
 use anyhow::ensure;
+use rustix::process::Signal;
 use vcp_tests::backend::Backend;
 use vcp_tests::front::{Driver, Op};
-use vcp_tests::target::{Kind, Spec, Target};
+use vcp_tests::load::Load;
+use vcp_tests::proc::Stream;
+use vcp_tests::target::{Kind, LunSpec, Spec, Target};
 use vcp_tests::{Result, pattern};
+
+use crate::support::{COMMAND, vcp_iscsi};
 
 const SIZE: u64 = 8 << 20;
 
@@ -66,5 +71,41 @@ fn poll_and_epoll_servers_answer_a_trace_alike() -> Result<()> {
     let failed = poll.answers.iter().filter(|a| a.is_err()).count();
     ensure!(failed > 0 && failed < 100, "{failed} of {} requests failed", ops.len());
     ensure!(poll.image == epoll.image, "the disks differ");
+    Ok(())
+}
+
+/// One process with two devices on one data thread; either of SIGTERM and SIGINT ends it.
+#[test]
+fn several_disks_in_one_vcp_do_not_mix() -> Result<()> {
+    for (server, signal) in [("poll", Signal::INT), ("epoll", Signal::TERM)] {
+        let target = Target::start(Kind::Ours, &Spec::luns([LunSpec::new(SIZE), LunSpec::new(2 * SIZE)]))?;
+        let dir = tempfile::tempdir()?;
+        let sockets = [dir.path().join("a.sock"), dir.path().join("b.sock")];
+        let disk = |n: usize| format!("socket={},url={}", sockets[n].display(), target.url(n));
+        let proc =
+            vcp_iscsi(["serve", "--server", server, "--disk", &disk(0), "--disk", &disk(1)])?.spawn()?;
+        proc.wait_line(Stream::Out, "ready:", COMMAND)?;
+        let mut drivers = [Driver::connect(&sockets[0], 1)?, Driver::connect(&sockets[1], 1)?];
+        for (n, driver) in drivers.iter_mut().enumerate() {
+            assert_eq!(driver.config()?.size_bytes, SIZE * (n as u64 + 1));
+            driver.write(0, &pattern::make(n as u64, 0, 65536))?;
+        }
+        let mut loads = [Load::new(1, 512), Load::new(2, 512)];
+        for _ in 0..3 {
+            // Each fills its queue before either waits.
+            for n in 0..2 {
+                loads[n].fill(&mut drivers[n], 0, 16)?;
+            }
+            for n in 0..2 {
+                loads[n].run(&mut drivers[n], 0, 16, 100, |_| Ok(()))?;
+            }
+        }
+        for n in 0..2 {
+            loads[n].verify_all(&mut drivers[n])?;
+        }
+        proc.signal(signal)?;
+        let status = proc.wait(COMMAND)?;
+        ensure!(status.code() == Some(0), "{server}: {status} after {signal:?}");
+    }
     Ok(())
 }

@@ -62,20 +62,56 @@ fn lun_300_goes_out_in_flat_addressing() -> Result<()> {
     let mut driver = Driver::connect(backend.socket(), 1)?;
     driver.write(0, &pattern::make(1, 0, 4096))?;
     driver.read(0, 4096)?;
-    // A SCSI Command with a WRITE CDB: opcode 0x01, LUN in bytes 8 to 15, CDB from byte 32 on.
-    let bytes: Vec<u8> = proxy.records().iter().flat_map(|r| r.bytes(Way::ToTarget)).collect();
-    let writes: Vec<&[u8]> = bytes
-        .windows(48)
-        .filter(|w| {
-            w[0] & 0x3f == 0x01
-                && w[1] & 0x20 != 0
-                && matches!(w[32], 0x2a | 0x8a)
-                && w[20..24] == [0, 0, 16, 0]
-        })
-        .collect();
+    let commands = commands(&proxy);
+    let writes: Vec<_> = commands.iter().filter(|c| matches!(c[32], 0x2a | 0x8a)).collect();
     ensure!(!writes.is_empty(), "no WRITE on the wire");
     for write in writes {
         ensure!(write[8..16] == [0x41, 0x2c, 0, 0, 0, 0, 0, 0], "LUN field {:02x?}", &write[8..16]);
     }
     Ok(())
+}
+
+/// The headers of all SCSI Commands of the last connection that was recorded.
+fn commands(proxy: &Proxy) -> Vec<[u8; 48]> {
+    let bytes = proxy.records().last().map(|r| r.bytes(Way::ToTarget)).unwrap_or_default();
+    let (mut at, mut found) = (0, Vec::new());
+    // PDU by PDU, without digests: header, additional segments, data padded to 4 bytes (RFC 7143 11.2.1).
+    while let Some(bhs) = bytes.get(at..at + 48).and_then(|b| <[u8; 48]>::try_from(b).ok()) {
+        if bhs[0] & 0x3f == 0x01 {
+            found.push(bhs);
+        }
+        let data = usize::from(bhs[5]) << 16 | usize::from(bhs[6]) << 8 | usize::from(bhs[7]);
+        at += 48 + usize::from(bhs[4]) * 4 + data.next_multiple_of(4);
+    }
+    found
+}
+
+/// Defect E of qemu-storage-daemon: the guest is told that there is no cache, and what it wrote is not durable.
+#[test]
+fn flush_reaches_a_lun_with_a_write_cache() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(1 << 20))?;
+    let proxy = Proxy::start(target.portal())?;
+    proxy.record();
+    let backend = Backend::vcp_iscsi(&target.url_at(proxy.addr(), 0), &[])?;
+    let mut driver = Driver::connect(backend.socket(), 1)?;
+    ensure!(driver.config()?.write_cache, "the device does not tell of the LUN's write cache");
+    let syncs = |proxy: &Proxy| commands(proxy).iter().filter(|c| matches!(c[32], 0x35 | 0x91)).count();
+    for n in 1..=3 {
+        driver.write(0, &pattern::make(n, 0, 4096))?;
+        driver.flush()?;
+        ensure!(syncs(&proxy) == n as usize, "{} SYNCHRONIZE CACHE after {n} flushes", syncs(&proxy));
+    }
+    Ok(())
+}
+
+/// Without a cache in the LUN there is nothing to flush, and the device says so.
+#[test]
+fn lun_without_write_cache_is_told_as_write_through() -> Result<()> {
+    let lun = LunSpec { write_cache: false, ..LunSpec::new(1 << 20) };
+    let target = Target::start(Kind::Ours, &Spec::luns([lun]))?;
+    let backend = Backend::vcp_iscsi(&target.url(0), &[])?;
+    let mut driver = Driver::connect(backend.socket(), 1)?;
+    ensure!(!driver.config()?.write_cache, "the device tells of a write cache that the LUN has not");
+    driver.write(0, &pattern::make(1, 0, 4096))?;
+    driver.flush()
 }

@@ -77,6 +77,8 @@ pub struct LunSpec {
     pub block_bytes: u32,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether it has a write cache; only our target can do without.
+    pub write_cache: bool,
     /// An existing image in place of a new sparse file.
     pub image: Option<PathBuf>,
 }
@@ -84,7 +86,7 @@ pub struct LunSpec {
 impl LunSpec {
     /// A writable disk with 512-byte blocks.
     pub fn new(size_bytes: u64) -> Self {
-        Self { number: None, size_bytes, block_bytes: 512, read_only: false, image: None }
+        Self { number: None, size_bytes, block_bytes: 512, read_only: false, write_cache: true, image: None }
     }
 }
 

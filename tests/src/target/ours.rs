@@ -12,6 +12,9 @@ pub(super) fn start(config: &Config<'_>) -> Result<Proc> {
     for lun in config.luns {
         let (image, block, number) = (lun.image.display(), lun.spec.block_bytes, lun.number);
         let mut spec = format!("file:{image},block-size={block},lun={number}");
+        if !lun.spec.write_cache {
+            spec.push_str(",write-cache=off");
+        }
         if lun.spec.read_only {
             spec.push_str(",read-only");
         }
