@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use vcp_tests::backend::Backend;
-use vcp_tests::front::Driver;
+use vcp_tests::front::{Driver, Op, REQUEST};
 use vcp_tests::load::Load;
 use vcp_tests::proxy::{Proxy, Way};
 use vcp_tests::target::{self, Kind, Spec, Target};
-use vcp_tests::{Result, procfs};
+use vcp_tests::{Result, pattern, procfs};
 
 const SIZE: u64 = 16 << 20;
 /// A lost connection is back within this, whatever pauses were made before.
@@ -113,6 +113,44 @@ fn connections_cut_at_growing_byte_offsets_lose_nothing() -> Result<()> {
         }
     }
     load.verify_all(&mut driver)
+}
+
+/// Defect D of qemu-storage-daemon: a write is under way when the link stops carrying. It is repeated on a new
+/// connection and answered; a newer write is answered too. Then the old link delivers the old write, late. It must find
+/// its session gone (RFC 7143 7.15), or it overwrites the newer data.
+fn late_write_is_void(kind: Kind) -> Result<()> {
+    let Some(Bed { target: _target, proxy, backend }) = bed(kind, &[])? else { return Ok(()) };
+    let mut driver = Driver::connect(backend.socket(), 1)?;
+    driver.write(0, &pattern::make(1, 0, 4096))?;
+    let connections = proxy.accepted();
+    proxy.hold(true);
+    driver.submit(0, &Op::Write { offset: 0, data: pattern::make(2, 0, 4096) })?;
+    // Pings find out that nothing comes any more.
+    proxy.wait_accepted(connections + 1, BACK)?;
+    driver.wait(0, REQUEST)?.result.context("the repeated write")?;
+    driver.write(0, &pattern::make(3, 0, 4096))?;
+    pattern::check(3, 0, &driver.read(0, 4096)?)?;
+    proxy.hold(false);
+    proxy.wait_finished(connections, BACK).context("the old connections")?;
+    driver.flush()?;
+    pattern::check(3, 0, &driver.read(0, 4096)?)
+        .context("an old write came after a newer one was answered")?;
+    Ok(())
+}
+
+#[test]
+fn late_write_on_a_half_open_link_to_tgtd_is_void() -> Result<()> {
+    late_write_is_void(Kind::Tgtd)
+}
+
+#[test]
+fn late_write_on_a_half_open_link_to_istgt_is_void() -> Result<()> {
+    late_write_is_void(Kind::Istgt)
+}
+
+#[test]
+fn late_write_on_a_half_open_link_to_our_target_is_void() -> Result<()> {
+    late_write_is_void(Kind::Ours)
 }
 
 fn survives_target_restart(kind: Kind) -> Result<()> {

@@ -60,11 +60,15 @@ struct State {
     open: usize,
     refuse: bool,
     stalled: bool,
+    /// Connections up to this one are held.
+    held: usize,
     reset: bool,
     record: bool,
     cut: Option<Cut>,
     live: Vec<(usize, TcpStream, TcpStream)>,
     records: Vec<Record>,
+    /// Ways that ended, two for each connection.
+    finished: usize,
     bytes: u64,
     stop: bool,
 }
@@ -149,6 +153,13 @@ impl Proxy {
         self.wait(deadline, &format!("{count} open connections"), |s| s.open == count)
     }
 
+    /// Waits until `connections` have ended, both ways.
+    pub fn wait_finished(&self, connections: usize, deadline: Duration) -> Result<()> {
+        self.wait(deadline, &format!("the end of {connections} connections"), |s| {
+            s.finished >= 2 * connections
+        })
+    }
+
     /// Waits until `bytes` more have passed, both ways together.
     pub fn wait_bytes(&self, bytes: u64, deadline: Duration) -> Result<()> {
         let until = self.shared.lock().bytes + bytes;
@@ -180,6 +191,12 @@ impl Proxy {
         self.shared.update(|s| s.stalled = stalled);
     }
 
+    /// Holds back what the connections of now carry from here on, while later ones run: a half-open link. With false,
+    /// what was held goes on its way.
+    pub fn hold(&self, hold: bool) {
+        self.shared.update(|s| s.held = if hold { s.accepted } else { 0 });
+    }
+
     fn wait(&self, deadline: Duration, what: &str, until: impl Fn(&State) -> bool) -> Result<()> {
         let end = Instant::now() + deadline;
         let mut state = self.shared.lock();
@@ -204,6 +221,7 @@ impl Drop for Proxy {
         self.shared.update(|s| {
             s.stop = true;
             s.stalled = false;
+            s.held = 0;
             for (_, a, b) in s.live.drain(..) {
                 end(&a, &b, false);
             }
@@ -237,9 +255,9 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
         (id, record)
     });
     let (up, down) = (Arc::clone(shared), Arc::clone(shared));
-    let back = thread::spawn(move || pump(&down, Way::ToInitiator, s1, c1, record));
+    let back = thread::spawn(move || pump(&down, id, Way::ToInitiator, s1, c1, record));
     thread::spawn(move || {
-        pump(&up, Way::ToTarget, client, server, record);
+        pump(&up, id, Way::ToTarget, client, server, record);
         let _ = back.join();
         up.update(|s| {
             s.open -= 1;
@@ -248,7 +266,7 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
     });
 }
 
-fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream, record: Option<usize>) {
+fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpStream, record: Option<usize>) {
     let mut buf = vec![0; 64 << 10];
     let mut passed = 0;
     loop {
@@ -260,7 +278,7 @@ fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream, recor
         };
         let (keep, reset) = {
             let mut state = shared.lock();
-            while state.stalled && !state.stop {
+            while (state.stalled || id <= state.held) && !state.stop {
                 state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             let left =
@@ -283,6 +301,7 @@ fn pump(shared: &Shared, way: Way, mut from: TcpStream, mut to: TcpStream, recor
     }
     // One end closed: so does the other.
     let _ = to.shutdown(Shutdown::Write);
+    shared.update(|s| s.finished += 1);
 }
 
 fn end(a: &TcpStream, b: &TcpStream, reset: bool) {
