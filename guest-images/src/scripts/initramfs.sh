@@ -6,6 +6,8 @@ release() {
 
 /bin/busybox mkdir -p /bin /dev /proc /run /sys /tmp
 /bin/busybox --install -s /bin
+# As tmpfs comes, everyone may write to it; programs that look (DPDK) refuse to load anything from there.
+/bin/busybox chmod 755 /
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/ TERM=linux
 mount -t proc proc /proc
 mount -t sysfs sys /sys
