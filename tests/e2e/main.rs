@@ -9,6 +9,7 @@ mod chap;
 mod discovery;
 mod disk;
 mod errors;
+mod faults;
 mod guest;
 mod info;
 mod monitor;

@@ -119,7 +119,9 @@ fn connections_cut_at_growing_byte_offsets_lose_nothing() -> Result<()> {
 /// connection and answered; a newer write is answered too. Then the old link delivers the old write, late. It must find
 /// its session gone (RFC 7143 7.15), or it overwrites the newer data.
 fn late_write_is_void(kind: Kind) -> Result<()> {
-    let Some(Bed { target: _target, proxy, backend }) = bed(kind, &[])? else { return Ok(()) };
+    let Some(Bed { target: _target, proxy, backend }) = bed(kind, &["--keepalive-ms", "1000"])? else {
+        return Ok(());
+    };
     let mut driver = Driver::connect(backend.socket(), 1)?;
     driver.write(0, &pattern::make(1, 0, 4096))?;
     let connections = proxy.accepted();

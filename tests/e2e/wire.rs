@@ -4,7 +4,7 @@ use anyhow::ensure;
 use vcp_tests::backend::Backend;
 use vcp_tests::front::Driver;
 use vcp_tests::load::Load;
-use vcp_tests::proxy::{Proxy, Way};
+use vcp_tests::proxy::{Proxy, Way, pdu_len};
 use vcp_tests::target::{Kind, LunSpec, Spec, Target};
 use vcp_tests::{Result, pattern, pcap, tool};
 
@@ -75,13 +75,11 @@ fn lun_300_goes_out_in_flat_addressing() -> Result<()> {
 fn commands(proxy: &Proxy) -> Vec<[u8; 48]> {
     let bytes = proxy.records().last().map(|r| r.bytes(Way::ToTarget)).unwrap_or_default();
     let (mut at, mut found) = (0, Vec::new());
-    // PDU by PDU, without digests: header, additional segments, data padded to 4 bytes (RFC 7143 11.2.1).
-    while let Some(bhs) = bytes.get(at..at + 48).and_then(|b| <[u8; 48]>::try_from(b).ok()) {
-        if bhs[0] & 0x3f == 0x01 {
-            found.push(bhs);
+    while let Some(len) = bytes.get(at..).and_then(pdu_len) {
+        if bytes[at] & 0x3f == 0x01 {
+            found.extend(<[u8; 48]>::try_from(&bytes[at..at + 48]));
         }
-        let data = usize::from(bhs[5]) << 16 | usize::from(bhs[6]) << 8 | usize::from(bhs[7]);
-        at += 48 + usize::from(bhs[4]) * 4 + data.next_multiple_of(4);
+        at += len;
     }
     found
 }

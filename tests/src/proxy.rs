@@ -1,5 +1,6 @@
 //! A TCP proxy in front of a target: cuts connections at a byte or at once, turns new ones away, stalls, and records.
 
+use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -54,7 +55,10 @@ struct Cut {
     after: u64,
 }
 
-#[derive(Debug, Default)]
+/// Changes a PDU of the target's, or swallows it.
+type Rewrite = Box<dyn FnMut(Vec<u8>) -> Option<Vec<u8>> + Send>;
+
+#[derive(Default)]
 struct State {
     accepted: usize,
     open: usize,
@@ -70,10 +74,11 @@ struct State {
     /// Ways that ended, two for each connection.
     finished: usize,
     bytes: u64,
+    rewrite: Option<Rewrite>,
     stop: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -92,10 +97,15 @@ impl Shared {
 }
 
 /// A running proxy; ends, with its connections, when it is dropped.
-#[derive(Debug)]
 pub struct Proxy {
     listen: SocketAddr,
     shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proxy").field("listen", &self.listen).finish_non_exhaustive()
+    }
 }
 
 impl Proxy {
@@ -197,6 +207,12 @@ impl Proxy {
         self.shared.update(|s| s.held = if hold { s.accepted } else { 0 });
     }
 
+    /// Lets `rewrite` change or swallow (`None`) every PDU of the target's from here on, on connections without digests
+    /// that begin later: a target that errs.
+    pub fn rewrite(&self, rewrite: impl FnMut(Vec<u8>) -> Option<Vec<u8>> + Send + 'static) {
+        self.shared.update(|s| s.rewrite = Some(Box::new(rewrite)));
+    }
+
     fn wait(&self, deadline: Duration, what: &str, until: impl Fn(&State) -> bool) -> Result<()> {
         let end = Instant::now() + deadline;
         let mut state = self.shared.lock();
@@ -269,6 +285,9 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
 fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpStream, record: Option<usize>) {
     let mut buf = vec![0; 64 << 10];
     let mut passed = 0;
+    // A PDU that has not come whole; only where PDUs are rewritten.
+    let mut part = Vec::new();
+    let rewriting = way == Way::ToInitiator && shared.lock().rewrite.is_some();
     loop {
         let n = match from.read(&mut buf) {
             Ok(0) => break,
@@ -276,6 +295,14 @@ fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpSt
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
+        if rewriting {
+            part.extend_from_slice(&buf[..n]);
+            let changed = shared.update(|s| change_pdus(&mut part, s.rewrite.as_mut()));
+            if to.write_all(&changed).is_err() {
+                break;
+            }
+            continue;
+        }
         let (keep, reset) = {
             let mut state = shared.lock();
             while (state.stalled || id <= state.held) && !state.stop {
@@ -302,6 +329,25 @@ fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpSt
     // One end closed: so does the other.
     let _ = to.shutdown(Shutdown::Write);
     shared.update(|s| s.finished += 1);
+}
+
+/// Takes the whole PDUs off `part` and returns what is to be sent for them.
+fn change_pdus(part: &mut Vec<u8>, rewrite: Option<&mut Rewrite>) -> Vec<u8> {
+    let mut out = Vec::new();
+    let Some(rewrite) = rewrite else { return std::mem::take(part) };
+    while let Some(len) = pdu_len(part).filter(|len| *len <= part.len()) {
+        let pdu = part.drain(..len).collect();
+        out.extend(rewrite(pdu).unwrap_or_default());
+    }
+    out
+}
+
+/// Length of the PDU that begins here, without digests: header, additional segments, data padded to 4 bytes (RFC 7143
+/// 11.2.1); `None` before its header is whole.
+pub fn pdu_len(bytes: &[u8]) -> Option<usize> {
+    let bhs = bytes.get(..48)?;
+    let data = usize::from(bhs[5]) << 16 | usize::from(bhs[6]) << 8 | usize::from(bhs[7]);
+    Some(48 + usize::from(bhs[4]) * 4 + data.next_multiple_of(4))
 }
 
 fn end(a: &TcpStream, b: &TcpStream, reset: bool) {
