@@ -1,11 +1,13 @@
 //! `vcp run`: puts a virtual machine together, runs its event loop, takes it apart.
 //!
 //! Threads: this one (console input, entropy, signals, watches), one per vCPU, one watchdog per vhost-user connection.
-//! Order of the end: vCPUs stop, devices stop their queues, connections close, VCPs end, the runtime directory goes,
-//! the terminal is restored.
+//! Order of the start: everything that is in the user's hand (kernel, initrd, memory), then the backends; the runtime
+//! directory goes when they are connected. Order of the end: vCPUs stop, devices stop their queues, the terminal is
+//! restored, connections close, VCPs end.
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -16,7 +18,7 @@ use crate::boot::linux::resets_by_triple_fault;
 use crate::boot::ring3::abi::EXIT_PORT;
 use crate::bus::{Bus, BusDevice};
 use crate::cli::RunArgs;
-use crate::config::VmConfig;
+use crate::config::{DiskSpec, NetSpec, VmConfig};
 use crate::devices::console::{Console, Stdout, UART_LEN};
 use crate::devices::power::{ACPI_PM_LEN, AcpiPm, ExitPort, I8042, I8042_LEN};
 use crate::error::{Error, Result};
@@ -38,6 +40,9 @@ use crate::{acpi, kvm::memory, kvm::regs, signal};
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 
+/// Virtio devices that every machine has: the entropy device.
+const OWN_DEVICES: usize = 1;
+
 /// Runs a virtual machine until it ends.
 pub fn run(args: &RunArgs) -> Result<()> {
     terminal::install_panic_hook();
@@ -50,8 +55,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let placement = affinity::place(&allowed, &wanted, config.vcpus, config.vcpu_cpus.as_deref())
         .map_err(Error::Usage)?;
     warn_of_emulation(&kernel);
-    // The machine first: it fails sooner and leaves nothing behind.
-    let machine = Machine::new(&config, &kernel, exit.clone())?;
+    // The machine first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
+    let machine = Machine::new(&config, kernel, exit.clone())?;
     let backends = match Backends::start(args, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
             tracing::info!("ended by a signal while starting");
@@ -59,7 +64,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         }
         other => other?,
     };
-    machine.run(&config, kernel, backends, &placement, signals)
+    machine.run(&config, backends, &placement, signals)
 }
 
 /// Says early what would otherwise show as a guest that crawls.
@@ -71,94 +76,120 @@ fn warn_of_emulation(kernel: &Kernel) {
     }
 }
 
-/// The processes and connections behind the devices. Dropped in order: connections are with the devices by then, so
-/// processes end before their directory goes.
+/// The processes and connections behind the devices. Dropped in order: connections are with the devices by then.
 struct Backends {
     devices: Vec<VhostUserDevice>,
     processes: Vec<(String, VcpProcess)>,
-    _dir: Option<RuntimeDir>,
 }
 
 impl Backends {
+    /// Connects to backends that already run, starts the others, and connects to those. Their sockets are gone when
+    /// this returns: a connection needs no name, and what has no name is not left behind, however the monitor ends.
     fn start(args: &RunArgs, config: &VmConfig, placement: &Placement, signals: &OwnedFd) -> Result<Self> {
+        // A backend that is not there is told before a VCP logs in anywhere.
+        let given = connect_disks(config, |_, disk| disk.socket.clone())?;
+        let nets = connect_nets(config)?;
         let program = vcp::find_program(args.vcp_iscsi.as_deref());
         let dir = config.disks.iter().any(|d| d.url.is_some()).then(RuntimeDir::create).transpose()?;
-        let mut backends = Self { devices: Vec::new(), processes: Vec::new(), _dir: dir };
+        let mut processes = Vec::new();
         // All start at once, then all are waited for: logins take place side by side.
-        let mut sockets = Vec::new();
         let mut cpus = placement.vcps.iter();
         for (i, disk) in config.disks.iter().enumerate() {
-            let device = format!("disk{i}");
-            match (&disk.url, &disk.socket, &backends._dir) {
-                (Some(url), _, Some(dir)) => {
-                    let socket = dir.path().join(format!("{device}.sock"));
-                    let vcp = IscsiVcp {
-                        device: device.clone(),
-                        url: url.clone(),
-                        socket: socket.clone(),
-                        read_only: disk.read_only,
-                        queues: disk.queues.unwrap_or(1),
-                        cpu: cpus.next().copied().flatten(),
-                    };
-                    backends.processes.push((device, VcpProcess::start(&program, &vcp)?));
-                    sockets.push(socket);
-                }
-                (_, Some(socket), _) => sockets.push(socket.clone()),
-                _ => return Err(Error::Usage(format!("{device} has neither url nor socket"))),
-            }
+            let (Some(url), Some(dir)) = (&disk.url, &dir) else { continue };
+            let vcp = IscsiVcp {
+                device: disk_name(i),
+                url: url.clone(),
+                socket: disk_socket(dir, i),
+                read_only: disk.read_only,
+                queues: disk.queues.unwrap_or(1),
+                cpu: cpus.next().copied().flatten(),
+            };
+            processes.push((disk_name(i), VcpProcess::start(&program, &vcp)?));
         }
-        for (device, process) in &mut backends.processes {
+        for (device, process) in &mut processes {
             process.wait_ready(READY_TIMEOUT, signals)?;
             tracing::info!(device, pid = process.pid(), "vcp-iscsi is ready");
         }
-        for (i, (disk, socket)) in config.disks.iter().zip(&sockets).enumerate() {
-            let name = format!("disk{i}");
-            let queues = disk.queues.unwrap_or(1);
-            backends.devices.push(blk::new(&name, Link::connect(&name, socket, queues)?, queues)?);
-        }
-        for (i, spec) in config.nets.iter().enumerate() {
-            let name = format!("net{i}");
-            let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(i as u8));
-            let Some(socket) = &spec.socket else {
-                return Err(Error::Usage(format!("{name} has no socket")));
-            };
-            backends.devices.push(net::new(&name, Link::connect(&name, socket, 2)?, mac)?);
-        }
-        Ok(backends)
+        let ours = connect_disks(config, |i, disk| {
+            disk.url.as_ref().and(dir.as_ref()).map(|dir| disk_socket(dir, i))
+        })?;
+        let devices =
+            given.into_iter().zip(ours).filter_map(|(given, ours)| given.or(ours)).chain(nets).collect();
+        Ok(Self { devices, processes })
     }
 }
 
-/// A machine without devices that have backends.
+fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+fn disk_socket(dir: &RuntimeDir, index: usize) -> PathBuf {
+    dir.path().join(format!("disk{index}.sock"))
+}
+
+/// Shakes hands with the backends of those disks that `socket` names one for.
+fn connect_disks(
+    config: &VmConfig,
+    socket: impl Fn(usize, &DiskSpec) -> Option<PathBuf>,
+) -> Result<Vec<Option<VhostUserDevice>>> {
+    let connect = |(i, disk): (usize, &DiskSpec)| {
+        let Some(socket) = socket(i, disk) else { return Ok(None) };
+        let (name, queues) = (disk_name(i), disk.queues.unwrap_or(1));
+        blk::new(&name, Link::connect(&name, &socket, queues)?, queues).map(Some)
+    };
+    config.disks.iter().enumerate().map(connect).collect()
+}
+
+fn connect_nets(config: &VmConfig) -> Result<Vec<VhostUserDevice>> {
+    let connect = |(i, spec): (usize, &NetSpec)| {
+        let name = format!("net{i}");
+        let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(i as u8));
+        let Some(socket) = &spec.socket else {
+            return Err(Error::Usage(format!("{name} has no socket")));
+        };
+        net::new(&name, Link::connect(&name, socket, 2)?, mac)
+    };
+    config.nets.iter().enumerate().map(connect).collect()
+}
+
+/// A machine that is ready to run but for its devices.
 struct Machine {
     vm: Vm,
     exit: ExitSignal,
-    tsc_khz: u64,
+    is_ring3: bool,
+    windows: Vec<acpi::Window>,
     vcpus: Vec<kvm_ioctls::VcpuFd>,
 }
 
 impl Machine {
-    fn new(config: &VmConfig, kernel: &Kernel, exit: ExitSignal) -> Result<Self> {
+    fn new(config: &VmConfig, kernel: Kernel, exit: ExitSignal) -> Result<Self> {
+        let windows = windows(config.disks.len() + config.nets.len() + OWN_DEVICES)?;
+        let is_ring3 = kernel.is_ring3();
         let kvm = kvm::open()?;
         let memory = memory::create(config.memory_bytes, config.hugepages)?;
-        let vm = Vm::new(kvm, memory, !kernel.is_ring3())?;
+        let vm = Vm::new(kvm, memory, !is_ring3)?;
         let vcpus =
             (0..config.vcpus).map(|id| vm.create_vcpu(id, config.vcpus)).collect::<Result<Vec<_>>>()?;
         // An unstable counter has no frequency: the guest is told 0.
         let tsc_khz = vcpus.first().and_then(|v| v.get_tsc_khz().ok()).map_or(0, u64::from);
-        Ok(Self { vm, exit, tsc_khz, vcpus })
+        let memory = vm.memory();
+        let rsdp = if is_ring3 { 0 } else { acpi::write(memory, config.vcpus, &windows)? };
+        let entry = kernel.load(memory, config, tsc_khz, rsdp, windows.len())?;
+        if let Some(first) = vcpus.first() {
+            regs::set_entry(first, memory, entry)?;
+        }
+        Ok(Self { vm, exit, is_ring3, windows, vcpus })
     }
 
     fn run(
         self,
         config: &VmConfig,
-        kernel: Kernel,
         mut backends: Backends,
         placement: &Placement,
         signals: OwnedFd,
     ) -> Result<()> {
         let mut events = EventManager::<Subscriber>::new().map_err(|e| event_error(&e))?;
         let mut mmio = Bus::default();
-        let mut windows = Vec::new();
         let mut transports = Vec::new();
         for (name, process) in &mut backends.processes {
             tracing::debug!(device = name, "watching its VCP");
@@ -166,21 +197,15 @@ impl Machine {
         }
         for device in backends.devices.drain(..) {
             events.add_subscriber(Box::new(device.link().hangup_watch(self.exit.clone())?));
-            transports.push(self.add_device(Box::new(device), &mut mmio, &mut windows)?);
+            transports.push(self.add_device(transports.len(), Box::new(device), &mut mmio)?);
         }
         let (rng, rng_queue) = Rng::new();
-        let transport = self.add_device(Box::new(rng), &mut mmio, &mut windows)?;
+        let transport = self.add_device(transports.len(), Box::new(rng), &mut mmio)?;
         if let Some(kick) = transport.kick(0) {
             events.add_subscriber(Box::new(rng_queue.worker(kick.clone())));
         }
         transports.push(transport);
-        let is_ring3 = kernel.is_ring3();
-        let memory = self.vm.memory().clone();
-        let rsdp = if is_ring3 { 0 } else { acpi::write(&memory, config.vcpus, &windows)? };
-        let entry = kernel.load(&memory, config, self.tsc_khz, rsdp, windows.len())?;
-        if let Some(first) = self.vcpus.first() {
-            regs::set_entry(first, &memory, entry)?;
-        }
+        let is_ring3 = self.is_ring3;
         let terminal = std::io::stdin().is_terminal();
         let (console, irq, input) = Console::new(Box::new(Stdout), self.exit.clone(), terminal, is_ring3)?;
         self.vm.irqfd(&irq, COM1_GSI)?;
@@ -215,20 +240,27 @@ impl Machine {
 
     fn add_device(
         &self,
+        index: usize,
         device: Box<dyn VirtioDevice>,
         mmio: &mut Bus,
-        windows: &mut Vec<acpi::Window>,
     ) -> Result<Arc<MmioTransport>> {
-        let index = windows.len();
-        let too_many = || Error::Usage(format!("more than {} virtio devices", VIRTIO_GSIS.len()));
-        let gsi = *VIRTIO_GSIS.get(index).ok_or_else(too_many)?;
-        let base = VIRTIO_MMIO_START + VIRTIO_MMIO_STRIDE * index as u64;
+        let window = self.windows.get(index).ok_or_else(too_many_devices)?;
         let transport = Arc::new(MmioTransport::new(device, self.vm.memory().clone())?);
-        transport.bind(&self.vm, base, gsi)?;
-        mmio.insert(base, VIRTIO_MMIO_STRIDE, transport.clone());
-        windows.push(acpi::Window { base, gsi });
+        transport.bind(&self.vm, window.base, window.gsi)?;
+        mmio.insert(window.base, VIRTIO_MMIO_STRIDE, transport.clone());
         Ok(transport)
     }
+}
+
+fn too_many_devices() -> Error {
+    Error::Usage(format!("more than {} disks and nets", VIRTIO_GSIS.len() - OWN_DEVICES))
+}
+
+/// The windows of that many virtio devices.
+fn windows(count: usize) -> Result<Vec<acpi::Window>> {
+    let gsis = VIRTIO_GSIS.get(..count).ok_or_else(too_many_devices)?;
+    let bases = (0..).map(|i| VIRTIO_MMIO_START + VIRTIO_MMIO_STRIDE * i);
+    Ok(bases.zip(gsis).map(|(base, &gsi)| acpi::Window { base, gsi }).collect())
 }
 
 fn ports(console: Arc<Console>, exit: &ExitSignal, ring3: bool) -> Bus {
