@@ -253,6 +253,58 @@ fn without_fua_a_forced_write_is_followed_by_a_flush() {
 }
 
 #[test]
+fn a_success_for_data_that_was_not_sent_yet_is_none() {
+    let target = Faulty::start(8192);
+    // A forced write becomes a flush when it succeeds, and gives its data up.
+    target.state.lock().unwrap().fua = false;
+    let engine = IscsiEngine::open(options(&target)).unwrap();
+    let mut bench = Bench { target, engine };
+    bench.target.fault(&[Fault::Early]);
+    let data = GuestBuf::for_test(512 << 10);
+    data.copy_from(0, &vec![7; 512 << 10]);
+    assert_eq!(bench.run(Op::Write { fua: true }, 0, data).outcome, Outcome::Ok);
+    assert!(bench.target.state.lock().unwrap().disk[..512 << 10].iter().all(|&b| b == 7));
+    let seen = bench.engine.stats().violations;
+    assert!(seen.iter().any(|(words, _)| words.contains("not all data was fetched")), "{seen:?}");
+    assert_eq!(bench.engine.stats().sessions_lost, 1, "it read nothing any more");
+}
+
+#[test]
+fn another_portal_group_is_reset_before_anything_is_repeated() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.write(0, 1, 512), Outcome::Ok);
+    // Nothing underway: nothing to reset.
+    bench.target.state.lock().unwrap().group = 2;
+    bench.target.cut();
+    bench.until(&mut Vec::new(), |engine, _| engine.stats().sessions_regained == 1);
+    assert_eq!(bench.write(0, 2, 512), Outcome::Ok);
+    // The same group ended the old session with the login.
+    bench.target.fault(&[Fault::Close(false)]);
+    assert_eq!(bench.write(0, 3, 512), Outcome::Ok);
+    assert_eq!(bench.target.state.lock().unwrap().resets, 0);
+
+    // Another one, with a write in doubt; it cannot be sure of it at first.
+    let state = std::sync::Arc::clone(&bench.target.state);
+    state.lock().unwrap().group = 3;
+    state.lock().unwrap().refuse_resets = true;
+    bench.target.fault(&[Fault::Close(false)]);
+    let data = GuestBuf::for_test(512);
+    data.copy_from(0, &[4; 512]);
+    bench.engine.submit(Request { tag: 1, op: Op::Write { fua: false }, lba: 0, blocks: 1, data });
+    let mut done = Vec::new();
+    let lost = bench.engine.stats().sessions_lost;
+    bench.until(&mut done, |engine, _| engine.stats().sessions_lost >= lost + 3);
+    assert!(done.is_empty());
+    assert_eq!((state.lock().unwrap().resets, state.lock().unwrap().disk[0]), (0, 3));
+    state.lock().unwrap().refuse_resets = false;
+    bench.until(&mut done, |_, done| !done.is_empty());
+    assert_eq!(done[0].outcome, Outcome::Ok);
+    assert_eq!((state.lock().unwrap().resets, state.lock().unwrap().disk[0]), (1, 4));
+    assert_eq!(bench.read(0, 512).0, Outcome::Ok);
+    assert_eq!(state.lock().unwrap().resets, 1);
+}
+
+#[test]
 fn closing_takes_no_longer_than_allowed() {
     let mut bench = Bench::new();
     let start = Instant::now();

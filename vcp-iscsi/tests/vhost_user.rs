@@ -20,6 +20,7 @@ mod front;
 #[path = "support/mem_engine.rs"]
 mod mem_engine;
 
+use driver::DriverRing;
 use front::{DEADLINE, Done, Front, Guest, Io, Kind, Server, wait_readable};
 use mem_engine::lun;
 
@@ -254,7 +255,11 @@ fn get_vring_base_waits_for_what_is_in_flight() {
 
 #[test]
 fn a_stop_that_takes_too_long_is_answered_and_a_resumed_ring_gets_the_rest() {
-    let server = Server::start(ADAPTIVE, lun(512, 400), 8, 1);
+    [ADAPTIVE, Kind::Epoll].into_iter().for_each(stop_late_and_start_again);
+}
+
+fn stop_late_and_start_again(kind: Kind) {
+    let server = Server::start(kind, lun(512, 400), 8, 1);
     let guest = Guest::new();
     let mut front = Front::start(&server.socket(), &guest, vec![guest.ring(0, 64)]);
     let io = Io { kind: 1, sector: 0, out: vec![5; 512], in_bytes: 0 };
@@ -290,6 +295,89 @@ fn a_stop_that_takes_too_long_is_answered_and_a_resumed_ring_gets_the_rest() {
         // The paused guest's writes were abandoned and made again; the reset one only read.
         assert_eq!(server.control.lock().unwrap().log.len(), before + 3 + if resumes { 3 } else { 1 });
     }
+}
+
+#[test]
+fn a_stop_that_takes_too_long_fails_nothing_on_the_queues_that_still_run() {
+    for kind in [ADAPTIVE, Kind::Epoll] {
+        let server = Server::start(kind, lun(512, 400), 8, 2);
+        server.control.lock().unwrap().drops_abandoned = true;
+        let guest = Guest::new();
+        let mut front = Front::start(&server.socket(), &guest, vec![guest.ring(0, 64), guest.ring(1, 64)]);
+        let io = Io { kind: 1, sector: 0, out: vec![5; 512], in_bytes: 0 };
+        server.hold(true);
+        front.queues[0].submit(0, &io);
+        front.queues[1].submit(1, &io);
+        eventually("both writes reach the engine", || server.control.lock().unwrap().log.len() == 2);
+        front.frontend.get_vring_base(0).unwrap();
+        assert!(!server.control.lock().unwrap().abandoned, "{kind:?}: somebody waits for queue 1");
+        // One long wait is enough to know: the next queue stops at once.
+        let start = Instant::now();
+        front.frontend.get_vring_base(1).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(2), "{kind:?}: {:?}", start.elapsed());
+        eventually("the engine is told", || server.control.lock().unwrap().abandoned);
+        // It was a pause: both writes are made again and succeed.
+        server.hold(false);
+        for index in 0..2 {
+            let queue = front.queues.remove(index);
+            assert_eq!(queue.ring.used_idx(), 0, "{kind:?}: answered while stopped");
+            front.start_ring(index, queue.ring, 1);
+        }
+        for index in 0..2 {
+            let (_, len) = front.queues[index].wait();
+            assert_eq!(front.queues[index].result(index as u64, &io, len).status, 0, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn the_last_of_many_queues_works_as_the_first() {
+    for kind in [ADAPTIVE, Kind::Epoll] {
+        let server = Server::start(kind, lun(512, 400), 8, 64);
+        let guest = Guest::new();
+        let rings = (0..64).map(|queue| guest.ring(queue, 4)).collect();
+        let mut front = Front::start(&server.socket(), &guest, rings);
+        // Place 40 lies behind all the rings.
+        let io = Io { kind: 1, sector: 0, out: vec![1; 512], in_bytes: 0 };
+        let queue = &mut front.queues[63];
+        queue.submit(40, &io);
+        let (_, len) = queue.wait();
+        assert_eq!(queue.result(40, &io, len).status, 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_reset_is_answered_when_nothing_writes_to_guest_memory_any_more() {
+    let server = Server::start(ADAPTIVE, lun(512, 400), 8, 1);
+    let guest = Guest::new();
+    let mut front = Front::start(&server.socket(), &guest, vec![guest.ring(0, 64)]);
+    server.hold(true);
+    front.queues[0].submit(0, &Io { kind: 0, sector: 0, out: vec![], in_bytes: 512 });
+    eventually("the read reaches the engine", || server.control.lock().unwrap().log.len() == 1);
+    let control = std::sync::Arc::clone(&server.control);
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        control.lock().unwrap().held = false;
+    });
+    front.frontend.reset_device().unwrap();
+    let metrics = server.ask(r#"{"cmd":"metrics"}"#);
+    assert_eq!(metrics["devices"][0]["stale_completions"], 1, "the read came back before the answer");
+    release.join().unwrap();
+}
+
+#[test]
+fn a_polling_device_does_without_kicks_from_the_start() {
+    let server = Server::start(Kind::Poll(PollMode::Always), lun(512, 400), 8, 1);
+    let guest = Guest::new();
+    let mut front = Front::connect(&server.socket(), 1);
+    front.frontend.set_features(front.features & !(1 << 29)).unwrap();
+    front.frontend.set_mem_table(&[guest.region()]).unwrap();
+    let ring = DriverRing::new(&guest.map, 0x1_0000, 64, false);
+    let used = GuestAddress(ring.used);
+    front.start_ring(0, ring, 0);
+    let flags: u16 = guest.map.read_obj(used).unwrap();
+    assert_eq!(flags, 1, "VIRTQ_USED_F_NO_NOTIFY");
+    assert_eq!(front.queues[0].write(0, &[1; 512]).status, 0);
 }
 
 #[test]

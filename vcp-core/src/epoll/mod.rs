@@ -3,7 +3,7 @@
 //! It is the reference that tests compare the poll loop with, and the simple choice for hosts that do not want a
 //! polling thread. It shares the device model and the chain walk with the poll loop; rings, notifications and messages
 //! are the crate's. What the crate lacks stays missing here: no rejection of a second front end by message (it waits
-//! in the backlog), no configuration-change message, no parking of requests that outlive a stop.
+//! in the backlog), no configuration-change message.
 //!
 //! The daemon serves one connection, so each connection gets a new one. Between connections, and while requests of the
 //! previous one are still under way, this module drives the device itself.
@@ -63,12 +63,37 @@ impl<D> Backend<D> {
     }
 }
 
+impl<D: RingDevice> Backend<D> {
+    /// Drives the device until `done`, for [`STOP_TIMEOUT`] at most.
+    fn settle(&self, done: impl Fn(&State<D>) -> bool) -> MutexGuard<'_, State<D>> {
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        loop {
+            let mut state = self.lock();
+            let moved = state.pass();
+            if done(&state) || Instant::now() >= deadline {
+                return state;
+            }
+            if !moved {
+                let wait = state.device.wait();
+                let mut fds: Vec<_> =
+                    wait.fd.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+                let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }));
+            }
+        }
+    }
+}
+
 impl<D: RingDevice> VhostUserBackend for Backend<D> {
     type Bitmap = ();
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         self.queues
+    }
+
+    // One thread for all queues; what the crate assumes by itself leaves out those from the 33rd on.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        vec![u64::MAX]
     }
 
     fn max_queue_size(&self) -> usize {
@@ -98,6 +123,9 @@ impl<D: RingDevice> VhostUserBackend for Backend<D> {
         let (vrings, memory) = (std::mem::take(&mut state.vrings), state.memory.take());
         state.detach();
         (state.vrings, state.memory) = (vrings, memory);
+        drop(state);
+        // After a reset the guest uses the memory for something else.
+        drop(self.settle(|state| state.inflight() == 0));
     }
 
     // The crate sets the flag in its queues itself.
@@ -125,26 +153,15 @@ impl<D: RingDevice> VhostUserBackend for Backend<D> {
 
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         let at = queue as usize;
-        let deadline = Instant::now() + STOP_TIMEOUT;
         self.lock().stopping[at] = true;
-        loop {
-            let mut state = self.lock();
-            while state.pass() {}
-            let inflight = state.inflight[at];
-            if inflight == 0 || Instant::now() >= deadline {
-                if inflight != 0 {
-                    tracing::warn!(queue, inflight, "ring stopped with requests in flight");
-                    state.orphan(at);
-                    state.device.abandon();
-                }
-                (state.stopping[at], state.broken[at]) = (false, false);
-                return Ok(());
-            }
-            let wait = state.device.wait();
-            let mut fds: Vec<_> =
-                wait.fd.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-            let _ = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 10_000_000 }));
+        let mut state = self.settle(|state| state.flights[at].is_drained() || state.stalled);
+        if !state.flights[at].is_drained() {
+            let inflight = state.flights[at].inflight() + state.flights[at].orphans();
+            tracing::warn!(queue, inflight, "ring stopped with requests in flight");
+            state.leave_behind(at);
         }
+        (state.stopping[at], state.broken[at]) = (false, false);
+        Ok(())
     }
 
     fn handle_event(
@@ -241,7 +258,7 @@ fn wait_for_front_end<D: RingDevice>(
     let mut state = backend.lock();
     state.run();
     // A new connection may repeat what is still under way for the old one, so it has to wait.
-    let drained = state.orphans.iter().all(|&orphans| orphans == 0);
+    let drained = state.inflight() == 0;
     let mut fds = vec![PollFd::new(woken, PollFlags::IN), PollFd::new(&state.events, PollFlags::IN)];
     if drained {
         fds.push(PollFd::new(socket, PollFlags::IN));

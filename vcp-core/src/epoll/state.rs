@@ -16,7 +16,11 @@ use super::{Memory, Vring};
 use crate::device::{RingDevice, Rings};
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
-use crate::queue::{Chain, ChainId, RingError, take_split};
+use crate::queue::flight::{Flight, Position};
+use crate::queue::{Chain, ChainId, RingError, take_split, take_split_again};
+
+/// Passes before the lock is given to others.
+const PASSES: usize = 64;
 
 /// What the device and its queues are doing; one lock for everything, as the crate's model has it.
 pub(super) struct State<D> {
@@ -25,13 +29,14 @@ pub(super) struct State<D> {
     /// As the crate handed them out; needed where it calls without them.
     pub(super) vrings: Vec<Vring>,
     pub(super) indirect: bool,
-    pub(super) epochs: Vec<u32>,
-    pub(super) inflight: Vec<u32>,
+    pub(super) flights: Vec<Flight>,
     pub(super) broken: Vec<bool>,
     /// Queues that must not be read: being stopped.
     pub(super) stopping: Vec<bool>,
-    /// In flight of earlier lives of each queue.
-    pub(super) orphans: Vec<u32>,
+    /// Queues with used elements that the driver was not told of yet.
+    used: Vec<bool>,
+    /// A stop ran out of time and nothing has come back since: the next one need not wait as long to learn it.
+    pub(super) stalled: bool,
     /// Engine socket and timer, as one descriptor for the crate's epoll.
     pub(super) events: OwnedFd,
     pub(super) timer: OwnedFd,
@@ -42,12 +47,11 @@ pub(super) struct EpollRings<'a> {
     vrings: &'a [Vring],
     map: Option<Arc<GuestMap>>,
     indirect: bool,
-    epochs: &'a [u32],
-    inflight: &'a mut [u32],
+    flights: &'a mut [Flight],
     broken: &'a mut [bool],
     stopping: &'a [bool],
-    orphans: &'a mut [u32],
-    used: u64,
+    used: &'a mut [bool],
+    stalled: &'a mut bool,
     metrics: &'a DeviceMetrics,
 }
 
@@ -63,20 +67,29 @@ impl Rings for EpollRings<'_> {
     fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
         let at = usize::from(queue);
         let (Some(vring), Some(map)) = (self.vrings.get(at), &self.map) else { return false };
-        if self.orphans[at] != 0 || self.broken[at] || self.stopping[at] {
+        let flight = &mut self.flights[at];
+        if flight.orphans() != 0 || self.broken[at] || self.stopping[at] {
             return false;
         }
         let mut state = vring.get_mut();
         if !state.is_enabled() || !state.get_queue().ready() {
             return false;
         }
-        let taken = take_split(state.get_queue_mut(), self.indirect, map, chain);
+        if flight.is_parked() {
+            // The first look since it stopped: it resumes, or was reset meanwhile.
+            flight.start(Position::of(state.get_queue()));
+            if flight.orphans() != 0 {
+                return false;
+            }
+        }
+        let taken = match flight.next_again() {
+            Some(head) => take_split_again(state.get_queue(), self.indirect, map, head, chain).map(|()| true),
+            None => take_split(state.get_queue_mut(), self.indirect, map, chain),
+        };
         drop(state);
         match taken {
             Ok(true) => {
-                chain.id.queue = queue;
-                chain.id.epoch = self.epochs[at];
-                self.inflight[at] += 1;
+                flight.took(queue, chain);
                 true
             }
             Ok(false) => false,
@@ -89,30 +102,26 @@ impl Rings for EpollRings<'_> {
 
     fn complete(&mut self, id: ChainId, len_bytes: u32) {
         let at = usize::from(id.queue);
-        if !self.wanted(id) {
-            self.orphans[at] = self.orphans[at].saturating_sub(1);
+        *self.stalled = false;
+        if !self.flights.get_mut(at).is_some_and(|flight| flight.ended(id)) {
             self.metrics.stale_completions.add(1);
             return;
         }
-        self.inflight[at] = self.inflight[at].saturating_sub(1);
         let Some(vring) = self.vrings.get(at) else { return };
         match vring.add_used(id.head, len_bytes) {
-            Ok(()) => self.used |= 1 << at,
+            Ok(()) => self.used[at] = true,
             Err(_) => self.break_queue(at, RingError::RingMemory(0)),
         }
     }
 
     fn wanted(&self, id: ChainId) -> bool {
-        self.epochs.get(usize::from(id.queue)) == Some(&id.epoch)
+        self.flights.get(usize::from(id.queue)).is_some_and(|flight| flight.is_current(id))
     }
 
     fn fail(&mut self, id: ChainId, error: RingError) {
         let at = usize::from(id.queue);
-        if self.wanted(id) {
-            self.inflight[at] = self.inflight[at].saturating_sub(1);
+        if self.flights.get_mut(at).is_some_and(|flight| flight.ended(id)) {
             self.break_queue(at, error);
-        } else {
-            self.orphans[at] = self.orphans[at].saturating_sub(1);
         }
     }
 }
@@ -124,16 +133,17 @@ impl<D: RingDevice> State<D> {
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         epoll::add(&events, &timer, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         let queues = usize::from(device.queues());
+        let size_max = device.queue_size_max();
         Ok(Self {
             device,
             memory: None,
             vrings: Vec::new(),
             indirect: false,
-            epochs: vec![0; queues],
-            inflight: vec![0; queues],
+            flights: (0..queues).map(|_| Flight::new(size_max)).collect(),
             broken: vec![false; queues],
             stopping: vec![false; queues],
-            orphans: vec![0; queues],
+            used: vec![false; queues],
+            stalled: false,
             events,
             timer,
         })
@@ -147,18 +157,16 @@ impl<D: RingDevice> State<D> {
             vrings: &self.vrings,
             map,
             indirect: self.indirect,
-            epochs: &self.epochs,
-            inflight: &mut self.inflight,
+            flights: &mut self.flights,
             broken: &mut self.broken,
             stopping: &self.stopping,
-            orphans: &mut self.orphans,
-            used: 0,
+            used: &mut self.used,
+            stalled: &mut self.stalled,
             metrics: &metrics,
         };
         let moved = self.device.poll(&mut rings, Instant::now());
-        let used = rings.used;
-        for (at, vring) in self.vrings.iter().enumerate().filter(|(at, _)| used & 1 << at != 0) {
-            if vring.needs_notification().unwrap_or(true) {
+        for (at, (vring, used)) in self.vrings.iter().zip(&mut self.used).enumerate() {
+            if std::mem::take(used) && vring.needs_notification().unwrap_or(true) {
                 metrics.notifications.add(1);
                 if let Err(error) = vring.signal_used_queue() {
                     tracing::warn!(queue = at, %error, "cannot notify the driver");
@@ -168,18 +176,19 @@ impl<D: RingDevice> State<D> {
         moved
     }
 
-    /// Runs until nothing moves, notifications are armed, and the engine's wishes are known to `events`.
+    /// Runs until nothing moves, notifications are armed, and the engine's wishes are known to `events`. Under load it
+    /// returns now and then, so that set-up messages get the lock, and is called again through the timer.
     pub(super) fn run(&mut self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.timer, &mut count);
-        loop {
-            while self.pass() {}
-            if self.device.has_room() && self.arm() {
-                continue;
+        let mut idle = false;
+        for _ in 0..PASSES {
+            idle = !self.pass() && !(self.device.has_room() && self.arm());
+            if idle {
+                break;
             }
-            break;
         }
-        if let Err(error) = self.wait_for_engine() {
+        if let Err(error) = self.wait_for_engine(!idle) {
             tracing::error!(%error, "cannot wait for the engine");
         }
     }
@@ -187,17 +196,18 @@ impl<D: RingDevice> State<D> {
     fn arm(&mut self) -> bool {
         let (broken, stopping) = (&self.broken, &self.stopping);
         let live = self.vrings.iter().enumerate().filter(|(at, _)| !broken[*at] && !stopping[*at]);
-        let orphans = &self.orphans;
+        let flights = &self.flights;
         live.fold(false, |more, (at, vring)| {
-            let blocked = orphans[at] != 0;
+            let blocked = flights[at].orphans() != 0;
             let runs = vring.get_ref().is_enabled() && vring.get_ref().get_queue().ready();
-            (runs && !blocked && vring.enable_notification().unwrap_or(false)) || more
+            (runs && !blocked && (vring.enable_notification().unwrap_or(false) || flights[at].has_again()))
+                || more
         })
     }
 
     /// Registers the engine's socket and deadline. The socket may be another one under the same number, so it is
-    /// registered anew each time.
-    fn wait_for_engine(&self) -> rustix::io::Result<()> {
+    /// registered anew each time. `soon`: does not wait at all.
+    fn wait_for_engine(&self, soon: bool) -> rustix::io::Result<()> {
         let wait = self.device.wait();
         if let Some(fd) = wait.fd {
             let writable = if wait.writable { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
@@ -209,7 +219,8 @@ impl<D: RingDevice> State<D> {
             }
         }
         let none = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let it_value = wait.deadline.map_or(none, |deadline| {
+        let deadline = if soon { Some(Instant::now()) } else { wait.deadline };
+        let it_value = deadline.map_or(none, |deadline| {
             // Zero would disarm the timer.
             let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
@@ -222,18 +233,31 @@ impl<D: RingDevice> State<D> {
         Ok(())
     }
 
-    /// What is in flight on this queue belongs to the past.
-    pub(super) fn orphan(&mut self, at: usize) {
-        self.epochs[at] = self.epochs[at].wrapping_add(1);
-        self.orphans[at] += std::mem::take(&mut self.inflight[at]);
+    /// Requests in flight, of present and earlier lives of the queues.
+    pub(super) fn inflight(&self) -> u32 {
+        self.flights.iter().map(|flight| flight.inflight() + flight.orphans()).sum()
+    }
+
+    /// Queue `at` was stopped and its requests do not end: they are left behind.
+    pub(super) fn leave_behind(&mut self, at: usize) {
+        let flight = &mut self.flights[at];
+        match self.vrings.get(at) {
+            Some(vring) => flight.park(Position::of(vring.get_ref().get_queue())),
+            None => flight.orphan(),
+        }
+        self.stalled = true;
+        // Not before nobody waits for anything: it would fail what is wanted on the other queues.
+        if self.flights.iter().all(|flight| flight.inflight() == 0) {
+            self.device.abandon();
+        }
     }
 
     /// The connection is gone.
     pub(super) fn detach(&mut self) {
         self.vrings.clear();
         self.memory = None;
-        (0..self.epochs.len()).for_each(|at| self.orphan(at));
-        if self.orphans.iter().any(|&orphans| orphans != 0) {
+        self.flights.iter_mut().for_each(Flight::orphan);
+        if self.inflight() != 0 {
             self.device.abandon();
         }
         self.broken.fill(false);

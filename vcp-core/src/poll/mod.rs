@@ -27,6 +27,9 @@ const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
 /// How long all devices together may take to end what they hold outside; with the drain under two seconds in all.
 pub(crate) const CLOSE_AT_EXIT: Duration = Duration::from_millis(600);
 
+/// Commands carried out between two passes over the devices, so that no front end can keep others waiting by setting up.
+const COMMANDS_PER_PASS: usize = 16;
+
 /// Engine descriptors waited for without allocating; more devices than this cost an allocation per sleep.
 const INLINE_FDS: usize = 16;
 
@@ -98,8 +101,9 @@ impl<D: RingDevice> DataLoop<D> {
     fn pass(&mut self, now: Instant) -> bool {
         let mut moved = false;
         if self.mailbox.has_mail() {
-            while let Some(command) = self.mailbox.take() {
-                moved = true;
+            moved = true;
+            for _ in 0..COMMANDS_PER_PASS {
+                let Some(command) = self.mailbox.take() else { break };
                 match self.ports.get_mut(command.device) {
                     Some(port) => port.command(&self.epoll, command.what, command.reply, now),
                     None => {
@@ -130,7 +134,7 @@ impl<D: RingDevice> DataLoop<D> {
     fn sleep(&mut self, now: Instant) -> rustix::io::Result<()> {
         let waits = || self.ports.iter().map(|port| port.device.wait());
         let deadlines = waits().filter_map(|wait| wait.deadline);
-        let deadline = deadlines.chain(self.ports.iter().filter_map(|port| port.rings.deadline())).min();
+        let deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
         let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(now)));
         self.metrics.sleeps.add(1);
         self.metrics.sleeping.set(1);

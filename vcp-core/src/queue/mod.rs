@@ -5,11 +5,12 @@
 //! read once, checked, then used; what breaks a rule is a [`RingError`], after which the caller stops that queue only.
 
 mod chain;
+pub(crate) mod flight;
 pub mod notify;
 mod split;
 
 pub use chain::{Chain, ChainId, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS};
-pub use split::{SplitQueue, take_split};
+pub use split::{SplitQueue, take_split, take_split_again};
 
 use std::sync::Arc;
 

@@ -58,6 +58,21 @@ pub fn take_split(
     Ok(true)
 }
 
+/// Takes the chain at `head` from `queue` again: it was taken before and not given back.
+///
+/// # Errors
+/// [`RingError`].
+pub fn take_split_again(
+    queue: &Queue,
+    indirect: bool,
+    map: &Arc<GuestMap>,
+    head: u16,
+    chain: &mut Chain,
+) -> Result<(), RingError> {
+    chain.begin(head);
+    walk(map, queue.desc_table(), u32::from(queue.size()), head, indirect, chain)
+}
+
 /// Follows a chain from `head`, through at most one indirect table.
 fn walk(
     map: &Arc<GuestMap>,
@@ -176,8 +191,7 @@ impl VirtQueue for SplitQueue {
     }
 
     fn take_again(&mut self, map: &Arc<GuestMap>, head: u16, chain: &mut Chain) -> Result<(), RingError> {
-        chain.begin(head);
-        walk(map, self.queue.desc_table(), u32::from(self.queue.size()), head, self.indirect, chain)
+        take_split_again(&self.queue, self.indirect, map, head, chain)
     }
 
     fn put_used(&mut self, map: &GuestMap, head: u16, len_bytes: u32) -> Result<(), RingError> {

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::RingSet;
 use super::channel::notify_config_change;
+use super::vring::STOP_TIMEOUT;
 use crate::device::RingDevice;
 use crate::mem::GuestMap;
 use crate::queue::RingError;
@@ -153,6 +154,10 @@ pub struct Port<D> {
     channel: Option<UnixStream>,
     /// The configuration changed and the front end does not know yet.
     changed: bool,
+    /// A stop left requests in flight behind. Once the driver waits for none at all, the device may abandon them.
+    left_behind: bool,
+    /// A reset that is answered when nothing is in flight any more, or then.
+    resetting: Option<(SyncSender<Reply>, Instant)>,
 }
 
 impl<D: RingDevice> Port<D> {
@@ -160,7 +165,7 @@ impl<D: RingDevice> Port<D> {
     pub fn new(name: Arc<str>, device: D) -> Self {
         let metrics = Arc::clone(device.metrics());
         let rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
-        Self { device, rings, channel: None, changed: false }
+        Self { device, rings, channel: None, changed: false, left_behind: false, resetting: None }
     }
 
     /// One pass: device, engine, used rings, notifications. Returns whether anything moved.
@@ -169,8 +174,17 @@ impl<D: RingDevice> Port<D> {
         if moved {
             self.rings.publish_all();
         }
-        if self.rings.deadline().is_some() && self.rings.finish_stops(epoll, now) {
+        if self.rings.deadline().is_some() {
+            self.left_behind |= self.rings.finish_stops(epoll, now);
+        }
+        if self.left_behind && !self.rings.any_wanted() {
+            self.left_behind = false;
             self.device.abandon();
+        }
+        if self.resetting.as_ref().is_some_and(|(_, deadline)| self.rings.inflight() == 0 || now >= *deadline)
+            && let Some((reply, _)) = self.resetting.take()
+        {
+            let _ = reply.try_send(Ok(Answer::Done));
         }
         self.changed |= self.device.take_config_change();
         if self.changed
@@ -185,13 +199,24 @@ impl<D: RingDevice> Port<D> {
         moved
     }
 
-    /// Carries out a command and answers it (a stop answers later).
+    /// When [`pass`](Self::pass) has to be called again at the latest, besides what the device waits for.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let reset = self.resetting.as_ref().map(|(_, deadline)| *deadline);
+        self.rings.deadline().into_iter().chain(reset).min()
+    }
+
+    /// Carries out a command and answers it (a stop and a reset answer later).
     pub(crate) fn command(&mut self, epoll: &OwnedFd, what: What, reply: SyncSender<Reply>, now: Instant) {
-        if let What::GetVringBase { queue } = what {
-            self.rings.stop(epoll, queue, reply, now);
-            return;
-        }
-        let answer = self.carry_out(epoll, what);
+        let answer = match what {
+            What::GetVringBase { queue } => return self.rings.stop(queue, reply, now),
+            What::Reset => {
+                // After a reset the guest uses the memory for something else.
+                self.reset(epoll);
+                self.resetting = Some((reply, now + STOP_TIMEOUT));
+                return;
+            }
+            what => self.carry_out(epoll, what),
+        };
         // The asker may have given up; then nobody wants the answer.
         let _ = reply.try_send(answer);
     }
@@ -205,7 +230,6 @@ impl<D: RingDevice> Port<D> {
                 self.channel = None;
                 self.rings.set_map(Arc::default());
             }
-            What::Reset => self.reset(epoll),
             What::SetFeatures(acked) => {
                 let device_bits = acked & !F_PROTOCOL_FEATURES;
                 if device_bits & !self.device.features() != 0 {
@@ -221,7 +245,7 @@ impl<D: RingDevice> Port<D> {
                 self.rings.set_addresses(queue, desc, avail, used)?;
             }
             What::SetVringBase { queue, base } => self.rings.set_base(queue, base)?,
-            What::GetVringBase { .. } => unreachable!("answered by `command`"),
+            What::Reset | What::GetVringBase { .. } => unreachable!("answered by `pass`"),
             What::SetVringKick { queue, fd } => self.rings.set_kick(epoll, queue, fd)?,
             What::SetVringCall { queue, fd } => self.rings.set_call(queue, fd)?,
             What::SetVringErr { queue, fd } => self.rings.set_err(queue, fd)?,
@@ -241,6 +265,7 @@ impl<D: RingDevice> Port<D> {
 
     fn reset(&mut self, epoll: &OwnedFd) {
         self.rings.reset(epoll);
+        self.left_behind = false;
         if self.rings.inflight() != 0 {
             // Its answers go nowhere. A front end that reconnects repeats it.
             self.device.abandon();

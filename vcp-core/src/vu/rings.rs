@@ -1,8 +1,6 @@
 //! [`RingSet`]: the virtqueues of one device on the data thread, and the lives they go through.
 //!
-//! A queue's *epoch* changes whenever its ring starts anew. A completion that carries an older epoch belongs to a ring
-//! that is gone and is dropped; until all of those have come back the new ring is not read, because the driver may
-//! repeat the very requests that are still under way.
+//! What is in flight, and which life of the ring it belongs to, is [`Flight`](crate::queue::flight)'s.
 //!
 //! ```text
 //!            SET_VRING_KICK                GET_VRING_BASE, nothing in flight
@@ -26,10 +24,11 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use super::port::{Answer, PortError, Reply};
-use super::vring::{Parked, STOP_TIMEOUT, Vring, drop_kick, nonblocking};
+use super::vring::{STOP_TIMEOUT, Vring, drop_kick, nonblocking};
 use crate::device::Rings;
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
+use crate::queue::flight::{Flight, Position};
 use crate::queue::{Chain, ChainId, RingError, SplitQueue, VirtQueue};
 
 /// See the module.
@@ -42,6 +41,8 @@ pub struct RingSet {
     event_idx: bool,
     indirect: bool,
     closing: bool,
+    /// A stop ran out of time and nothing has come back since: the next one need not wait as long to learn it.
+    stalled: bool,
     metrics: Arc<DeviceMetrics>,
 }
 
@@ -51,13 +52,28 @@ impl RingSet {
     pub fn new(name: Arc<str>, queues: u16, size_max: u16, metrics: Arc<DeviceMetrics>) -> Self {
         let vrings = (0..queues).map(|_| Vring::new(size_max)).collect();
         let map = Arc::default();
-        Self { name, vrings, map, size_max, event_idx: false, indirect: false, closing: false, metrics }
+        Self {
+            name,
+            vrings,
+            map,
+            size_max,
+            event_idx: false,
+            indirect: false,
+            closing: false,
+            stalled: false,
+            metrics,
+        }
     }
 
     /// Requests in flight, of this and earlier lives.
     #[must_use]
     pub fn inflight(&self) -> u32 {
-        self.vrings.iter().map(|vring| vring.inflight + vring.orphans).sum()
+        self.vrings.iter().map(|vring| vring.flight.inflight() + vring.flight.orphans()).sum()
+    }
+
+    /// Whether the driver waits for any request in flight.
+    pub(crate) fn any_wanted(&self) -> bool {
+        self.vrings.iter().any(|vring| vring.flight.inflight() != 0)
     }
 
     /// Takes no more chains from now on (the process ends).
@@ -170,27 +186,25 @@ impl RingSet {
         let _ = setup.try_set_avail_ring_address(GuestAddress(vring.setup.avail_ring()));
         let _ = setup.try_set_used_ring_address(GuestAddress(vring.setup.used_ring()));
         setup.set_event_idx(event_idx);
-        let ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
+        let mut ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
             .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
-        let here = (vring.base, ring.queue().next_used(), ring.queue().desc_table());
-        let at_park = |parked: &Parked| (parked.base, parked.used, parked.desc_table) == here;
-        match vring.parked.take().filter(at_park) {
-            Some(parked) => vring.again.extend(parked.heads),
-            None => vring.orphan(),
-        }
+        // A running ring is armed only while the loop sleeps; one that never sleeps needs no kick at all.
+        ring.disarm(&self.map).map_err(|source| PortError::Ring { queue: queue as u32, source })?;
+        vring.flight.start(Position::of(ring.queue()));
         tracing::debug!(
             device = &*self.name,
             queue,
             base = vring.base,
-            orphans = vring.orphans,
+            orphans = vring.flight.orphans(),
             "ring starts"
         );
         vring.ring = Some(ring);
         Ok(())
     }
 
-    /// `GET_VRING_BASE`: the ring stops; the reply is sent when nothing is in flight or the time is up.
-    pub(crate) fn stop(&mut self, epoll: &OwnedFd, queue: u32, reply: SyncSender<Reply>, now: Instant) {
+    /// `GET_VRING_BASE`: the ring stops; [`finish_stops`](Self::finish_stops) replies when nothing is in flight or the
+    /// time is up.
+    pub(crate) fn stop(&mut self, queue: u32, reply: SyncSender<Reply>, now: Instant) {
         let vring = match self.vring(queue) {
             Ok(vring) => vring,
             Err(error) => {
@@ -199,33 +213,34 @@ impl RingSet {
             }
         };
         vring.stopping = Some((reply, now + STOP_TIMEOUT));
-        self.finish_stops(epoll, now);
     }
 
-    /// Ends the stops that can end; returns whether a time ran out (the device should hurry).
+    /// Ends the stops that can end; returns whether one ended with requests in flight.
     pub(crate) fn finish_stops(&mut self, epoll: &OwnedFd, now: Instant) -> bool {
         let mut late = false;
         for queue in 0..self.vrings.len() {
             let Some((_, deadline)) = self.vrings[queue].stopping else { continue };
             let vring = &self.vrings[queue];
-            let drained = vring.inflight == 0 && vring.again.is_empty();
-            if !drained && now < deadline {
+            let drained = vring.flight.is_drained();
+            if !drained && now < deadline && !self.stalled {
                 continue;
             }
             self.publish(queue);
             let vring = &mut self.vrings[queue];
             let Some((reply, _)) = vring.stopping.take() else { continue };
+            if !drained {
+                late = true;
+                tracing::warn!(
+                    device = &*self.name,
+                    queue,
+                    inflight = vring.flight.inflight() + vring.flight.orphans(),
+                    "ring stopped with requests in flight: they do not end in {STOP_TIMEOUT:?}"
+                );
+            }
             if let Some(ring) = vring.ring.take() {
                 vring.base = ring.queue().next_avail();
                 if !drained {
-                    late = true;
-                    tracing::warn!(
-                        device = &*self.name,
-                        queue,
-                        inflight = vring.inflight,
-                        "ring stopped with requests in flight: they did not end in {STOP_TIMEOUT:?}"
-                    );
-                    vring.park(&ring);
+                    vring.flight.park(Position::of(ring.queue()));
                 }
             }
             drop_kick(epoll, vring);
@@ -233,6 +248,7 @@ impl RingSet {
             vring.call = None;
             let _ = reply.try_send(Ok(Answer::Base(u32::from(vring.base))));
         }
+        self.stalled |= late;
         late
     }
 
@@ -240,9 +256,10 @@ impl RingSet {
     pub(crate) fn reset(&mut self, epoll: &OwnedFd) {
         for vring in &mut self.vrings {
             drop_kick(epoll, vring);
-            vring.orphan();
-            let (epoch, orphans) = (vring.epoch, vring.orphans);
-            *vring = Vring { epoch, orphans, ..Vring::new(self.size_max) };
+            vring.flight.orphan();
+            let fresh = Vring::new(self.size_max);
+            let flight = std::mem::replace(&mut vring.flight, Flight::new(0));
+            *vring = Vring { flight, ..fresh };
         }
         (self.event_idx, self.indirect) = (false, false);
     }
@@ -291,7 +308,7 @@ impl RingSet {
                 continue;
             }
             match vring.ring.as_mut().map(|ring| ring.arm(&self.map)) {
-                Some(Ok(pending)) => more |= pending || !vring.again.is_empty(),
+                Some(Ok(pending)) => more |= pending || vring.flight.has_again(),
                 Some(Err(error)) => self.break_queue(queue, error),
                 None => {}
             }
@@ -318,7 +335,7 @@ impl RingSet {
         if let Some(ring) = vring.ring.take() {
             vring.base = ring.queue().next_avail();
         }
-        vring.orphan();
+        vring.flight.orphan();
         vring.unpublished = false;
         self.metrics.broken_queues.add(1);
         tracing::warn!(device = &*self.name, queue, %error, "queue stopped: the driver broke a rule");
@@ -334,13 +351,8 @@ impl Rings for RingSet {
         if !vring.runs() || self.closing {
             return false;
         }
-        match vring.take(&self.map, chain) {
-            Ok(true) => {
-                chain.id.queue = queue;
-                chain.id.epoch = vring.epoch;
-                true
-            }
-            Ok(false) => false,
+        match vring.take(queue, &self.map, chain) {
+            Ok(taken) => taken,
             Err(error) => {
                 self.break_queue(usize::from(queue), error);
                 false
@@ -351,14 +363,10 @@ impl Rings for RingSet {
     fn complete(&mut self, id: ChainId, len_bytes: u32) {
         let queue = usize::from(id.queue);
         let Some(vring) = self.vrings.get_mut(queue) else { return };
-        if id.epoch != vring.epoch {
-            vring.orphans = vring.orphans.saturating_sub(1);
+        self.stalled = false;
+        if !vring.flight.ended(id) {
             self.metrics.stale_completions.add(1);
             return;
-        }
-        vring.inflight = vring.inflight.saturating_sub(1);
-        if let Some(at) = vring.taken.get_mut(usize::from(id.head)) {
-            *at = 0;
         }
         match vring.ring.as_mut().map(|ring| ring.put_used(&self.map, id.head, len_bytes)) {
             Some(Ok(())) => vring.unpublished = true,
@@ -370,17 +378,14 @@ impl Rings for RingSet {
     fn wanted(&self, id: ChainId) -> bool {
         self.vrings
             .get(usize::from(id.queue))
-            .is_some_and(|vring| vring.epoch == id.epoch && vring.ring.is_some())
+            .is_some_and(|vring| vring.flight.is_current(id) && vring.ring.is_some())
     }
 
     fn fail(&mut self, id: ChainId, error: RingError) {
         let queue = usize::from(id.queue);
         let Some(vring) = self.vrings.get_mut(queue) else { return };
-        if id.epoch == vring.epoch {
-            vring.inflight = vring.inflight.saturating_sub(1);
+        if vring.flight.ended(id) {
             self.break_queue(queue, error);
-        } else {
-            vring.orphans = vring.orphans.saturating_sub(1);
         }
     }
 }

@@ -11,7 +11,7 @@ use iscsi::chap::Entropy;
 use iscsi::login::target::{Config, Decision, Login, Progress, TargetConfig};
 use iscsi::params::Params;
 use iscsi::pdu::framing::{Digests, Limits, Receiver, Step, append_pdu};
-use iscsi::pdu::{Bhs, Opcode, TaskFunction, TaskResponseCode};
+use iscsi::pdu::{Bhs, Opcode, Pdu, TaskFunction, TaskResponseCode};
 use iscsi::scsi::sense::asc;
 use iscsi::scsi::{Sense, SenseKey, Status, opcode};
 use iscsi::serial::Serial;
@@ -36,6 +36,8 @@ pub enum Fault {
     Hang,
     /// The connection is closed without an answer; `true`: after the command was carried out.
     Close(bool),
+    /// A WRITE: GOOD as soon as all its data was asked for, and nothing is read any more.
+    Early,
     /// The unit now has this many blocks, and says so by a unit attention.
     Resize(u64),
 }
@@ -51,6 +53,10 @@ pub struct State {
     pub aborts: usize,
     pub flushes: usize,
     pub refuse_logins: bool,
+    /// TargetPortalGroupTag of the connections to come.
+    pub group: u16,
+    pub resets: usize,
+    pub refuse_resets: bool,
     /// Connections, to cut them all.
     pub streams: Vec<TcpStream>,
 }
@@ -63,12 +69,15 @@ pub struct Faulty {
 impl Faulty {
     pub fn start(blocks: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // A small window: whoever sends more than is read is stopped soon.
+        rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 4096).unwrap();
         let addr = listener.local_addr().unwrap();
         let state = State {
             disk: vec![0; blocks as usize * 512],
             blocks,
             serial: "FAULTY-1".into(),
             fua: true,
+            group: 1,
             ..State::default()
         };
         let state = Arc::new(Mutex::new(state));
@@ -109,6 +118,8 @@ struct Connection {
     /// Tasks that will never be answered, tasks whose response is to be spoiled.
     spoil_response: Option<u32>,
     spoil_digest: bool,
+    /// The task of [`Fault::Early`].
+    early: Option<u32>,
 }
 
 impl Connection {
@@ -122,6 +133,7 @@ impl Connection {
             buffers: Vec::new(),
             spoil_response: None,
             spoil_digest: false,
+            early: None,
         }
     }
 
@@ -161,7 +173,7 @@ impl Connection {
     fn run(mut self) -> std::io::Result<()> {
         let config = Config {
             targets: vec![TargetConfig::new(IQN)],
-            portal_group_tag: 1,
+            portal_group_tag: self.state.lock().unwrap().group,
             discovery_auth: Default::default(),
             params: Params { max_burst_bytes: 65536, first_burst_bytes: 8192, ..Params::default() },
             command_window: 32,
@@ -232,7 +244,9 @@ impl Connection {
 
     fn flush(&mut self, session: &mut Session) -> std::io::Result<()> {
         let mut out = Vec::new();
+        let mut next = None;
         while let Some(mut pdu) = session.poll_transmit() {
+            next = iscsi::pdu::R2t::decode(&pdu.header).ok().map(|r2t| r2t.sn).or(next);
             if pdu.header.opcode() == Some(Opcode::ScsiResponse)
                 && self.spoil_response == Some(pdu.header.itt().0)
             {
@@ -253,6 +267,30 @@ impl Connection {
                 *out.last_mut().unwrap() ^= 0x55;
             }
         }
+        if let (Some(itt), Some(sn)) = (self.early.take(), next) {
+            let response = iscsi::pdu::ScsiResponse {
+                response: iscsi::pdu::ScsiResponseCode::Completed,
+                status: Status::GOOD.0,
+                residual: iscsi::pdu::Residual::None,
+                bidi_residual: iscsi::pdu::Residual::None,
+                data_len_bytes: 0,
+                itt: iscsi::pdu::Itt(itt),
+                snack_tag: 0,
+                sn,
+                exp_data_sn: Serial(0),
+            };
+            self.stream.write_all(&out)?;
+            // The data is on its way, but stays with the sender for the most part.
+            let mut fds = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut fds, None)?;
+            out.clear();
+            append_pdu(&mut out, &response.encode(), &[], self.digests);
+            self.stream.write_all(&out)?;
+            // Until the other side has had enough of it.
+            let mut fds = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::RDHUP)];
+            rustix::event::poll(&mut fds, None)?;
+            return Err(std::io::ErrorKind::ConnectionAborted.into());
+        }
         self.stream.write_all(&out)
     }
 
@@ -267,6 +305,12 @@ impl Connection {
                     return self.carry_out(session, task);
                 }
                 let accepted = session.accept_data(task, len as u32);
+                let mut state = self.state.lock().unwrap();
+                if state.faults.front() == Some(&Fault::Early) {
+                    state.faults.pop_front();
+                    self.early = Some(command.itt.0);
+                }
+                drop(state);
                 let now = accepted.immediate_len as usize;
                 self.buffers[task.slot()][..now].copy_from_slice(&data[..now]);
                 !accepted.complete || self.carry_out(session, task)
@@ -281,8 +325,12 @@ impl Connection {
                 true
             }
             Event::TaskManagement(request) => {
+                let mut state = self.state.lock().unwrap();
                 let response = match request.function {
-                    TaskFunction::LogicalUnitReset => TaskResponseCode::Complete,
+                    TaskFunction::LogicalUnitReset if !state.refuse_resets => {
+                        state.resets += 1;
+                        TaskResponseCode::Complete
+                    }
                     _ => TaskResponseCode::Unsupported,
                 };
                 session.complete_task_management(request.itt, response);

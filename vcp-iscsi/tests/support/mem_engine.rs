@@ -20,6 +20,8 @@ pub struct Control {
     pub bad_block: Option<u64>,
     /// Set by `abandon`.
     pub abandoned: bool,
+    /// What is under way when `abandon` is called ends as failed, as that of an engine without a connection does.
+    pub drops_abandoned: bool,
     /// The unit's new description.
     pub changed: Option<Lun>,
     pub peak_inflight: usize,
@@ -30,6 +32,7 @@ pub struct MemEngine {
     lun: Lun,
     depth: usize,
     queued: VecDeque<Request>,
+    dropped: Vec<Completion>,
     pub control: Arc<Mutex<Control>>,
     /// Readable while requests may end, as a socket would be.
     event: OwnedFd,
@@ -40,7 +43,7 @@ impl MemEngine {
         let disk = vec![0; (lun.blocks * u64::from(lun.block_bytes)) as usize];
         let control = Arc::new(Mutex::new(Control { disk, ..Control::default() }));
         let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
-        Self { lun, depth, queued: VecDeque::new(), control, event }
+        Self { lun, depth, queued: VecDeque::new(), dropped: Vec::new(), control, event }
     }
 
     fn carry_out(&self, control: &mut Control, request: &Request) -> Outcome {
@@ -83,7 +86,7 @@ impl Engine for MemEngine {
     }
 
     fn room(&self) -> usize {
-        self.depth - self.queued.len()
+        self.depth - self.queued.len() - self.dropped.len()
     }
 
     fn submit(&mut self, request: Request) {
@@ -100,8 +103,10 @@ impl Engine for MemEngine {
         if let Some(lun) = &control.changed {
             self.lun = lun.clone();
         }
+        let any_dropped = !self.dropped.is_empty();
+        done.append(&mut self.dropped);
         if control.held {
-            return false;
+            return any_dropped;
         }
         // The newest first, so that nobody relies on an order; not all at once.
         let before = done.len();
@@ -110,7 +115,7 @@ impl Engine for MemEngine {
             let outcome = self.carry_out(&mut control, &request);
             done.push(Completion { tag: request.tag, outcome, data: request.data });
         }
-        done.len() != before
+        any_dropped || done.len() != before
     }
 
     fn wait(&self) -> Wait<'_> {
@@ -126,7 +131,16 @@ impl Engine for MemEngine {
     }
 
     fn abandon(&mut self) {
-        self.control.lock().unwrap().abandoned = true;
+        let mut control = self.control.lock().unwrap();
+        control.abandoned = true;
+        if control.drops_abandoned {
+            let failed = |request: Request| Completion {
+                tag: request.tag,
+                outcome: Outcome::IoError,
+                data: request.data,
+            };
+            self.dropped.extend(self.queued.drain(..).map(failed));
+        }
     }
 }
 
