@@ -41,6 +41,9 @@ pub struct BlkDevice<E> {
     engine: E,
     lun: Lun,
     queues: u16,
+    /// Features as first offered. They stay, whatever becomes of the unit: a driver that took them cannot give them up,
+    /// and a front end that reconnects insists on them. What the unit can no longer do is refused request by request.
+    offered: u64,
     acked: u64,
     /// The cache mode byte: true is write back.
     writeback: bool,
@@ -69,10 +72,12 @@ impl<E: Engine> BlkDevice<E> {
         let now = Instant::now();
         let slots = (0..count).map(|_| Slot::new(PIECES, now)).collect();
         let writeback = lun.write_cache;
+        let offered = features(&lun, queues);
         Self {
             engine,
             lun,
             queues,
+            offered,
             acked: 0,
             writeback,
             config_changed: false,
@@ -157,7 +162,7 @@ impl<E: Engine> BlkDevice<E> {
                 }
                 slot.ranges = Ranges::one(range);
                 std::mem::swap(&mut slot.data, &mut self.chain.readable);
-                slot.flush_after = must_make_durable && !fua;
+                (slot.fua, slot.flush_after) = (must_make_durable && fua, must_make_durable && !fua);
             }
             Kind::Flush => {
                 // Nothing to flush: every write was durable when it completed.
@@ -203,9 +208,21 @@ impl<E: Engine> BlkDevice<E> {
     }
 
     /// Submits parts of waiting requests, oldest first, while the engine has room; whether any was submitted.
-    fn submit(&mut self) -> bool {
+    fn submit<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
         let mut moved = false;
         while let Some(&index) = self.unsubmitted.front() {
+            let slot = &mut self.slots[index as usize];
+            if !rings.wanted(slot.id) {
+                // Its ring stopped or is gone: it must not reach the disk or guest memory any further.
+                slot.result = Status::IoError;
+                let under_way = slot.outstanding != 0;
+                self.unsubmitted.pop_front();
+                if !under_way {
+                    self.finish(rings, index, now);
+                }
+                moved = true;
+                continue;
+            }
             if self.engine.room() == 0 {
                 break;
             }
@@ -225,7 +242,6 @@ impl<E: Engine> BlkDevice<E> {
     }
 
     fn next_part(&mut self, index: u32) -> Option<Request> {
-        let must_make_durable = self.must_make_durable();
         let slot = &mut self.slots[index as usize];
         if slot.result != Status::Ok {
             return None;
@@ -240,9 +256,7 @@ impl<E: Engine> BlkDevice<E> {
         };
         let (op, most) = match slot.kind {
             Kind::Read => (Op::Read, self.lun.max_transfer_blocks),
-            Kind::Write => {
-                (Op::Write { fua: must_make_durable && self.lun.fua }, self.lun.max_transfer_blocks)
-            }
+            Kind::Write => (Op::Write { fua: slot.fua }, self.lun.max_transfer_blocks),
             Kind::Discard => (Op::Discard, self.lun.max_discard_blocks),
             _ => {
                 let unmap = range.unmap && self.lun.write_zeroes_may_unmap;
@@ -353,7 +367,7 @@ impl<E: Engine> BlkDevice<E> {
                 }
                 moved = true;
                 self.begin(rings, now);
-                self.submit();
+                self.submit(rings, now);
             }
         }
         self.turn = (self.turn + 1) % self.queues;
@@ -383,7 +397,7 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
     }
 
     fn features(&self) -> u64 {
-        features(&self.lun, self.queues)
+        self.offered
     }
 
     fn set_features(&mut self, acked: u64) {
@@ -411,7 +425,7 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
     }
 
     fn poll<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
-        let mut moved = self.submit();
+        let mut moved = self.submit(rings, now);
         moved |= self.take(rings, now);
         let mut done = std::mem::take(&mut self.done);
         moved |= self.engine.poll(now, &mut done);

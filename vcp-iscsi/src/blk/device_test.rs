@@ -37,6 +37,8 @@ enum End {
 struct Hand {
     waiting: VecDeque<(u16, GuestBuf, GuestBuf)>,
     ended: Vec<(u16, End)>,
+    /// The ring is gone; what was taken from it comes back all the same.
+    gone: bool,
 }
 
 impl Rings for Hand {
@@ -55,7 +57,7 @@ impl Rings for Hand {
     }
 
     fn wanted(&self, _id: ChainId) -> bool {
-        true
+        !self.gone
     }
 
     fn fail(&mut self, id: ChainId, error: RingError) {
@@ -145,6 +147,40 @@ fn requests_wait_in_the_ring_while_the_engine_is_full() {
     assert!(bed.hand.ended.iter().all(|(_, end)| *end == End::Used(512 * 20 + 1)));
     assert_eq!(bed.device.engine().control.lock().unwrap().peak_inflight, 3);
     assert_eq!(bed.device.metrics().inflight.get(), 0);
+}
+
+#[test]
+fn nothing_more_is_submitted_for_a_ring_that_is_gone() {
+    for (kind, payload, room) in [(IN, 0, 512 * 50), (OUT, 512 * 50, 0)] {
+        let mut bed = Bed::new(lun(512, 1000), 2);
+        bed.device.write_config(32, &[0]);
+        bed.device.engine().control.lock().unwrap().held = true;
+        let (head, out) = bed.push(kind, 0, &vec![1; payload], room + 1);
+        bed.run();
+        assert_eq!(bed.log().len(), 2, "as many parts as the engine takes");
+        bed.hand.gone = true;
+        bed.device.engine().control.lock().unwrap().held = false;
+        bed.run();
+        assert_eq!(bed.log(), [], "no further part, no flush");
+        assert_eq!(bed.hand.ended, [(head, End::Used(room as u32 + 1))], "given back all the same");
+        let mut status = [0; 1];
+        out.copy_to(room, &mut status);
+        assert_eq!(status, [0xee], "not written");
+        bed.hand.gone = false;
+        assert_eq!(bed.one(IN, 0, &[], 512).0, 0, "the device goes on");
+    }
+}
+
+#[test]
+fn the_features_stay_those_that_were_offered_first() {
+    let mut bed = Bed::new(lun(512, 64), 4);
+    let before = bed.device.features();
+    let changed = Lun { read_only: true, max_discard_blocks: 0, ..lun(512, 64) };
+    bed.device.engine().control.lock().unwrap().changed = Some(changed);
+    bed.run();
+    assert_eq!(bed.device.features(), before, "a front end that reconnects finds what it was offered");
+    assert_eq!(bed.one(OUT, 0, &[0; 512], 0).0, 1);
+    assert_eq!(bed.one(DISCARD, 0, &range(0, 1, 0), 0).0, 2);
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub(super) struct Slot {
     pub(super) done_blocks: u32,
     /// Parts at the engine.
     pub(super) outstanding: u32,
+    /// Writes go out with FUA. Like `flush_after` decided once, whatever happens to the cache mode meanwhile.
+    pub(super) fua: bool,
     /// A FLUSH has to follow (write through without FUA).
     pub(super) flush_after: bool,
     pub(super) result: Status,
@@ -42,6 +44,7 @@ impl Slot {
             range: 0,
             done_blocks: 0,
             outstanding: 0,
+            fua: false,
             flush_after: false,
             result: Status::Ok,
             writable_bytes: 0,
@@ -55,7 +58,7 @@ impl Slot {
         (self.id, self.writable_bytes, self.since) = (id, writable_bytes, now);
         self.data.clear();
         (self.range, self.done_blocks, self.outstanding, self.payload_bytes) = (0, 0, 0, 0);
-        (self.flush_after, self.result) = (false, Status::Ok);
+        (self.fua, self.flush_after, self.result) = (false, false, Status::Ok);
     }
 
     /// The range that the next part comes from.
