@@ -21,7 +21,8 @@ const BARE: Duration = Duration::from_secs(60);
 /// How long the helper VM may take, everything emulated.
 const HELPER: Duration = Duration::from_secs(280);
 
-fn check() -> Result<Value> {
+/// What `vcp check` tells.
+pub(crate) fn check() -> Result<Value> {
     let out = vcp(["check", "--json"])?.run(COMMAND)?;
     serde_json::from_str(&out.stdout)
         .with_context(|| format!("vcp check --json: {}{}", out.stdout, out.stderr))
@@ -40,7 +41,7 @@ fn check_tells_what_this_host_can() -> Result<()> {
 }
 
 /// Whether a bare-metal guest runs here; says why not.
-fn ring3() -> Result<bool> {
+pub(crate) fn ring3() -> Result<bool> {
     let report = check()?;
     let can = report["ring3_guest"] == true;
     if !can {

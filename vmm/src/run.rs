@@ -54,7 +54,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let wanted: Vec<_> = config.disks.iter().filter(|d| d.url.is_some()).map(|d| d.cpu).collect();
     let placement = affinity::place(&allowed, &wanted, config.vcpus, config.vcpu_cpus.as_deref())
         .map_err(Error::Usage)?;
-    warn_of_emulation(&kernel);
     // The machine first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
     let machine = Machine::new(&config, kernel, exit.clone())?;
     let backends = match Backends::start(args, &config, &placement, &signals) {
@@ -64,12 +63,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
         }
         other => other?,
     };
+    warn_of_emulation(machine.is_ring3);
     machine.run(&config, backends, &placement, signals)
 }
 
-/// Says early what would otherwise show as a guest that crawls.
-fn warn_of_emulation(kernel: &Kernel) {
-    if !kernel.is_ring3() && std::path::Path::new("/sys/module/kvm_pvm").exists() {
+/// Says what would otherwise show as a guest that crawls; after all that may fail, so that an error is one line.
+fn warn_of_emulation(is_ring3: bool) {
+    if !is_ring3 && std::path::Path::new("/sys/module/kvm_pvm").exists() {
         tracing::warn!(
             "this host's KVM (kvm_pvm) emulates ring 0 in software: a Linux guest is far too slow to be of use; see `vcp check`"
         );

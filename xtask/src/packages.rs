@@ -28,8 +28,18 @@ const DEMO: &[&str] = &[
     "fio",
 ];
 
-const TEST: &[&str] =
-    &["tgt", "istgt", "libiscsi-bin", "qemu-utils", "qemu-block-extra", "cpio", "strace", "tshark", "procps"];
+const TEST: &[&str] = &[
+    "tgt",
+    "istgt",
+    "libiscsi-bin",
+    "qemu-utils",
+    "qemu-block-extra",
+    "cpio",
+    "strace",
+    "tshark",
+    "procps",
+    "dpdk-dev",
+];
 
 /// Versions of these must agree, or qemu-storage-daemon cannot load its iSCSI driver.
 const QEMU_TOOLS: &str = "qemu-utils";
