@@ -28,8 +28,11 @@ use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request};
 const QUEUE_SIZE_MAX: u16 = 256;
 /// Most slots of a device: no target takes more commands at a time.
 const MAX_SLOTS: usize = 1024;
-/// Chains taken from one queue before the next one has its turn.
+/// Chains taken from one queue before the next one has its turn, and from all queues before other devices have theirs.
 const BATCH: usize = 32;
+const PASS: usize = 64;
+/// Most writable bytes of a request that has no use for them (they are zeroed, while other devices wait).
+const MAX_ROOM_BYTES: usize = 4096;
 /// Pieces that a buffer has storage for from the start: 126 segments, header and status.
 const PIECES: usize = 128;
 /// Bytes for a piece (pointer and length).
@@ -150,6 +153,9 @@ impl<E: Engine> BlkDevice<E> {
         slot.kind = Kind::GetId;
         let kind = header.kind()?;
         slot.kind = kind;
+        if kind != Kind::Read && self.chain.writable.len_bytes() > MAX_ROOM_BYTES {
+            return Err(Status::IoError);
+        }
         match kind {
             Kind::Read => {
                 slot.ranges = Ranges::one(header.range(&self.lun, self.chain.writable.len_bytes())?);
@@ -358,23 +364,24 @@ impl<E: Engine> BlkDevice<E> {
     }
 
     fn take<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
-        let mut moved = false;
+        let (mut left, first) = (PASS, self.turn);
         for turn in 0..self.queues {
-            let queue = (self.turn + turn) % self.queues;
-            for _ in 0..BATCH {
+            let queue = (first + turn) % self.queues;
+            for _ in 0..BATCH.min(left) {
                 if !self.takes_more() || !rings.take(queue, &mut self.chain) {
                     break;
                 }
-                moved = true;
+                left -= 1;
+                // The last one that took something has its next turn after all others.
+                self.turn = (queue + 1) % self.queues;
                 self.begin(rings, now);
                 self.submit(rings, now);
             }
         }
-        self.turn = (self.turn + 1) % self.queues;
         // An idle device holds no mapping.
         self.chain.readable.clear();
         self.chain.writable.clear();
-        moved
+        left != PASS
     }
 }
 

@@ -183,6 +183,58 @@ fn the_features_stay_those_that_were_offered_first() {
     assert_eq!(bed.one(DISCARD, 0, &range(0, 1, 0), 0).0, 2);
 }
 
+/// Queues that always have one more request, which ends at once.
+struct Endless {
+    header: GuestBuf,
+    taken: Vec<u32>,
+}
+
+impl Rings for Endless {
+    fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
+        chain.id = ChainId { queue, head: 0, epoch: 0 };
+        chain.readable = self.header.slice(0, 16);
+        chain.writable = self.header.slice(16, 1);
+        self.taken[usize::from(queue)] += 1;
+        true
+    }
+
+    fn complete(&mut self, _id: ChainId, _len_bytes: u32) {}
+
+    fn wanted(&self, _id: ChainId) -> bool {
+        true
+    }
+
+    fn fail(&mut self, id: ChainId, error: RingError) {
+        panic!("{id:?}: {error}");
+    }
+}
+
+#[test]
+fn a_pass_is_bounded_and_all_queues_have_their_turn() {
+    let mut device = BlkDevice::new(MemEngine::new(lun(512, 64), 4), 64);
+    let mut rings = Endless { header: GuestBuf::for_test(17), taken: vec![0; 64] };
+    rings.header.copy_from(0, &GET_ID.to_le_bytes());
+    device.poll(&mut rings, Instant::now());
+    let first: u32 = rings.taken.iter().sum();
+    assert!(first <= 64, "{first} requests in one pass keep other devices waiting");
+    for _ in 0..64 {
+        device.poll(&mut rings, Instant::now());
+    }
+    let (least, most) = (rings.taken.iter().min().unwrap(), rings.taken.iter().max().unwrap());
+    assert!(*least > 0 && most - least <= 32, "{:?}", rings.taken);
+}
+
+#[test]
+fn room_that_a_request_has_no_use_for_is_zeroed_or_refused() {
+    let mut bed = Bed::new(lun(512, 64), 4);
+    for (kind, payload) in [(FLUSH, &[][..]), (OUT, &[1; 512])] {
+        assert_eq!(bed.one(kind, 0, payload, 100), (0, 101, vec![0; 100]));
+        assert_eq!(bed.one(kind, 0, payload, 4097).0, 1, "to clear it all would keep others waiting");
+    }
+    assert_eq!(bed.one(GET_ID, 0, &[], 30).2[20..], [0; 10]);
+    assert_eq!(bed.one(GET_ID, 0, &[], 1 << 20).0, 1);
+}
+
 #[test]
 fn one_failed_part_fails_the_request_after_all_parts_ended() {
     let mut bed = Bed::new(lun(512, 100), 2);
