@@ -56,3 +56,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
+
+/// Builds the programs as users run them and returns the directory that they are in.
+///
+/// # Errors
+/// They do not build.
+pub(crate) fn release_programs() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "-p", "vmm", "-p", "vcp-iscsi", "-p", "iscsi-target"]))?;
+    Ok(target_dir().join("release"))
+}

@@ -56,17 +56,7 @@ struct Check {
 /// Any step failed, or data read back was not what was written.
 pub(crate) fn run() -> Result<()> {
     packages::ensure(Need::Demo)?;
-    cmd::run(cmd::cargo().args([
-        "build",
-        "--release",
-        "-p",
-        "vmm",
-        "-p",
-        "vcp-iscsi",
-        "-p",
-        "iscsi-target",
-    ]))?;
-    let bin = cmd::target_dir().join("release");
+    let bin = cmd::release_programs()?;
     let started = Instant::now();
     let text = cmd::output(Command::new(bin.join("vcp")).args(["check", "--json"]))?;
     let check: Check =

@@ -79,8 +79,7 @@ impl Contender {
 ///
 /// # Errors
 /// A program is missing, or a run failed.
-pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
-    let bin = cmd::target_dir().join("release");
+pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot make a scratch directory")?;
     // LUNs of their own, so that neither finds the other's data in a cache; both are memory.
     let luns = ["--lun", "mem:256M", "--lun", "mem:256M", "--lun", "mem:256M"];
@@ -89,7 +88,7 @@ pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
     let portal = target.told("addr")?;
     let cpu = backend_cpu()?;
     let contenders = [
-        ours(&bin, scratch.path(), "vcp-iscsi", &format!("iscsi://{portal}/{TARGET}/0"), cpu, &[])?,
+        ours(bin, scratch.path(), "vcp-iscsi", &format!("iscsi://{portal}/{TARGET}/0"), cpu, &[])?,
         ours(
             &bin,
             scratch.path(),
@@ -102,14 +101,14 @@ pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
     ];
     // A LUN that was never written is holes; reads would measure those.
     for contender in &contenders {
-        load(&bin, contender, "write", "128k", 16, 1)?;
+        load(bin, contender, "write", "128k", 16, 1)?;
     }
     let mut rows = Vec::new();
     for &(case, rw, bs, qd) in CASES {
         let mut measured = vec![vec![Vec::new(); METRICS.len()]; contenders.len()];
         for _ in 0..rounds {
             for (contender, values) in contenders.iter().zip(&mut measured) {
-                let run = load(&bin, contender, rw, bs, qd, secs)?;
+                let run = load(bin, contender, rw, bs, qd, secs)?;
                 let figures = [
                     run.iops,
                     run.mib_per_s,
@@ -123,7 +122,7 @@ pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
         for (contender, values) in contenders.iter().zip(&mut measured) {
             // Counted in a run of its own: being traced costs time.
             let strace = Strace::attach(contender.pid())?;
-            let run = load(&bin, contender, rw, bs, qd, 1)?;
+            let run = load(bin, contender, rw, bs, qd, 1)?;
             values[METRICS.len() - 1].push(strace.finish()? as f64 / run.ios.max(1) as f64);
         }
         for (contender, rounds) in contenders.iter().zip(measured) {

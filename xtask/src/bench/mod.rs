@@ -41,22 +41,13 @@ enum Name {
 /// A program is missing or a run failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
     packages::ensure(Need::Test)?;
-    cmd::run(cmd::cargo().args([
-        "build",
-        "--release",
-        "-p",
-        "vmm",
-        "-p",
-        "vcp-iscsi",
-        "-p",
-        "iscsi-target",
-    ]))?;
+    let bin = cmd::release_programs()?;
     let chosen = |name| args.name.is_none_or(|only| only == name);
     if chosen(Name::Target) {
-        target::run(args.rounds, args.secs)?;
+        target::run(&bin, args.rounds, args.secs)?;
     }
     if chosen(Name::Blk) {
-        blk::run(args.rounds, args.secs)?;
+        blk::run(&bin, args.rounds, args.secs)?;
     }
     Ok(())
 }

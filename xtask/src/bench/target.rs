@@ -35,7 +35,7 @@ struct Contender {
 ///
 /// # Errors
 /// A program is missing, or a run failed.
-pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
+pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let scratch = tempfile::tempdir_in(MEMORY_FILES).context("no memory file system at /dev/shm")?;
     let image = |name: &str| -> Result<_> {
         let path = sparse(&scratch.path().join(name), LUN_BYTES)?;
@@ -48,7 +48,6 @@ pub(crate) fn run(rounds: u32, secs: u32) -> Result<()> {
         Ok(path)
     };
     let file = format!("file:{}", image("ours")?.display());
-    let bin = cmd::target_dir().join("release");
     let serve = ["serve", "--listen", "127.0.0.1:0", "--target", TARGET, "--lun", &file, "--lun", "mem:256M"];
     let ours = Server::start(&bin.join("iscsi-target"), &serve)?;
     let spec = LunSpec { image: Some(image("tgtd")?), ..LunSpec::new(LUN_BYTES) };
