@@ -90,7 +90,7 @@ pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let contenders = [
         ours(bin, scratch.path(), "vcp-iscsi", &format!("iscsi://{portal}/{TARGET}/0"), cpu, &[])?,
         ours(
-            &bin,
+            bin,
             scratch.path(),
             "vcp-iscsi-poll0",
             &format!("iscsi://{portal}/{TARGET}/1"),
