@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::error::{Error, Result};
 use crate::kvm::{GuestMemory, Vm};
@@ -66,6 +66,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"VCP ");
 
 #[derive(Clone, Copy, Debug, Default)]
 struct QueueRegs {
+    /// 0 if the driver asked for a size that cannot be: it would lay its rings out for that one.
     size: u16,
     ready: bool,
     desc: u64,
@@ -111,6 +112,12 @@ struct State {
     queue_sel: u32,
     queues: Vec<QueueRegs>,
     active: bool,
+    complaints: Complaints,
+}
+
+/// Queues as they are after a reset.
+fn fresh_queues(device: &dyn VirtioDevice) -> Vec<QueueRegs> {
+    device.queue_max_sizes().iter().map(|&size| QueueRegs { size, ..Default::default() }).collect()
 }
 
 /// A device in its window.
@@ -146,8 +153,9 @@ impl MmioTransport {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
-            queues: vec![QueueRegs::default(); kicks.len()],
+            queues: fresh_queues(&*device),
             active: false,
+            complaints: Complaints::default(),
             device,
         };
         Ok(Self { state: Mutex::new(state), interrupt: Arc::new(interrupt), kicks, memory, called_by_fd })
@@ -189,12 +197,14 @@ impl MmioTransport {
         }
         (s.status, s.driver_features, s.queue_sel) = (0, 0, 0);
         (s.device_features_sel, s.driver_features_sel) = (0, 0);
-        s.queues.fill(QueueRegs::default());
+        s.queues = fresh_queues(&*s.device);
         self.interrupt.pending.store(0, Ordering::Release);
     }
 
     fn needs_reset(&self, s: &mut State, error: &Error) {
-        tracing::error!(device = s.device.name(), error = %crate::chain(error), "the device cannot start");
+        if s.complaints.add() {
+            tracing::error!(device = s.device.name(), error = %crate::chain(error), "the device needs a reset");
+        }
         s.status |= status::DEVICE_NEEDS_RESET;
         self.interrupt.config();
     }
@@ -249,22 +259,22 @@ impl MmioTransport {
     }
 
     fn write_queue_register(&self, s: &mut State, offset: u64, value: u32) {
-        // A running queue's layout does not change; the driver resets the device first.
-        let running = s.active;
-        let max = s.device.queue_max_sizes().get(s.queue_sel as usize).copied().unwrap_or(0);
-        let Some(queue) = s.queues.get_mut(s.queue_sel as usize).filter(|_| !running) else { return };
-        match offset {
-            reg::QUEUE_READY => {
-                queue.ready = value & 1 == 1;
-                if queue.ready && queue.size == 0 {
-                    queue.size = max;
-                }
+        if s.active {
+            // A running queue's layout does not change, but the driver may stop it (4.2.2.2).
+            if offset == reg::QUEUE_READY && value & 1 == 0 {
+                self.stop_queue(s);
             }
+            return;
+        }
+        let max = s.device.queue_max_sizes().get(s.queue_sel as usize).copied().unwrap_or(0);
+        let Some(queue) = s.queues.get_mut(s.queue_sel as usize) else { return };
+        match offset {
+            reg::QUEUE_READY => queue.ready = value & 1 == 1,
             _ if queue.ready => {}
-            reg::QUEUE_NUM => match u16::try_from(value) {
-                Ok(size) if size.is_power_of_two() && size <= max => queue.size = size,
-                _ => tracing::debug!(device = s.device.name(), value, "driver sets an impossible queue size"),
-            },
+            reg::QUEUE_NUM => {
+                let size = u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= max);
+                queue.size = size.unwrap_or(0);
+            }
             reg::QUEUE_DESC_LOW => set_half(&mut queue.desc, 0, value),
             reg::QUEUE_DESC_HIGH => set_half(&mut queue.desc, 1, value),
             reg::QUEUE_DRIVER_LOW => set_half(&mut queue.driver, 0, value),
@@ -272,6 +282,15 @@ impl MmioTransport {
             reg::QUEUE_DEVICE_LOW => set_half(&mut queue.device, 0, value),
             reg::QUEUE_DEVICE_HIGH => set_half(&mut queue.device, 1, value),
             _ => {}
+        }
+    }
+
+    fn stop_queue(&self, s: &mut State) {
+        let index = s.queue_sel as usize;
+        if s.queues.get_mut(index).is_some_and(|queue| std::mem::take(&mut queue.ready))
+            && let Err(e) = s.device.stop_queue(index as u16)
+        {
+            self.needs_reset(s, &e);
         }
     }
 
@@ -286,7 +305,7 @@ impl MmioTransport {
             let offered = s.device.features();
             if s.driver_features & !offered == 0 && s.driver_features & super::F_VERSION_1 != 0 {
                 s.status |= status::FEATURES_OK;
-            } else {
+            } else if s.complaints.add() {
                 tracing::warn!(
                     device = s.device.name(),
                     driver = format_args!("{:#x}", s.driver_features),
@@ -309,12 +328,13 @@ impl MmioTransport {
         for (index, (regs, kick)) in
             s.queues.iter().zip(&self.kicks).enumerate().filter(|(_, (q, _))| q.ready)
         {
+            let wrong = |reason: String| Error::Driver { device: s.device.name().to_owned(), reason };
+            if regs.size == 0 {
+                return Err(wrong(format!("set an impossible size of queue {index}")));
+            }
             // Alignment: descriptor table 16, driver area 2, device area 4 (2.7).
             if regs.desc % 16 != 0 || regs.driver % 2 != 0 || regs.device % 4 != 0 {
-                return Err(Error::Driver {
-                    device: s.device.name().to_owned(),
-                    reason: format!("set up queue {index} at unaligned addresses"),
-                });
+                return Err(wrong(format!("set up queue {index} at unaligned addresses")));
             }
             queues.push(ActiveQueue {
                 index: index as u16,

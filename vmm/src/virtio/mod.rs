@@ -19,6 +19,21 @@ pub const F_RING_INDIRECT_DESC: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_
 /// `VIRTIO_F_RING_EVENT_IDX`.
 pub const F_RING_EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+/// Counts what a driver does wrong and tells whether to log it: the first few times. A guest can repeat each of its
+/// mistakes a million times a second, and must not fill the host's log.
+#[derive(Debug, Default)]
+pub struct Complaints(u32);
+
+impl Complaints {
+    const LOGGED: u32 = 8;
+
+    /// One more; true if it is to be logged.
+    pub fn add(&mut self) -> bool {
+        self.0 = self.0.saturating_add(1);
+        self.0 <= Self::LOGGED
+    }
+}
+
 /// A queue as the driver has set it up; the transport has checked size and alignment, not that the addresses lie in
 /// guest memory.
 #[derive(Debug)]
@@ -79,6 +94,8 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<()>;
     /// Stops the device and forgets all that the driver told it. When this returns, nobody touches the queues any more.
     fn reset(&mut self) -> Result<()>;
+    /// Stops one queue until the next [`VirtioDevice::reset`]. When this returns, nobody touches it any more.
+    fn stop_queue(&mut self, index: u16) -> Result<()>;
     /// Stops the device because the run is over and no driver waits: as [`VirtioDevice::reset`], but without patience.
     fn shut_down(&mut self) -> Result<()> {
         self.reset()

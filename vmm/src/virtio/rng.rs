@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, F_VERSION_1, Interrupt, VirtioDevice};
+use super::{Activation, Complaints, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 
@@ -37,6 +37,7 @@ impl std::fmt::Debug for Rng {
 /// The device's work on the event loop.
 pub struct RngWorker {
     active: Arc<Mutex<Option<Active>>>,
+    complaints: Complaints,
     kick: Arc<EventFd>,
 }
 
@@ -61,7 +62,7 @@ impl std::fmt::Debug for RngQueue {
 impl RngQueue {
     /// The subscriber that serves the queue when `kick` notifies it.
     pub fn worker(self, kick: Arc<EventFd>) -> RngWorker {
-        RngWorker { active: self.active, kick }
+        RngWorker { active: self.active, complaints: Complaints::default(), kick }
     }
 }
 
@@ -116,6 +117,10 @@ impl VirtioDevice for Rng {
     fn reset(&mut self) -> Result<()> {
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
+    }
+
+    fn stop_queue(&mut self, _index: u16) -> Result<()> {
+        self.reset()
     }
 }
 
@@ -174,7 +179,9 @@ impl MutEventSubscriber for RngWorker {
             }
             Ok(()) => {}
             Err(e) => {
-                tracing::warn!(error = %e, "the driver broke the entropy queue: it is stopped");
+                if self.complaints.add() {
+                    tracing::warn!(error = %e, "the driver broke the entropy queue: it is stopped");
+                }
                 *slot = None;
             }
         }

@@ -11,6 +11,7 @@ const FEATURE: u64 = 1 << 5;
 struct Log {
     activations: Vec<(u64, Vec<(u16, u16)>)>,
     resets: usize,
+    stopped: Vec<u16>,
     fail: bool,
     interrupt: Option<Arc<dyn Interrupt>>,
 }
@@ -58,6 +59,10 @@ impl VirtioDevice for Fake {
     }
     fn reset(&mut self) -> Result<()> {
         self.log.lock().unwrap().resets += 1;
+        Ok(())
+    }
+    fn stop_queue(&mut self, index: u16) -> Result<()> {
+        self.log.lock().unwrap().stopped.push(index);
         Ok(())
     }
 }
@@ -111,13 +116,49 @@ fn driver_starts_resets_and_starts_again() {
     start(&t);
     assert_eq!(log.lock().unwrap().activations, vec![(F_VERSION_1, vec![(0, 128)])]);
     // Layout of a running queue does not change.
-    write(&t, reg::QUEUE_READY, 0);
-    assert_eq!(read(&t, reg::QUEUE_READY), 1);
+    write(&t, reg::QUEUE_NUM, 64);
+    write(&t, reg::QUEUE_READY, 1);
+    assert_eq!((read(&t, reg::QUEUE_READY), log.lock().unwrap().stopped.len()), (1, 0));
     write(&t, reg::STATUS, 0);
     assert_eq!((read(&t, reg::STATUS), read(&t, reg::QUEUE_READY)), (0, 0));
     start(&t);
     let log = log.lock().unwrap();
     assert_eq!((log.activations.len(), log.resets), (2, 1));
+}
+
+#[test]
+fn driver_stops_one_queue() {
+    let (t, log) = transport(false);
+    start(&t);
+    for _ in 0..2 {
+        write(&t, reg::QUEUE_READY, 0);
+        assert_eq!(read(&t, reg::QUEUE_READY), 0);
+    }
+    // One that never ran has nothing to stop, one that is stopped stays so, and a number beyond the last is nobody's.
+    for (queue, ready) in [(1, 0), (0, 1), (2, 0), (u32::MAX, 0)] {
+        write(&t, reg::QUEUE_SEL, queue);
+        write(&t, reg::QUEUE_READY, ready);
+        assert_eq!(read(&t, reg::QUEUE_READY), 0);
+    }
+    assert_eq!(log.lock().unwrap().stopped, vec![0]);
+    start(&t);
+    assert_eq!(log.lock().unwrap().activations.len(), 2);
+}
+
+#[test]
+fn impossible_queue_size_fails_the_start() {
+    for size in [0, 3, 512, 0x1_0080, u32::MAX] {
+        let (t, log) = transport(false);
+        write(&t, reg::QUEUE_SEL, 1);
+        write(&t, reg::QUEUE_NUM, size);
+        write(&t, reg::QUEUE_READY, 1);
+        write(&t, reg::DRIVER_FEATURES_SEL, 1);
+        write(&t, reg::DRIVER_FEATURES, (F_VERSION_1 >> 32) as u32);
+        write(&t, reg::STATUS, 0xb);
+        write(&t, reg::STATUS, 0xf);
+        assert_ne!(read(&t, reg::STATUS) & status::DEVICE_NEEDS_RESET, 0, "{size}");
+        assert!(log.lock().unwrap().activations.is_empty());
+    }
 }
 
 #[test]

@@ -139,7 +139,11 @@ impl Link {
             if overdue {
                 return Error::BackendTimeout { device: self.device.clone(), request, timeout };
             }
-            watch.failure.get_or_insert_with(|| format!("failed at {request}: {source}"));
+            if !in_step(&source) {
+                watch.failure.get_or_insert_with(|| format!("failed at {request}: {source}"));
+                // Whoever reads next would take a late answer for its own. This also ends the run.
+                let _ = self.stream.shutdown(std::net::Shutdown::Both);
+            }
             Error::Backend { device: self.device.clone(), request, source }
         })
     }
@@ -159,6 +163,22 @@ impl Drop for Link {
             let _ = thread.join();
         }
     }
+}
+
+/// Whether the connection can still be used after this error: the backend has answered properly, with a refusal, or
+/// nothing was sent at all.
+fn in_step(error: &vhost::Error) -> bool {
+    use vhost::vhost_user::Error as Protocol;
+    matches!(
+        error,
+        vhost::Error::VhostUserProtocol(
+            Protocol::BackendInternalError
+                | Protocol::InvalidParam
+                | Protocol::InvalidOperation(_)
+                | Protocol::InactiveFeature(_)
+                | Protocol::InactiveOperation(_)
+        )
+    )
 }
 
 fn watch(shared: &Shared, stream: &UnixStream) {
@@ -238,6 +258,36 @@ mod tests {
         assert!(matches!(error, Error::BackendTimeout { request: "GET_FEATURES", .. }), "{error}");
         // The connection is dead: the next call fails at once.
         assert!(link.call("GET_FEATURES", |f| f.get_features()).is_err());
+    }
+
+    #[test]
+    fn answer_to_another_question_ends_the_connection() {
+        use std::io::{Read, Write};
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let link = Link::from_stream("disk0", ours, 1).unwrap();
+        // Version 1, reply; eight bytes. GET_FEATURES is 1, GET_QUEUE_NUM 17.
+        let reply: Vec<u8> = [17u32, 5, 8, 1, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+        theirs.write_all(&reply).unwrap();
+        let error = link.call("GET_FEATURES", |f| f.get_features()).unwrap_err();
+        assert!(matches!(error, Error::Backend { .. }), "{error}");
+        theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut rest = Vec::new();
+        theirs.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest.len(), 12, "the request and the end");
+        assert!(link.shared.lock().failure.is_some());
+    }
+
+    #[test]
+    fn refusal_leaves_the_connection_as_it_is() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let link = Link::from_stream("disk0", ours, 1).unwrap();
+        let refuse = |_: &mut Frontend| -> vhost::Result<()> {
+            Err(vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError))
+        };
+        assert!(link.call("SET_CONFIG", refuse).is_err());
+        assert!(link.shared.lock().failure.is_none());
+        link.call("SET_OWNER", |f| f.set_owner()).unwrap();
+        drop(theirs);
     }
 
     #[test]

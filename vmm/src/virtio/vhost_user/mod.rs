@@ -14,7 +14,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use self::link::{END_TIMEOUT, Link, STOP_TIMEOUT};
-use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, Complaints, Interrupt, VirtioDevice};
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 
@@ -49,6 +49,7 @@ pub struct VhostUserDevice {
     config: Vec<u8>,
     memory_sent: bool,
     active: Vec<u16>,
+    complaints: Complaints,
 }
 
 impl VhostUserDevice {
@@ -94,6 +95,7 @@ impl VhostUserDevice {
             config: Vec::new(),
             memory_sent: false,
             active: Vec::new(),
+            complaints: Complaints::default(),
             kind,
         };
         device.refresh_config()?;
@@ -257,9 +259,10 @@ impl VirtioDevice for VhostUserDevice {
             .call("SET_CONFIG", |f| f.set_config(offset as u32, VhostUserConfigFlags::WRITABLE, data));
         match sent {
             Ok(()) => self.config[offset as usize..][..data.len()].copy_from_slice(data),
-            Err(e) => {
+            Err(e) if self.complaints.add() => {
                 tracing::warn!(device = self.name, error = %crate::chain(&e), "the backend refuses a change of configuration");
             }
+            Err(_) => {}
         }
     }
 
@@ -275,6 +278,13 @@ impl VirtioDevice for VhostUserDevice {
 
     fn reset(&mut self) -> Result<()> {
         self.stop_queues(STOP_TIMEOUT)
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Result<()> {
+        let Some(at) = self.active.iter().position(|active| *active == index) else { return Ok(()) };
+        self.active.remove(at);
+        self.link.call_within(STOP_TIMEOUT, "GET_VRING_BASE", |f| f.get_vring_base(usize::from(index)))?;
+        Ok(())
     }
 
     fn shut_down(&mut self) -> Result<()> {
