@@ -3,6 +3,7 @@
 #![allow(unreachable_pub, dead_code)] // The support modules are shared.
 
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -518,6 +519,35 @@ fn an_idle_server_sleeps_and_one_that_is_stuck_ends_in_time() {
     let made = passes() - before;
     assert!(made < 1000, "{made} passes while nothing can move");
     assert!(server.end() < Duration::from_secs(2));
+}
+
+/// The attack on a call descriptor that the threat model names: it stops the data path, and no more than that.
+#[test]
+fn a_call_descriptor_that_blocks_does_not_keep_the_process_from_ending() {
+    let mut server = Server::start(ADAPTIVE, lun(512, 400), 4, 1);
+    let guest = Guest::new();
+    let mut front = Front::start(&server.socket(), &guest, vec![guest.ring(0, 64)]);
+    let queue = &mut front.queues[0];
+    assert_eq!(queue.write(0, &[1; 512]).status, 0);
+    // No call is still to come.
+    eventually("it sleeps", || server.ask(r#"{"cmd":"metrics"}"#)["loop"]["sleeping"] == true);
+    let _ = queue.call.read();
+    queue.call.write(u64::MAX - 1).unwrap();
+    assert!(!queue.ring.arm(), "nothing is used, and the next element shall be told");
+    // The flag is that of the description which both sides share.
+    let pid = rustix::process::getpid();
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    let flags = rustix::process::PidfdGetfdFlags::empty();
+    let call = rustix::process::pidfd_getfd(pidfd, queue.call.as_raw_fd(), flags).unwrap();
+    rustix::fs::fcntl_setfl(&call, rustix::fs::OFlags::empty()).unwrap();
+    queue.submit(0, &Io { kind: 0, sector: 0, out: vec![], in_bytes: 512 });
+    eventually("the read is answered", || queue.ring.used_idx() == 2);
+    let start = Instant::now();
+    let error = server.result().unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    assert!(error.to_string().contains("stuck"), "{error}");
+    // Lets the thread go, which this process keeps.
+    queue.call.read().unwrap();
 }
 
 #[test]

@@ -18,7 +18,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::port::{Answer, Command, F_PROTOCOL_FEATURES, PortError, What};
-use super::vring::STOP_TIMEOUT;
+use super::vring::{STOP_TIMEOUT, eventfd};
 use crate::mailbox::Mailbox;
 use crate::mem::{MAX_REGIONS, MemTable, RegionSpec};
 
@@ -93,6 +93,11 @@ fn spec(region: &VhostUserMemoryRegion) -> RegionSpec {
     }
 }
 
+/// The descriptor of a kick, call or error message, if it brought one.
+fn event(queue: u8, fd: Option<File>) -> Result<Option<File>> {
+    fd.map(|fd| eventfd(fd, queue.into())).transpose().map_err(failed)
+}
+
 impl VhostUserBackendReqHandlerMut for Handler {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
@@ -159,14 +164,17 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_kick(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        let fd = event(queue, fd)?;
         self.order(What::SetVringKick { queue: queue.into(), fd })
     }
 
     fn set_vring_call(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        let fd = event(queue, fd)?;
         self.order(What::SetVringCall { queue: queue.into(), fd })
     }
 
     fn set_vring_err(&mut self, queue: u8, fd: Option<File>) -> Result<()> {
+        let fd = event(queue, fd)?;
         self.order(What::SetVringErr { queue: queue.into(), fd })
     }
 

@@ -76,13 +76,19 @@ pub enum PortError {
         #[source]
         source: RingError,
     },
-    /// A kick, call or error descriptor that cannot be used as one.
+    /// A kick, call or error descriptor that the system does not let us use.
     #[error("queue {queue}: descriptor cannot be used: {error}")]
     Descriptor {
         /// The queue.
         queue: u32,
         /// Why.
         error: rustix::io::Errno,
+    },
+    /// A kick, call or error descriptor of another kind.
+    #[error("queue {queue}: descriptor is not an eventfd")]
+    NotAnEventfd {
+        /// The queue.
+        queue: u32,
     },
     /// Feature bits that were not offered.
     #[error("features {0:#x} were not offered")]

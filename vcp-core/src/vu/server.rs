@@ -33,6 +33,9 @@ const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a status request waits for the data thread; the set-up thread does nothing else meanwhile.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// How long the data thread may take to end. It keeps to far less by itself, unless something outside holds it.
+const END_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// One device to serve.
 #[derive(Debug)]
 pub struct DeviceSpec<D> {
@@ -358,10 +361,16 @@ impl DataThread {
         Ok(Self { thread, stop: Arc::clone(stop), mailbox: Arc::clone(mailbox), ended })
     }
 
-    /// Asks the thread to end and waits for it.
+    /// Asks the thread to end and waits for it, for [`END_TIMEOUT`] at most.
     fn end(self) -> Result<(), ServeError> {
         self.stop.store(true, Ordering::Relaxed);
         self.mailbox.wake();
+        let mut fds = [PollFd::new(&self.ended, PollFlags::IN)];
+        let timeout = Timespec { tv_sec: END_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+        while let Err(rustix::io::Errno::INTR) = rustix::event::poll(&mut fds, Some(&timeout)) {}
+        if fds[0].revents().is_empty() {
+            return Err(ServeError::DataThread("it is stuck and ends with the process".into()));
+        }
         match self.thread.join() {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(ServeError::DataThread(error)),

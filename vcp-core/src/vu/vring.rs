@@ -1,12 +1,13 @@
 //! [`Vring`]: one virtqueue of a [`RingSet`](super::RingSet), running or not.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
+use rustix::fs::FileType;
 use virtio_queue::{Queue, QueueT};
 
 use super::port::{PortError, Reply};
@@ -83,10 +84,42 @@ pub(super) fn drop_kick(epoll: &OwnedFd, vring: &mut Vring) {
     }
 }
 
-/// A descriptor that we write to must never make the data thread wait, whatever the front end does with it.
+/// A kick, call or error descriptor, which must be an eventfd: to look at or write to anything else (a file of a FUSE
+/// server, say) could make the data thread wait for whoever is behind it, whatever its flags. Called on the thread of
+/// the connection.
+pub(super) fn eventfd(fd: File, queue: u32) -> Result<File, PortError> {
+    let is_eventfd = match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+        Ok(name) => name.as_os_str() == "anon_inode:[eventfd]",
+        // Without /proc only its kind is known: none that has a file behind it.
+        Err(_) => rustix::fs::fstat(&fd)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown),
+    };
+    if is_eventfd { Ok(fd) } else { Err(PortError::NotAnEventfd { queue }) }
+}
+
+/// A descriptor that we write to must not make the data thread wait. A front end that means harm can make it blocking
+/// again and fill it; `docs/threat-model.md` says what that does, and why it is left at that.
 pub(super) fn nonblocking(fd: File, queue: u32) -> Result<OwnedFd, PortError> {
     let flags = rustix::fs::fcntl_getfl(&fd).map_err(|error| PortError::Descriptor { queue, error })?;
     rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)
         .map_err(|error| PortError::Descriptor { queue, error })?;
     Ok(fd.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_eventfd_is_a_notification_descriptor() {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        eventfd(event.into(), 0).unwrap();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for other in [epoll.into(), reader.into(), writer.into(), file] {
+            let error = eventfd(other, 3).unwrap_err();
+            assert!(matches!(error, PortError::NotAnEventfd { queue: 3 }), "{error}");
+        }
+    }
 }

@@ -90,11 +90,16 @@ impl Server {
         serde_json::from_str(&line).unwrap()
     }
 
+    /// Ends the server; what it says.
+    pub fn result(&mut self) -> Result<(), ServeError> {
+        drop(self.stop.take());
+        self.thread.take().unwrap().join().unwrap()
+    }
+
     /// Ends the server; how long that took.
     pub fn end(mut self) -> Duration {
         let start = Instant::now();
-        drop(self.stop.take());
-        self.thread.take().unwrap().join().unwrap().unwrap();
+        self.result().unwrap();
         assert!(!self.socket().exists(), "the socket file stays behind");
         start.elapsed()
     }
