@@ -14,7 +14,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
-use super::{e820, elf, low_ram, put, too_small, write_cmdline};
+use super::{e820, elf, low_ram, open_regular, put, too_small, write_cmdline};
 use crate::config::VmConfig;
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
@@ -137,7 +137,7 @@ pub(super) fn load_segments(
 fn load_initrd(memory: &GuestMemory, config: &VmConfig, floor: u64, addr_max: u64) -> Result<(u64, u64)> {
     let Some(path) = &config.initrd else { return Ok((0, 0)) };
     let fail = |action: &'static str| move |source| Error::File { action, path: path.clone(), source };
-    let mut file = File::open(path).map_err(fail("open the initrd"))?;
+    let mut file = open_regular(path).map_err(fail("open the initrd"))?;
     let len = file.metadata().map_err(fail("read the initrd"))?.len();
     let addr_max = if addr_max == 0 { DEFAULT_INITRD_MAX } else { addr_max };
     let top = low_ram(config).min(addr_max.saturating_add(1));

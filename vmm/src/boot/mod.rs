@@ -8,6 +8,7 @@ pub mod ring3;
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -41,12 +42,8 @@ impl Kernel {
     /// Opens a kernel file and finds out what it is.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |action: &'static str| move |source| Error::File { action, path: path.to_owned(), source };
-        let mut file = File::open(path).map_err(fail("open the kernel"))?;
-        let meta = file.metadata().map_err(fail("read the kernel"))?;
         let not = |reason: String| Error::NotAKernel { path: path.to_owned(), reason };
-        if !meta.is_file() {
-            return Err(not("it is not a regular file".into()));
-        }
+        let mut file = open_regular(path).map_err(fail("open the kernel"))?;
         // A bzImage has its magic at 0x202.
         let mut head = Vec::new();
         (&mut file).take(0x206).read_to_end(&mut head).map_err(fail("read the kernel"))?;
@@ -93,6 +90,15 @@ impl Kernel {
             }
         }
     }
+}
+
+/// Opens a regular file. Nothing else is waited for: a pipe that nobody writes to would hold up the start for ever.
+pub(crate) fn open_regular(path: &Path) -> std::io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("it is not a regular file"));
+    }
+    Ok(file)
 }
 
 /// Memory below the hole, in bytes.
@@ -146,7 +152,16 @@ mod tests {
             assert!(matches!(Kernel::open(f.path()), Err(Error::NotAKernel { .. })));
         }
         assert!(matches!(Kernel::open(Path::new("/nonexistent")), Err(Error::File { .. })));
-        assert!(matches!(Kernel::open(Path::new("/tmp")), Err(Error::NotAKernel { .. })));
+        assert!(matches!(Kernel::open(Path::new("/tmp")), Err(Error::File { .. })));
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RUSR).unwrap();
+        let error = Kernel::open(&pipe).unwrap_err();
+        assert!(crate::chain(&error).contains("pipe: it is not a regular file"), "{}", crate::chain(&error));
     }
 
     #[test]

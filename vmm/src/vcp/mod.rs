@@ -127,7 +127,8 @@ impl VcpProcess {
                 Err(rustix::io::Errno::INTR) => continue,
                 other => other.map_err(Error::os("wait for a VCP"))?,
             };
-            if ready == 0 {
+            // A process that never stops talking is not ready either.
+            if ready == 0 || Instant::now() >= deadline {
                 return Err(fail(format!(
                     "vcp-iscsi (pid {pid}) was not ready within {timeout:?}: is the target reachable?"
                 )));
@@ -328,6 +329,14 @@ mod tests {
         let pid = process.pid();
         drop(process);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn chatter_is_not_readiness() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = start(dir.path(), "exec yes");
+        let error = process.wait_ready(Duration::from_millis(300), &never()).unwrap_err();
+        assert!(error.to_string().contains("was not ready within"), "{error}");
     }
 
     #[test]
