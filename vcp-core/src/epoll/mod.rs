@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -30,13 +30,9 @@ use crate::device::RingDevice;
 use crate::poll::{CLOSE_AT_EXIT, check_cpu, pin_to};
 use crate::process::Signals;
 use crate::vu::listen::SocketFile;
+use crate::vu::port::{F_INDIRECT, F_PROTOCOL_FEATURES};
 use crate::vu::server::system;
-use crate::vu::{DeviceSpec, ServeError, ServeOptions};
-
-const F_INDIRECT: u64 = 1 << 28;
-const F_PROTOCOL_FEATURES: u64 = 1 << 30;
-/// How long a stop waits for requests in flight, as in the poll server.
-const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+use crate::vu::{DeviceSpec, STOP_TIMEOUT, ServeError, ServeOptions};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 type Vring = VringRwLock<Memory>;

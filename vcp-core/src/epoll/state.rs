@@ -183,7 +183,8 @@ impl<D: RingDevice> State<D> {
         let _ = rustix::io::read(&self.timer, &mut count);
         let mut idle = false;
         for _ in 0..PASSES {
-            idle = !self.pass() && !(self.device.has_room() && self.arm());
+            let more = self.pass() || self.device.has_room() && self.arm();
+            idle = !more;
             if idle {
                 break;
             }

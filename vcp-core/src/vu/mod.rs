@@ -18,3 +18,4 @@ mod vring;
 
 pub use rings::RingSet;
 pub use server::{DeviceSpec, ServeError, ServeOptions, serve};
+pub(crate) use vring::STOP_TIMEOUT;

@@ -14,10 +14,10 @@ use crate::device::RingDevice;
 use crate::mem::GuestMap;
 use crate::queue::RingError;
 
-/// `VIRTIO_RING_F_INDIRECT_DESC`, `VIRTIO_RING_F_EVENT_IDX`, `VHOST_USER_F_PROTOCOL_FEATURES`.
-const F_INDIRECT: u64 = 1 << 28;
+/// `VIRTIO_RING_F_INDIRECT_DESC` and `VIRTIO_RING_F_EVENT_IDX`.
+pub(crate) const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
-/// The vhost-user feature bit, taken from the driver's bits before the device sees them.
+/// `VHOST_USER_F_PROTOCOL_FEATURES`, taken from the driver's bits before the device sees them.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// A set-up message that cannot be carried out.

@@ -341,6 +341,24 @@ fn cache_modes_decide_what_follows_a_write() {
 }
 
 #[test]
+fn a_cache_mode_that_changes_under_way_is_that_of_the_next_write() {
+    let mut bed = Bed::new(Lun { fua: true, ..lun(512, 64) }, 1);
+    bed.device.write_config(32, &[0]);
+    bed.device.engine().control.lock().unwrap().held = true;
+    bed.push(OUT, 0, &[7; 512 * 20], 1);
+    bed.run();
+    bed.device.write_config(32, &[1]);
+    let unit = Lun { fua: false, ..lun(512, 64) };
+    bed.device.engine().control.lock().unwrap().changed = Some(unit);
+    bed.device.engine().control.lock().unwrap().held = false;
+    bed.run();
+    let fua = Op::Write { fua: true };
+    assert_eq!(bed.log(), [(fua, 0, 7), (fua, 7, 7), (fua, 14, 6)]);
+    bed.one(OUT, 0, &[7; 512], 0);
+    assert_eq!(bed.log(), [(Op::Write { fua: false }, 0, 1)]);
+}
+
+#[test]
 fn a_failed_write_is_not_followed_by_a_flush() {
     let mut bed = Bed::new(lun(512, 64), 4);
     bed.device.write_config(32, &[0]);

@@ -160,23 +160,25 @@ pub fn read_ranges(lun: &Lun, kind: Kind, payload: &GuestBuf) -> Result<Ranges, 
         Kind::Discard => max_discard_sectors(lun),
         _ => max_write_zeroes_sectors(lun),
     };
+    let allowed = if kind == Kind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
     let mut ranges = Ranges { count, ..Ranges::default() };
+    let mut fits = true;
     for (index, range) in ranges.ranges[..count].iter_mut().enumerate() {
         let mut bytes = [0; RANGE_BYTES];
         payload.copy_to(index * RANGE_BYTES, &mut bytes);
         let sector = u64::from_le_bytes(bytes[..8].try_into().unwrap_or_default());
         let sectors = u32::from_le_bytes(bytes[8..12].try_into().unwrap_or_default());
         let flags = u32::from_le_bytes(bytes[12..].try_into().unwrap_or_default());
-        let allowed = if kind == Kind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         if flags & !allowed != 0 {
             return Err(Status::Unsupported);
         }
-        if sectors > max_sectors {
-            return Err(Status::IoError);
+        // Flags in a later range come before that in the answer.
+        match blocks(lun, sector, u64::from(sectors), flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0) {
+            Ok(within) if sectors <= max_sectors => *range = within,
+            _ => fits = false,
         }
-        *range = blocks(lun, sector, u64::from(sectors), flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0)?;
     }
-    Ok(ranges)
+    if fits { Ok(ranges) } else { Err(Status::IoError) }
 }
 
 #[cfg(test)]
@@ -238,6 +240,12 @@ mod tests {
         assert_eq!(refused(Kind::Discard, &[(0, 1, 0), (950, 51, 0)]), Status::IoError, "past the end");
         assert_eq!(refused(Kind::Discard, &[(0, 1, 1)]), Status::Unsupported, "unmap flag on a discard");
         assert_eq!(refused(Kind::WriteZeroes, &[(0, 1, 2)]), Status::Unsupported, "reserved flag");
+        let both = [(950, 51, 0), (0, 1, 1)];
+        assert_eq!(
+            refused(Kind::Discard, &both),
+            Status::Unsupported,
+            "any such flag, whatever else is wrong"
+        );
         assert_eq!(refused(Kind::Discard, &[]), Status::IoError, "no range");
         assert_eq!(refused(Kind::Discard, &[(0, 1, 0); MAX_RANGES + 1]), Status::IoError, "too many");
         assert_eq!(
