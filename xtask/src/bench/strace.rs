@@ -28,10 +28,13 @@ impl Strace {
             .spawn()
             .context("cannot start strace")?;
         let stderr = child.stderr.take().context("strace has no standard error")?;
-        let first = BufReader::new(stderr).lines().next().transpose()?.unwrap_or_default();
+        let mut lines = BufReader::new(stderr).lines();
+        let first = lines.next().transpose()?.unwrap_or_default();
         if !first.contains("attached") {
             bail!("strace did not attach to process {pid}: {first}");
         }
+        // It reports every new thread; with nobody reading, the broken pipe would end it in the middle.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Ok(Self { child, summary })
     }
 
