@@ -254,16 +254,22 @@ fn without_fua_a_forced_write_is_followed_by_a_flush() {
 
 #[test]
 fn a_success_for_data_that_was_not_sent_yet_is_none() {
-    let target = Faulty::start(8192);
+    const BYTES: usize = 256 << 10;
+    let target = Faulty::start(32 * 512);
     // A forced write becomes a flush when it succeeds, and gives its data up.
     target.state.lock().unwrap().fua = false;
     let engine = IscsiEngine::open(options(&target)).unwrap();
     let mut bench = Bench { target, engine };
-    bench.target.fault(&[Fault::Early]);
-    let data = GuestBuf::for_test(512 << 10);
-    data.copy_from(0, &vec![7; 512 << 10]);
-    assert_eq!(bench.run(Op::Write { fua: true }, 0, data).outcome, Outcome::Ok);
-    assert!(bench.target.state.lock().unwrap().disk[..512 << 10].iter().all(|&b| b == 7));
+    // More than sockets hold.
+    bench.target.fault(&[Fault::Early; 32]);
+    for tag in 0..32 {
+        let data = GuestBuf::for_test(BYTES);
+        let (op, blocks) = (Op::Write { fua: true }, (BYTES / 512) as u32);
+        bench.engine.submit(Request { tag, op, lba: tag * u64::from(blocks), blocks, data });
+    }
+    let mut done = Vec::new();
+    bench.until(&mut done, |_, done| done.len() == 32);
+    assert!(done.iter().all(|c| c.outcome == Outcome::Ok));
     let seen = bench.engine.stats().violations;
     assert!(seen.iter().any(|(words, _)| words.contains("not all data was fetched")), "{seen:?}");
     assert_eq!(bench.engine.stats().sessions_lost, 1, "it read nothing any more");
@@ -285,6 +291,10 @@ fn another_portal_group_is_reset_before_anything_is_repeated() {
 
     // Another one, with a write in doubt; it cannot be sure of it at first.
     let state = std::sync::Arc::clone(&bench.target.state);
+    let resets_and_byte = || {
+        let state = state.lock().unwrap();
+        (state.resets, state.disk[0])
+    };
     state.lock().unwrap().group = 3;
     state.lock().unwrap().refuse_resets = true;
     bench.target.fault(&[Fault::Close(false)]);
@@ -295,11 +305,11 @@ fn another_portal_group_is_reset_before_anything_is_repeated() {
     let lost = bench.engine.stats().sessions_lost;
     bench.until(&mut done, |engine, _| engine.stats().sessions_lost >= lost + 3);
     assert!(done.is_empty());
-    assert_eq!((state.lock().unwrap().resets, state.lock().unwrap().disk[0]), (0, 3));
+    assert_eq!(resets_and_byte(), (0, 3));
     state.lock().unwrap().refuse_resets = false;
     bench.until(&mut done, |_, done| !done.is_empty());
     assert_eq!(done[0].outcome, Outcome::Ok);
-    assert_eq!((state.lock().unwrap().resets, state.lock().unwrap().disk[0]), (1, 4));
+    assert_eq!(resets_and_byte(), (1, 4));
     assert_eq!(bench.read(0, 512).0, Outcome::Ok);
     assert_eq!(state.lock().unwrap().resets, 1);
 }

@@ -134,6 +134,12 @@ pub enum SessionError {
         /// What came of it.
         why: &'static str,
     },
+    /// The reset that [`Session::reset_unit`](super::Session::reset_unit) asked for.
+    #[error("LOGICAL UNIT RESET failed: {why}")]
+    ResetFailed {
+        /// What came of it.
+        why: &'static str,
+    },
     /// The target takes no commands.
     #[error("the command window stayed closed for longer than a command's time limit")]
     WindowClosed,

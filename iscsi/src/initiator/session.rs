@@ -51,6 +51,11 @@ pub enum Event {
         /// The slot of the command.
         slot: u16,
     },
+    /// [`Session::reset_unit`] was carried out: no earlier command of the unit, of whatever session, acts any more.
+    UnitReset {
+        /// The unit.
+        lun: Lun,
+    },
     /// The target asks for a logout (Async events 1 and 4); it follows as soon as no command is underway.
     LogoutWanted,
     /// The logout was answered: nothing more may be sent; unanswered commands may be repeated on a new session after

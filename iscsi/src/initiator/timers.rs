@@ -20,7 +20,7 @@ const REJECTED_TASK_GRACE: Duration = Duration::from_secs(1);
 pub(super) struct Tmf {
     function: TaskFunction,
     itt: Itt,
-    /// The task that took too long.
+    /// The task that took too long; the reserved tag if the caller wants the function.
     task: Itt,
     lun: Lun,
     ref_cmd_sn: Serial,
@@ -117,6 +117,22 @@ impl Session {
         Ok(())
     }
 
+    /// Sends LOGICAL UNIT RESET, which ends the unit's tasks of all sessions (SAM-5 7.7): for a caller who cannot know
+    /// whether an earlier session of his is at its end. [`Event::UnitReset`] follows, or
+    /// [`SessionError::ResetFailed`]. For a session without commands.
+    pub fn reset_unit(&mut self, lun: Lun, now: Instant) {
+        debug_assert!(self.tmf.is_none() && self.outstanding() == 0, "the session is in use");
+        self.tmf = Some(Tmf {
+            function: TaskFunction::LogicalUnitReset,
+            itt: self.control_tag(SLOT_TMF),
+            task: Itt::NONE,
+            lun,
+            ref_cmd_sn: Serial(0),
+            sent: false,
+            deadline: now + self.config.task_management_timeout,
+        });
+    }
+
     fn start_tmf(&mut self, function: TaskFunction, slot: u16, now: Instant) {
         let itt = self.control_tag(SLOT_TMF);
         self.tmf = Some(Tmf {
@@ -135,6 +151,9 @@ impl Session {
 
     /// The function failed: the next step of the ladder.
     fn escalate(&mut self, tmf: &Tmf, why: &'static str, now: Instant) -> Result<(), SessionError> {
+        if tmf.task.is_none() {
+            return Err(SessionError::ResetFailed { why });
+        }
         if tmf.function == TaskFunction::AbortTask
             && let Some(slot) = self.find(tmf.task)
         {
@@ -199,6 +218,9 @@ impl Session {
                     self.finish(slot, Outcome::Aborted);
                 }
             }
+        }
+        if tmf.task.is_none() {
+            self.events.push_back(Event::UnitReset { lun: tmf.lun });
         }
         self.tmf_over();
         Ok(())

@@ -247,7 +247,7 @@ impl Client {
 /// # Errors
 /// The portal cannot be reached or refuses us.
 pub fn dial(options: &Arc<Options>, purpose: Purpose) -> Result<LoggedIn, PortalError> {
-    let mut dial = Dial::start(Arc::clone(options), purpose, None, Instant::now())?;
+    let mut dial = Dial::start(Arc::clone(options), purpose, Instant::now())?;
     loop {
         let now = Instant::now();
         if let Some(logged_in) = dial.poll(now)? {

@@ -37,7 +37,6 @@ pub struct Dial {
     addresses: VecDeque<SocketAddr>,
     last_error: Option<io::Error>,
     redirects: u32,
-    portal_group_tag: Option<u16>,
     state: State,
     /// For the state at hand.
     deadline: Instant,
@@ -45,17 +44,11 @@ pub struct Dial {
 }
 
 impl Dial {
-    /// Starts an attempt. `portal_group_tag`: the one that must answer, so that the login reinstates the session that
-    /// was lost; a target that redirects may name another.
+    /// Starts an attempt.
     ///
     /// # Errors
     /// Not even that is possible.
-    pub fn start(
-        options: Arc<Options>,
-        purpose: Purpose,
-        portal_group_tag: Option<u16>,
-        now: Instant,
-    ) -> Result<Self, PortalError> {
+    pub fn start(options: Arc<Options>, purpose: Purpose, now: Instant) -> Result<Self, PortalError> {
         let mut dial = Self {
             portal: options.url.portal.clone(),
             options,
@@ -63,7 +56,6 @@ impl Dial {
             addresses: VecDeque::new(),
             last_error: None,
             redirects: 0,
-            portal_group_tag,
             state: State::Over,
             deadline: now,
             polled: now,
@@ -128,13 +120,7 @@ impl Dial {
                             return Ok(None);
                         };
                         self.deadline = now + self.options.timeouts.login;
-                        let port = LoginPort::start(
-                            stream,
-                            &self.options,
-                            self.purpose,
-                            &self.portal,
-                            self.portal_group_tag,
-                        )?;
+                        let port = LoginPort::start(stream, &self.options, self.purpose, &self.portal)?;
                         self.state = State::Login(Box::new(port));
                     }
                     Err(error) => {
@@ -158,7 +144,6 @@ impl Dial {
                         }
                         tracing::info!(from = %self.portal, to = %portal, "target redirects");
                         self.portal = portal;
-                        self.portal_group_tag = None;
                         self.go(now)?;
                     }
                     Err(error) => {

@@ -178,11 +178,10 @@ impl LoginPort {
         options: &Options,
         purpose: Purpose,
         portal: &Portal,
-        portal_group_tag: Option<u16>,
     ) -> Result<Self, PortalError> {
         let target = purpose.target_name(options);
         let failed = |error: &LoginError| login_failed(portal, &target, error);
-        let config = config(options, purpose, portal_group_tag).map_err(|error| failed(&error))?;
+        let config = config(options, purpose).map_err(|error| failed(&error))?;
         let (login, first) = Login::start(config).map_err(|error| failed(&error))?;
         let mut port = Self {
             stream: Some(stream),
@@ -343,12 +342,11 @@ fn account(credentials: &Credentials) -> Result<Account, ChapError> {
     Account::new(&credentials.user, secret)
 }
 
-fn config(options: &Options, purpose: Purpose, portal_group_tag: Option<u16>) -> Result<Config, LoginError> {
+fn config(options: &Options, purpose: Purpose) -> Result<Config, LoginError> {
     let mut config = Config::new(&options.initiator, Isid(options.isid()));
     if purpose == Purpose::Normal {
         config.target_name.clone_from(&options.url.target);
     }
-    config.portal_group_tag = portal_group_tag;
     config.params = Params {
         header_digest: policy(options.header_digest),
         data_digest: policy(options.data_digest),

@@ -36,7 +36,7 @@ pub enum Fault {
     Hang,
     /// The connection is closed without an answer; `true`: after the command was carried out.
     Close(bool),
-    /// A WRITE: GOOD as soon as all its data was asked for, and nothing is read any more.
+    /// WRITEs: GOOD for all of them as soon as the last one's data was asked for, and nothing is read any more.
     Early,
     /// The unit now has this many blocks, and says so by a unit attention.
     Resize(u64),
@@ -118,8 +118,8 @@ struct Connection {
     /// Tasks that will never be answered, tasks whose response is to be spoiled.
     spoil_response: Option<u32>,
     spoil_digest: bool,
-    /// The task of [`Fault::Early`].
-    early: Option<u32>,
+    /// The tasks of [`Fault::Early`], and whether they are all.
+    early: (Vec<u32>, bool),
 }
 
 impl Connection {
@@ -133,7 +133,7 @@ impl Connection {
             buffers: Vec::new(),
             spoil_response: None,
             spoil_digest: false,
-            early: None,
+            early: (Vec::new(), false),
         }
     }
 
@@ -267,25 +267,28 @@ impl Connection {
                 *out.last_mut().unwrap() ^= 0x55;
             }
         }
-        if let (Some(itt), Some(sn)) = (self.early.take(), next) {
-            let response = iscsi::pdu::ScsiResponse {
-                response: iscsi::pdu::ScsiResponseCode::Completed,
-                status: Status::GOOD.0,
-                residual: iscsi::pdu::Residual::None,
-                bidi_residual: iscsi::pdu::Residual::None,
-                data_len_bytes: 0,
-                itt: iscsi::pdu::Itt(itt),
-                snack_tag: 0,
-                sn,
-                exp_data_sn: Serial(0),
-            };
+        if let (true, Some(mut sn)) = (self.early.1, next) {
+            let mut responses = Vec::new();
+            for &itt in &self.early.0 {
+                let response = iscsi::pdu::ScsiResponse {
+                    response: iscsi::pdu::ScsiResponseCode::Completed,
+                    status: Status::GOOD.0,
+                    residual: iscsi::pdu::Residual::None,
+                    bidi_residual: iscsi::pdu::Residual::None,
+                    data_len_bytes: 0,
+                    itt: iscsi::pdu::Itt(itt),
+                    snack_tag: 0,
+                    sn,
+                    exp_data_sn: Serial(0),
+                };
+                append_pdu(&mut responses, &response.encode(), &[], self.digests);
+                sn.stat_sn = sn.stat_sn.next();
+            }
             self.stream.write_all(&out)?;
             // The data is on its way, but stays with the sender for the most part.
             let mut fds = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::IN)];
             rustix::event::poll(&mut fds, None)?;
-            out.clear();
-            append_pdu(&mut out, &response.encode(), &[], self.digests);
-            self.stream.write_all(&out)?;
+            self.stream.write_all(&responses)?;
             // Until the other side has had enough of it.
             let mut fds = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::RDHUP)];
             rustix::event::poll(&mut fds, None)?;
@@ -308,7 +311,8 @@ impl Connection {
                 let mut state = self.state.lock().unwrap();
                 if state.faults.front() == Some(&Fault::Early) {
                     state.faults.pop_front();
-                    self.early = Some(command.itt.0);
+                    self.early.0.push(command.itt.0);
+                    self.early.1 = state.faults.is_empty();
                 }
                 drop(state);
                 let now = accepted.immediate_len as usize;

@@ -5,7 +5,8 @@
 //! byte - is dealt with here by repetition, as often as [`MAX_FAILURES`] and the time limits allow; the device model
 //! only hears of what repetition will not cure. After a lost connection nothing is repeated before a new login *with the
 //! same ISID* has succeeded: the target then has ended the old session and with it every command of it (RFC 7143
-//! 6.3.5), so that none can act later and overwrite newer data.
+//! 6.3.5), so that none can act later and overwrite newer data. Where that does not hold, because another portal group
+//! answers now, the unit is reset first.
 
 mod outcomes;
 mod recovery;
@@ -80,6 +81,20 @@ enum Phase {
     Closed,
 }
 
+/// What a login with the same ISID must come to so that it ends the earlier session (RFC 7143 6.3.5): the portal group,
+/// or of a target that does not name it, the portal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Group(u16),
+    Portal(String),
+}
+
+impl From<&Negotiated> for Place {
+    fn from(session: &Negotiated) -> Self {
+        session.portal_group_tag.map_or_else(|| Self::Portal(session.portal.clone()), Self::Group)
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug)]
 pub struct IscsiEngine {
@@ -109,6 +124,8 @@ pub struct IscsiEngine {
     closing: bool,
     /// [`Engine::abandon`] was called: nobody waits for what is underway, so nothing of it is repeated.
     abandoned: bool,
+    /// Where the last session was lost with commands underway, until it is certain that they are dead.
+    in_doubt: Option<Place>,
     attempts: u32,
     up_since: Instant,
     jitter: u64,
@@ -159,6 +176,7 @@ impl IscsiEngine {
             changed: false,
             closing: false,
             abandoned: false,
+            in_doubt: None,
             attempts: 0,
             up_since: Instant::now(),
             jitter,
@@ -279,6 +297,7 @@ impl IscsiEngine {
                     let command = self.jobs.get(slot).map_or("", |j| j.command.cdb.name());
                     tracing::warn!(url = %self.options.url, step, command, "a command takes too long");
                 }
+                Event::UnitReset { .. } => self.unit_reset(now),
                 Event::LogoutWanted => {
                     tracing::info!(url = %self.options.url, "the target asks for a logout");
                 }

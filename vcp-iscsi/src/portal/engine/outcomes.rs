@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use iscsi::initiator::{Command, Direction, Outcome as TaskOutcome};
+use iscsi::initiator::{Command, Direction, Outcome as TaskOutcome, Violation};
 use iscsi::scsi::sense::Action;
 use iscsi::scsi::{self, Cdb, SenseKey, Status, unmap};
 
@@ -190,6 +190,11 @@ impl IscsiEngine {
             TaskOutcome::Aborted => return self.retry_failed(slot, "it took too long and was aborted", now),
         };
         match status {
+            // Claimed for data that is still here: it cannot be stored, and what refers to it must not change.
+            Status::GOOD if self.jobs.get(slot).is_some_and(|j| j.unsent > 0) => {
+                self.counters.count(Violation::Unfetched);
+                return self.retry_failed(slot, &Violation::Unfetched.to_string(), now);
+            }
             Status::GOOD => return self.good(slot, now),
             Status::BUSY | Status::TASK_SET_FULL => {
                 self.stats.busy += 1;

@@ -7,7 +7,7 @@ use iscsi::initiator::{Outcome as TaskOutcome, SessionError, Violation};
 use iscsi::pdu::framing::FrameError;
 use iscsi::scsi::Status;
 
-use super::{IscsiEngine, MAX_FAILURES, Phase, add_wire, chain, own_job};
+use super::{IscsiEngine, MAX_FAILURES, Phase, Place, add_wire, chain, own_job};
 use crate::engine::Outcome;
 use crate::portal::PortalError;
 use crate::portal::link::Dial;
@@ -135,6 +135,9 @@ impl IscsiEngine {
             // The connection is closed here; nothing of it is sent any more.
             self.scratch.clear();
             wire.session.unanswered(&mut self.scratch);
+            if self.scratch.iter().any(|&slot| slot != self.own_slot) {
+                self.in_doubt = Some(Place::from(&self.negotiated));
+            }
             drop(wire);
             self.jobs.take(self.own_slot);
             for (_, job) in self.jobs.iter_mut() {
@@ -199,12 +202,35 @@ impl IscsiEngine {
         self.lost(error, time2wait_s, blamed, now);
     }
 
+    /// Makes sure that what the session before left underway is dead: by the login itself if it came to the same portal
+    /// group, else by a reset of the unit, before which nothing else is sent.
+    fn settle_doubt(&mut self, now: Instant) {
+        let here = Place::from(&self.negotiated);
+        if self.in_doubt.as_ref().is_none_or(|before| *before == here) {
+            self.in_doubt = None;
+            return;
+        }
+        tracing::warn!(url = %self.options.url, before = ?self.in_doubt, now = ?here, "another portal group answers: the unit is reset");
+        if let (Some(wire), Phase::Probing { later, .. }) = (&mut self.wire, &mut self.phase) {
+            *later = None;
+            wire.session.reset_unit(self.lun_address, now);
+            self.stats.task_management += 1;
+        }
+    }
+
+    /// The reset was carried out: the unit can be looked at.
+    pub(super) fn unit_reset(&mut self, now: Instant) {
+        self.in_doubt = None;
+        if let Phase::Probing { later, .. } = &mut self.phase {
+            *later = Some(now);
+        }
+    }
+
     /// Gets the session back.
     pub(super) fn reconnect(&mut self, now: Instant) -> bool {
         match &mut self.phase {
             Phase::Waiting { until } if *until <= now => {
-                let tag = self.negotiated.portal_group_tag;
-                match Dial::start(Arc::clone(&self.options), Purpose::Normal, tag, now) {
+                match Dial::start(Arc::clone(&self.options), Purpose::Normal, now) {
                     Ok(dial) => self.phase = Phase::Dialing(Box::new(dial)),
                     Err(error) => {
                         self.lost(&error, 0, None, now);
@@ -224,6 +250,7 @@ impl IscsiEngine {
                 self.negotiated = logged_in.negotiated();
                 self.wire = Some(logged_in.into_wire(&self.options, now));
                 self.start_probe(now);
+                self.settle_doubt(now);
                 tracing::info!(url = %self.options.url, repeat = self.waiting.len(), "session regained");
                 true
             }
