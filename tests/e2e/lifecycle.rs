@@ -34,7 +34,7 @@ fn bad_initrd_is_told_before_a_vcp_is_started() -> Result<()> {
         return Ok(());
     }
     let dir = tempfile::tempdir()?;
-    let program = dir.path().join("vcp-iscsi");
+    let program = dir.path().join("program");
     std::fs::write(&program, format!("#!/bin/sh\n: >{}\n", dir.path().join("started").display()))?;
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     let kernel = linux::guest()?.kernel;

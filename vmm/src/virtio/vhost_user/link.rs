@@ -53,6 +53,7 @@ pub struct Link {
     stream: UnixStream,
     shared: Arc<Shared>,
     watchdog: Option<std::thread::JoinHandle<()>>,
+    message_timeout: Duration,
 }
 
 impl std::fmt::Debug for Link {
@@ -106,7 +107,15 @@ impl Link {
             stream,
             shared,
             watchdog: Some(watchdog),
+            message_timeout: MESSAGE_TIMEOUT,
         })
+    }
+
+    /// Less patience than [`MESSAGE_TIMEOUT`].
+    #[cfg(test)]
+    pub(crate) fn with_message_timeout(mut self, timeout: Duration) -> Self {
+        self.message_timeout = timeout;
+        self
     }
 
     /// The front end, for settings that send nothing.
@@ -120,7 +129,7 @@ impl Link {
         request: &'static str,
         f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
-        self.call_within(MESSAGE_TIMEOUT, request, f)
+        self.call_within(self.message_timeout, request, f)
     }
 
     /// [`Link::call`] with a limit of its own.
