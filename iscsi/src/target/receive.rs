@@ -12,7 +12,7 @@ use crate::serial::Serial;
 
 use super::control::Answer;
 use super::session::{Completion, Event, IMMEDIATE_SLOTS, NO_SN, Placement, Session, SessionError};
-use super::task::{State, Task, TaskId};
+use super::task::{State, Task};
 
 /// What the CmdSN of a PDU says.
 enum Order {
@@ -176,10 +176,11 @@ impl Session {
             // No command of a direct access device that is supported here moves data both ways.
             let sense = Sense::new(SenseKey::IllegalRequest, asc::INVALID_FIELD_IN_CDB).encode_fixed();
             let status = Status::CHECK_CONDITION;
-            self.complete(TaskId(slot), Completion { status, device_len: 0, sense: &sense });
+            let task = self.id(slot);
+            self.complete(task, Completion { status, device_len: 0, sense: &sense });
             return Ok(Event::Handled);
         }
-        Ok(Event::Command(TaskId(slot)))
+        Ok(Event::Command(self.id(slot)))
     }
 
     fn data_out(&mut self, bhs: &Bhs, digest_ok: bool) -> Result<Event, SessionError> {
@@ -253,9 +254,9 @@ impl Session {
         if complete {
             t.state = State::Executing;
         } else if data.final_bit {
-            self.solicit(TaskId(slot));
+            self.solicit(slot);
         }
-        Ok(Event::Data(Placement { task: TaskId(slot), offset, len, complete }))
+        Ok(Event::Data(Placement { task: self.id(slot), offset, len, complete }))
     }
 
     /// The slot that a target transfer tag names, if the tag is one that is still answered.
@@ -263,7 +264,7 @@ impl Session {
         let slot = data.ttt.0 as u16;
         let t = self.tasks.get(usize::from(slot))?;
         let matches =
-            t.generation == (data.ttt.0 >> 24) as u8 && t.itt == data.itt.0 && t.r2t_sn != t.r2t_done;
+            t.generation & 0xFF == data.ttt.0 >> 24 && t.itt == data.itt.0 && t.r2t_sn != t.r2t_done;
         matches.then_some(slot)
     }
 
@@ -320,9 +321,10 @@ impl Session {
             .find(request.referenced_itt)
             .filter(|&slot| self.tasks[usize::from(slot)].lun.number() == request.lun.number());
         if let Some(slot) = found {
+            let task = self.id(slot);
             self.abort(slot);
             self.complete_task_management(request.itt, TaskResponseCode::Complete);
-            return Event::Aborted(TaskId(slot));
+            return Event::Aborted(task);
         }
         // A command that has not come yet counts as received and aborted (11.5.1, 11.6.1).
         let never_came = request.ref_cmd_sn.in_window(self.exp_cmd_sn, self.max_cmd_sn())

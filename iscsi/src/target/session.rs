@@ -253,10 +253,10 @@ impl Session {
     }
 
     /// The device takes `device_len` bytes for a command that was just announced. If the data is already there,
-    /// carry the command out at once.
+    /// carry the command out at once. Nothing happens if the task has ended meanwhile.
     pub fn accept_data(&mut self, task: TaskId, device_len: u32) -> Accepted {
         let t = &mut self.tasks[task.slot()];
-        if t.state != State::Started {
+        if t.generation != task.generation || t.state != State::Started {
             return Accepted { immediate_len: 0, complete: false };
         }
         t.device_len = device_len;
@@ -266,15 +266,18 @@ impl Session {
         t.state = if complete { State::Executing } else { State::Receiving };
         let immediate_len = t.immediate_len.min(t.want);
         if !complete {
-            self.solicit(task);
+            self.solicit(task.slot);
         }
         Accepted { immediate_len, complete }
     }
 
-    /// A command ended. Its status goes out as soon as no more data of the initiator is under way.
+    /// A command ended. Its status goes out as soon as no more data of the initiator is under way. Nothing happens if
+    /// the task was aborted meanwhile.
     pub fn complete(&mut self, task: TaskId, completion: Completion<'_>) {
         let t = &mut self.tasks[task.slot()];
-        if !matches!(t.state, State::Started | State::Receiving | State::Executing) {
+        if t.generation != task.generation
+            || !matches!(t.state, State::Started | State::Receiving | State::Executing)
+        {
             return;
         }
         t.status = completion.status.0;
@@ -291,7 +294,7 @@ impl Session {
             t.state = State::Draining;
         } else {
             t.state = State::Sending;
-            self.enqueue(task.0);
+            self.enqueue(task.slot);
         }
     }
 
@@ -300,8 +303,9 @@ impl Session {
         for slot in 0..self.tasks.len() as u16 {
             let t = &self.tasks[usize::from(slot)];
             if t.state != State::Free && lun.is_none_or(|lun| lun.number() == t.lun.number()) {
+                let task = self.id(slot);
                 self.abort(slot);
-                ended(TaskId(slot));
+                ended(task);
             }
         }
     }
@@ -356,9 +360,9 @@ impl Session {
     }
 
     /// Lets a task ask for data, or ends it if nothing more is to come.
-    pub(super) fn solicit(&mut self, task: TaskId) {
+    pub(super) fn solicit(&mut self, slot: u16) {
         let max_r2t = u32::from(self.config.max_outstanding_r2t);
-        let t = &mut self.tasks[task.slot()];
+        let t = &mut self.tasks[usize::from(slot)];
         if t.state != State::Receiving || t.unsolicited_open {
             return;
         }
@@ -368,7 +372,7 @@ impl Session {
         }
         let outstanding = t.r2t_sn.wrapping_sub(t.r2t_done);
         if t.requested < t.want && outstanding < max_r2t {
-            self.enqueue(task.0);
+            self.enqueue(slot);
         }
     }
 
@@ -387,11 +391,14 @@ impl Session {
         {
             let sense = Sense::new(SenseKey::AbortedCommand, code).encode_fixed();
             t.want = 0;
-            self.complete(
-                TaskId(slot),
-                Completion { status: Status::CHECK_CONDITION, device_len: 0, sense: &sense },
-            );
+            let task = self.id(slot);
+            self.complete(task, Completion { status: Status::CHECK_CONDITION, device_len: 0, sense: &sense });
         }
+    }
+
+    /// The task that has a slot now.
+    pub(super) fn id(&self, slot: u16) -> TaskId {
+        TaskId { slot, generation: self.tasks[usize::from(slot)].generation }
     }
 
     pub(super) fn abort(&mut self, slot: u16) {

@@ -4,15 +4,19 @@ use crate::pdu::Itt;
 use crate::scsi::lun::Lun;
 use crate::serial::Serial;
 
-/// A task: the index of its slot. Valid from the event that names it until the PDU that ends it is taken from
+/// A task: its slot, and which use of the slot it is, so that what is said of a task that has ended never reaches the
+/// slot's next one. Valid from the event that names it until the PDU that ends it is taken from
 /// [`poll_transmit`](super::Session::poll_transmit) or the task is aborted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct TaskId(pub(super) u16);
+pub struct TaskId {
+    pub(super) slot: u16,
+    pub(super) generation: u32,
+}
 
 impl TaskId {
     /// Index of the slot, below [`Session::slots`](super::Session::slots).
     pub fn slot(self) -> usize {
-        usize::from(self.0)
+        usize::from(self.slot)
     }
 }
 
@@ -40,7 +44,7 @@ pub(super) const SENSE_BYTES: usize = 32;
 pub(super) struct Task {
     pub(super) state: State,
     /// Counts the uses of the slot, so that a late Data-Out for an earlier task is told apart.
-    pub(super) generation: u8,
+    pub(super) generation: u32,
     pub(super) immediate: bool,
     /// The slot stands in the queue of what is to be sent.
     pub(super) queued: bool,
@@ -91,7 +95,7 @@ impl Task {
 
     /// The tag for R2T number `r2t_sn`: slot, R2T and use of the slot, so that it is found and checked in O(1).
     pub(super) fn ttt(&self, slot: u16, r2t_sn: u32) -> u32 {
-        u32::from(slot) | (r2t_sn & 0xFF) << 16 | u32::from(self.generation) << 24
+        u32::from(slot) | (r2t_sn & 0xFF) << 16 | self.generation << 24
     }
 }
 

@@ -499,3 +499,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_late_end_does_not_reach_the_next_task_of_the_slot() {
+    let mut session = Session::new(config());
+    let mut initiator = Initiator::new();
+    let old = started(&mut session, &initiator.command(1, false, 512, 0, true));
+    session.abort_tasks(None, |ended| assert_eq!(ended, old));
+    let new = started(&mut session, &initiator.command(2, true, 512, 0, true));
+    assert_eq!(new.slot(), old.slot());
+    session.complete(old, Completion::status(Status::GOOD));
+    assert_eq!(session.accept_data(old, 512), Accepted { immediate_len: 0, complete: false });
+    assert!(!session.wants_transmit(), "neither a status nor an R2T for the new task");
+    session.complete(new, Completion::status(Status::BUSY));
+    let response = ScsiResponse::decode(&session.poll_transmit().unwrap().header).unwrap();
+    assert_eq!((response.itt, response.status), (Itt(2), Status::BUSY.0));
+}

@@ -135,6 +135,7 @@ impl Session {
         let collapse = last && t.status == Status::GOOD.0 && t.sense_len == 0;
         let final_bit = last || len == burst_left;
         let (itt, residual, status) = (Itt(t.itt), residual(t), t.status);
+        let task = TaskId { slot, generation: t.generation };
         if collapse {
             self.release(slot);
         } else if last {
@@ -158,7 +159,7 @@ impl Session {
             data_sn,
             offset_bytes: offset,
         };
-        Outgoing { header: data_in.encode(), data: OutgoingData::Task { task: TaskId(slot), offset, len } }
+        Outgoing { header: data_in.encode(), data: OutgoingData::Task { task, offset, len } }
     }
 
     fn status(&mut self, slot: u16) -> Outgoing {
