@@ -32,7 +32,7 @@ struct Plan {
 ///
 /// # Errors
 /// What failed, on what.
-pub fn run(args: &ServeArgs, disks: Vec<DiskSpec>, signals: &Signals) -> Result<()> {
+pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Result<()> {
     if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
         bail!("the parent process ended before this one was up");
     }
@@ -40,11 +40,21 @@ pub fn run(args: &ServeArgs, disks: Vec<DiskSpec>, signals: &Signals) -> Result<
         // Before anything is opened: this is the user's to correct.
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
+    if let (Some(file), Some(socket)) = (&args.url_file, &args.socket_path) {
+        // It may be a pipe that nobody has written to yet.
+        let file = file.clone();
+        let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(()) };
+        disks.push(DiskSpec { socket: socket.clone(), url, read_only: false, queues: None });
+    }
     let plans = plans(args, disks)?;
-    let Some(opened) = open(plans, signals)? else { return Ok(()) };
+    let options = plans.iter().map(|plan| plan.options.clone()).collect();
+    // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
+    // removes them however this ends.
+    let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(()) };
     let mut ready = "ready:".to_owned();
-    let devices = opened
+    let devices = plans
         .into_iter()
+        .zip(engines)
         .enumerate()
         .map(|(index, (plan, engine))| {
             let engine_bytes = engine.memory_bound_bytes();
@@ -78,10 +88,7 @@ fn describe(plan: &Plan, lun: &Lun, memory_bound_bytes: u64) -> String {
     )
 }
 
-fn plans(args: &ServeArgs, mut disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
-    if let (Some(file), Some(socket)) = (&args.url_file, &args.socket_path) {
-        disks.push(DiskSpec { socket: socket.clone(), url: read_url(file)?, read_only: false, queues: None });
-    }
+fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
     let mut plans: Vec<Plan> = Vec::with_capacity(disks.len());
     for disk in disks {
         if plans.iter().any(|plan| plan.socket.path() == disk.socket) {
@@ -106,27 +113,34 @@ fn read_url(file: &Path) -> Result<Url> {
     let mut text = String::new();
     std::fs::File::open(file)
         .with_context(failed)?
-        .take(MAX_URL_BYTES)
+        .take(MAX_URL_BYTES + 1)
         .read_to_string(&mut text)
         .with_context(failed)?;
+    if text.len() as u64 > MAX_URL_BYTES {
+        bail!("URL file {}: more than {MAX_URL_BYTES} bytes", file.display());
+    }
     text.trim().parse().with_context(|| format!("URL file {}", file.display()))
 }
 
-/// Opens all units, which may take as long as the time limits for connecting and logging in allow; `None` if a signal
-/// came first.
-fn open(plans: Vec<Plan>, signals: &Signals) -> Result<Option<Vec<(Plan, IscsiEngine)>>> {
+fn open(options: Vec<Options>) -> Result<Vec<IscsiEngine>> {
+    let open = |options: Options| {
+        let url = options.url.clone();
+        IscsiEngine::open(options).with_context(|| format!("cannot open {url}"))
+    };
+    options.into_iter().map(open).collect()
+}
+
+/// Does on a thread of its own what may take long; `None` if a signal came first.
+fn unless_signalled<T: Send + 'static>(
+    signals: &Signals,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Option<T>> {
     let (done, guard) = UnixStream::pair().context("cannot create a socket pair")?;
-    let opening = std::thread::Builder::new()
-        .name("open".into())
+    let thread = std::thread::Builder::new()
+        .name("start".into())
         .spawn(move || {
             let _guard = guard;
-            let open = |plan: Plan| {
-                let url = plan.options.url.clone();
-                let engine =
-                    IscsiEngine::open(plan.options.clone()).with_context(|| format!("cannot open {url}"))?;
-                Ok((plan, engine))
-            };
-            plans.into_iter().map(open).collect::<Result<Vec<_>>>()
+            work()
         })
         .context("cannot start a thread")?;
     loop {
@@ -135,14 +149,14 @@ fn open(plans: Vec<Plan>, signals: &Signals) -> Result<Option<Vec<(Plan, IscsiEn
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error).context("cannot wait"),
         }
-        let [signal, opened] = fds.map(|fd| !fd.revents().is_empty());
+        let [signal, ended] = fds.map(|fd| !fd.revents().is_empty());
         if signal && let Some(signal) = signals.take() {
             // The thread ends with the process.
             tracing::info!(signal, "ending before anything was served");
             return Ok(None);
         }
-        if opened {
-            return opening.join().map_err(|_| anyhow!("opening the units panicked"))?.map(Some);
+        if ended {
+            return thread.join().map_err(|_| anyhow!("the start panicked"))?.map(Some);
         }
     }
 }
