@@ -239,6 +239,29 @@ fn requests_wait_while_the_target_is_away_unless_nobody_waits_for_them() {
 }
 
 #[test]
+fn requests_fail_while_the_target_is_away_for_longer_than_is_waited_for() {
+    let target = Faulty::start(2048);
+    let mut options = options(&target);
+    let limit = Duration::from_millis(400);
+    options.timeouts.give_up = Some(limit);
+    let engine = IscsiEngine::open(options).unwrap();
+    let mut bench = Bench { target, engine };
+    let state = std::sync::Arc::clone(&bench.target.state);
+    state.lock().unwrap().refuse_logins = true;
+    bench.target.cut();
+    let start = Instant::now();
+    assert_eq!(bench.read(0, 512).0, Outcome::IoError);
+    assert!(start.elapsed() >= limit);
+    // The time counts from the loss, not from the request.
+    let start = Instant::now();
+    assert_eq!(bench.read(0, 512).0, Outcome::IoError);
+    assert!(start.elapsed() < limit);
+    state.lock().unwrap().refuse_logins = false;
+    bench.until(&mut Vec::new(), |engine, _| engine.status()["state"] == "up");
+    assert_eq!(bench.read(0, 512).0, Outcome::Ok);
+}
+
+#[test]
 fn without_fua_a_forced_write_is_followed_by_a_flush() {
     let target = Faulty::start(2048);
     target.state.lock().unwrap().fua = false;

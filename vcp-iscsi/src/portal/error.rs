@@ -44,6 +44,8 @@ pub enum PortalError {
         why: String,
         /// Whether the same login may succeed later without a change of anything on this side.
         may_retry: bool,
+        /// Whether the connection broke off or something else than a login came, in place of an answer.
+        broken: bool,
         /// Whether the target knows no such authentication as was offered.
         wants_no_chap: bool,
     },

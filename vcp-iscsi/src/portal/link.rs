@@ -40,6 +40,8 @@ pub struct Dial {
     state: State,
     /// For the state at hand.
     deadline: Instant,
+    /// For all addresses of the portal together.
+    connect_by: Instant,
     polled: Instant,
 }
 
@@ -58,6 +60,7 @@ impl Dial {
             redirects: 0,
             state: State::Over,
             deadline: now,
+            connect_by: now,
             polled: now,
         };
         dial.go(now)?;
@@ -66,7 +69,8 @@ impl Dial {
 
     /// Begins with `self.portal`.
     fn go(&mut self, now: Instant) -> Result<(), PortalError> {
-        self.deadline = now + self.options.timeouts.connect;
+        self.connect_by = now + self.options.timeouts.connect;
+        self.deadline = self.connect_by;
         self.last_error = None;
         if let Some(address) = socket::literal(&self.portal) {
             self.addresses = VecDeque::from([address]);
@@ -82,6 +86,9 @@ impl Dial {
         while let Some(address) = self.addresses.pop_front() {
             match socket::start_connect(address) {
                 Ok(stream) => {
+                    // One that does not answer leaves time for those behind it.
+                    let rest = self.connect_by.saturating_duration_since(self.polled);
+                    self.deadline = self.polled + rest / (self.addresses.len() as u32 + 1);
                     self.state = State::Connecting(stream);
                     return Ok(());
                 }
@@ -113,6 +120,7 @@ impl Dial {
                     }
                 },
                 State::Connecting(stream) => match socket::connected(stream) {
+                    Ok(false) if now >= self.deadline && !self.addresses.is_empty() => self.next_address()?,
                     Ok(false) => return self.in_time(now),
                     Ok(true) => {
                         let State::Connecting(stream) = std::mem::replace(&mut self.state, State::Over)

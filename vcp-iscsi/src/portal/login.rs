@@ -309,6 +309,7 @@ impl LoginPort {
             target: self.target.clone(),
             why: format!("{error} (is it an iSCSI target that listens there?)"),
             may_retry: true,
+            broken: true,
             wants_no_chap: false,
         }
     }
@@ -417,6 +418,7 @@ fn login_failed(portal: &Portal, target: &str, error: &LoginError) -> PortalErro
         target: target.to_owned(),
         why: super::engine::chain(error) + &advice,
         may_retry,
+        broken: false,
         wants_no_chap: matches!(error, LoginError::AuthenticationSkipped | LoginError::AuthMethod { .. }),
     }
 }

@@ -57,6 +57,8 @@ pub struct Timeouts {
     pub backoff_max: Duration,
     /// How long a unit that answers BUSY, TASK SET FULL or NOT READY is asked again before the request fails.
     pub busy: Duration,
+    /// How long requests wait for a target that is away before they fail; `None`: for ever.
+    pub give_up: Option<Duration>,
 }
 
 impl Default for Timeouts {
@@ -72,6 +74,7 @@ impl Default for Timeouts {
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
             busy: Duration::from_secs(60),
+            give_up: None,
         }
     }
 }

@@ -126,6 +126,8 @@ pub struct IscsiEngine {
     abandoned: bool,
     /// Where the last session was lost with commands underway, until it is certain that they are dead.
     in_doubt: Option<Place>,
+    /// Since when no session was fit for commands.
+    away_since: Option<Instant>,
     attempts: u32,
     up_since: Instant,
     jitter: u64,
@@ -177,6 +179,7 @@ impl IscsiEngine {
             closing: false,
             abandoned: false,
             in_doubt: None,
+            away_since: None,
             attempts: 0,
             up_since: Instant::now(),
             jitter,
@@ -361,6 +364,7 @@ impl Engine for IscsiEngine {
             }
         }
         moved |= self.reconnect(now);
+        self.give_up(now);
         if self.rescan && matches!(self.phase, Phase::Up) {
             self.start_probe(now);
         }
@@ -408,10 +412,11 @@ impl Engine for IscsiEngine {
             Phase::Closed => (None, false, None),
         };
         let session = self.wire.as_ref().and_then(|w| w.session.deadline());
+        let give_up = self.give_up_at().filter(|_| !self.waiting.is_empty());
         Wait {
             fd,
             writable: writable || self.wire.as_ref().is_some_and(Wire::wants_write),
-            deadline: [backoff, deadline, session].into_iter().flatten().min(),
+            deadline: [backoff, deadline, session, give_up].into_iter().flatten().min(),
         }
     }
 

@@ -15,6 +15,9 @@ use crate::portal::login::Purpose;
 use crate::portal::probe::{Found, Next, Probe, ProbeError, Reply};
 use crate::portal::wire::WireError;
 
+/// Longest pause between attempts where the portal answers, but sessions or logins break off.
+const ANSWERED_MAX: Duration = Duration::from_millis(500);
+
 impl IscsiEngine {
     /// The engine's own command ended.
     pub(super) fn own_ended(&mut self, outcome: TaskOutcome, now: Instant) {
@@ -77,6 +80,7 @@ impl IscsiEngine {
             };
             return self.lost(&error, 0, None, now);
         }
+        self.away_since = None;
         let lun = found.lun(self.options.read_only);
         if lun != self.lun {
             tracing::info!(url = %self.options.url, blocks_before = self.lun.blocks, blocks = lun.blocks, "unit changed");
@@ -111,23 +115,33 @@ impl IscsiEngine {
 
     /// Ends what is not with the target: for a guest that no longer waits for it.
     pub(super) fn drop_waiting(&mut self) {
+        self.fail_waiting();
+        self.abandoned = self.free.len() < usize::from(self.own_slot);
+    }
+
+    fn fail_waiting(&mut self) {
         while let Some(slot) = self.waiting.pop_front() {
             self.finish(slot, Outcome::IoError);
         }
         while let Some((_, slot)) = self.backoff.pop() {
             self.finish(slot, Outcome::IoError);
         }
-        self.abandoned = self.free.len() < usize::from(self.own_slot);
     }
 
     /// The session is lost: what it owes us waits for the next one.
     pub(super) fn lost(
         &mut self,
-        error: &dyn std::error::Error,
+        error: &(dyn std::error::Error + 'static),
         time2wait_s: u16,
         blamed: Option<u16>,
         now: Instant,
     ) {
+        // A login that broke off; a refusal is an answer of another kind.
+        let broke_off = matches!(
+            error.downcast_ref(),
+            Some(PortalError::Login { broken: true, .. } | PortalError::LoginTimeout { .. })
+        );
+        let answered = self.wire.is_some() || broke_off;
         if let Some(wire) = self.wire.take() {
             self.stats.sessions_lost += 1;
             self.counters.add(wire.session.counters());
@@ -159,6 +173,7 @@ impl IscsiEngine {
                 }
             }
         }
+        self.away_since.get_or_insert(now);
         if self.abandoned {
             self.drop_waiting();
         }
@@ -167,10 +182,11 @@ impl IscsiEngine {
             return;
         }
         let limits = &self.options.timeouts;
-        let longest = limits.backoff_max;
+        // Long pauses spare a network and a target that are away or say no; one that answers is worth another try soon.
+        let longest = if answered { limits.backoff_max.min(ANSWERED_MAX) } else { limits.backoff_max };
         let pause = match self.attempts {
             0 => Duration::ZERO,
-            n => limits.backoff_max.min(limits.backoff_min * (1 << (n - 1).min(16))),
+            n => longest.min(limits.backoff_min * (1 << (n - 1).min(16))),
         };
         self.attempts += 1;
         let time2wait = Duration::from_secs(u64::from(time2wait_s.min(30)));
@@ -224,6 +240,25 @@ impl IscsiEngine {
         if let Phase::Probing { later, .. } = &mut self.phase {
             *later = Some(now);
         }
+    }
+
+    /// Fails what waits for a target that was away for longer than the user wants to wait, and what comes until it is
+    /// back. The new session ends the commands of the old one before it takes any, as always.
+    pub(super) fn give_up(&mut self, now: Instant) {
+        let Some(at) = self.give_up_at().filter(|&at| at <= now) else { return };
+        if self.waiting.is_empty() && self.backoff.is_empty() {
+            return;
+        }
+        if self.log.allow(now) {
+            let away_s = self.options.timeouts.give_up.unwrap_or_default().as_secs() + (now - at).as_secs();
+            tracing::error!(url = %self.options.url, away_s, requests = self.waiting.len(), "target is away: requests fail");
+        }
+        self.fail_waiting();
+    }
+
+    /// When requests begin to fail, unless the target is back by then.
+    pub(super) fn give_up_at(&self) -> Option<Instant> {
+        Some(self.away_since? + self.options.timeouts.give_up?)
     }
 
     /// Gets the session back.
