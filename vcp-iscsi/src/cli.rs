@@ -110,6 +110,9 @@ pub struct ServeArgs {
     /// Unix socket for status and metrics, one JSON object per line: {"cmd":"status"}, {"cmd":"metrics"}
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
+    /// Fail requests when the target was away for so many seconds, until it is back [default: they wait]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub give_up_s: Option<u64>,
     /// End when the process that started this one ends
     #[arg(long)]
     pub exit_with_parent: bool,

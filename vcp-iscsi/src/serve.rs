@@ -98,6 +98,7 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         // first one over. A front end that connects early waits.
         let socket = SocketFile::bind(&disk.socket)?;
         let mut options = args.session.options(disk.url)?;
+        options.timeouts.give_up = args.give_up_s.map(std::time::Duration::from_secs);
         options.read_only = args.read_only || disk.read_only;
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.

@@ -220,3 +220,38 @@ impl Dial {
         &self.portal
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+
+    #[test]
+    fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+        // A queue of one that is full: further connections are neither taken nor refused.
+        let silent = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        silent.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        silent.listen(0).unwrap();
+        let dead = silent.local_addr().unwrap().as_socket().unwrap();
+        let _full: Vec<_> = (0..4).map(|_| socket::start_connect(dead).unwrap()).collect();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+
+        let url = format!("iscsi://{dead}/iqn.a:b/0").parse().unwrap();
+        let mut options = Options::new(url);
+        options.timeouts.connect = Duration::from_secs(2);
+        let start = Instant::now();
+        let mut dial = Dial::start(Arc::new(options), Purpose::Normal, start).unwrap();
+        dial.addresses = VecDeque::from([dead, good.local_addr().unwrap()]);
+        dial.next_address().unwrap();
+        assert!(dial.poll(start).unwrap().is_none());
+        assert!(dial.deadline() < start + Duration::from_secs(2));
+        // Its time is over; the other one connects within the rest.
+        let late = dial.deadline();
+        assert!(dial.poll(late).unwrap().is_none());
+        assert!(matches!(dial.state, State::Connecting(_) | State::Login(_)));
+        good.accept().unwrap();
+    }
+}
