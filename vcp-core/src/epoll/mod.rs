@@ -150,7 +150,7 @@ impl<D: RingDevice> VhostUserBackend for Backend<D> {
     fn stop_vring(&self, queue: u32) -> io::Result<()> {
         let at = queue as usize;
         self.lock().stopping[at] = true;
-        let mut state = self.settle(|state| state.flights[at].is_drained() || state.stalled);
+        let mut state = self.settle(|state| state.flights[at].is_quiet() || state.stalled);
         if !state.flights[at].is_drained() {
             let inflight = state.flights[at].inflight() + state.flights[at].orphans();
             tracing::warn!(queue, inflight, "ring stopped with requests in flight");

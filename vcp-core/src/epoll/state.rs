@@ -241,12 +241,11 @@ impl<D: RingDevice> State<D> {
 
     /// Queue `at` was stopped and its requests do not end: they are left behind.
     pub(super) fn leave_behind(&mut self, at: usize) {
-        let flight = &mut self.flights[at];
         match self.vrings.get(at) {
-            Some(vring) => flight.park(Position::of(vring.get_ref().get_queue())),
-            None => flight.orphan(),
+            Some(vring) => self.flights[at].park(Position::of(vring.get_ref().get_queue())),
+            None => self.flights[at].orphan(),
         }
-        self.stalled = true;
+        self.stalled |= !self.flights[at].is_quiet();
         // Not before nobody waits for anything: it would fail what is wanted on the other queues.
         if self.flights.iter().all(|flight| flight.inflight() == 0) {
             self.device.abandon();

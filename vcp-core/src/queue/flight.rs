@@ -67,9 +67,14 @@ impl Flight {
         self.orphans
     }
 
-    /// Whether nothing is under way or due, of this life or another.
+    /// Whether nothing is under way, of this life or another.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.inflight == 0 && self.orphans == 0
+    }
+
+    /// Whether nothing is under way, nor to be taken again.
     pub(crate) fn is_drained(&self) -> bool {
-        self.inflight == 0 && self.orphans == 0 && self.again.is_empty()
+        self.is_quiet() && self.again.is_empty()
     }
 
     /// Whether there are chains to take again.
@@ -177,7 +182,7 @@ mod tests {
         for id in [ids[0], ids[2], ids[3]] {
             assert!(!flight.ended(id), "of an earlier life");
         }
-        assert_eq!(flight.orphans(), 1);
+        assert_eq!((flight.orphans(), flight.is_quiet()), (1, false));
     }
 
     #[test]

@@ -221,14 +221,14 @@ impl RingSet {
         for queue in 0..self.vrings.len() {
             let Some((_, deadline)) = self.vrings[queue].stopping else { continue };
             let vring = &self.vrings[queue];
-            let drained = vring.flight.is_drained();
-            if !drained && now < deadline && !self.stalled {
+            let (quiet, drained) = (vring.flight.is_quiet(), vring.flight.is_drained());
+            if !quiet && now < deadline && !self.stalled {
                 continue;
             }
             self.publish(queue);
             let vring = &mut self.vrings[queue];
             let Some((reply, _)) = vring.stopping.take() else { continue };
-            if !drained {
+            if !quiet {
                 late = true;
                 tracing::warn!(
                     device = &*self.name,
