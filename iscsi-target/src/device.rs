@@ -200,6 +200,11 @@ impl Device {
         attentions.set(unit.0, asc::POWER_ON_OR_RESET);
     }
 
+    /// Tells the initiator of `attentions` that another one ended its commands of `unit`.
+    pub fn note_cleared(&self, attentions: &mut Attentions, unit: UnitIndex) {
+        attentions.set(unit.0, asc::COMMANDS_CLEARED);
+    }
+
     /// Tells the initiator of `attentions` that another one changed the mode parameters of `unit`.
     pub fn note_mode_change(&self, attentions: &mut Attentions, unit: UnitIndex) {
         attentions.set(unit.0, asc::MODE_PARAMETERS_CHANGED);

@@ -16,11 +16,11 @@ use iscsi::params::{DigestPolicy, Params};
 use iscsi::pdu::framing::{Digests, append_pdu};
 use iscsi::pdu::{
     Bhs, DataIn, DataOut, Isid, Itt, Opcode, Pdu, R2t, Reject, RejectReason, ScsiCommand, ScsiResponse,
-    TaskAttribute,
+    TaskAttribute, TaskFunction, TaskManagementRequest, TaskManagementResponse, TaskResponseCode,
 };
 use iscsi::scsi::{Cdb, Lun, Sense, Status, sense::asc};
 use iscsi::serial::Serial;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, prlimit};
 
 /// A session over a blocking socket. Whatever does not come in ten seconds fails the test.
 struct Session {
@@ -337,4 +337,59 @@ fn bad_options_are_answered_on_one_line() {
         assert_eq!(code, Some(1), "{failure:?}: {message}");
         assert!(message.contains(says) && message.trim_end().lines().count() == 1, "{message}");
     }
+}
+
+#[test]
+fn whose_commands_another_initiator_cleared_is_told() {
+    let target = Target::start(&["--lun", "mem:8M"]);
+    let mut loser = Session::log_in(&target, 1, Params::default());
+    let mut idle = Session::log_in(&target, 2, Params::default());
+    let mut clearer = Session::log_in(&target, 3, Params::default());
+    loser.command(1, Lun::ZERO, Cdb::write(0, 8, false), 4096, 0, &[]);
+    R2t::decode(&loser.receive().expect("an R2T").0).expect("an R2T");
+    let request = TaskManagementRequest {
+        immediate: true,
+        function: TaskFunction::ClearTaskSet,
+        lun: Lun::ZERO,
+        itt: Itt(9),
+        referenced_itt: Itt::NONE,
+        cmd_sn: clearer.cmd_sn,
+        exp_stat_sn: Serial(0),
+        ref_cmd_sn: Serial(0),
+        exp_data_sn: Serial(0),
+    };
+    clearer.send(&request.encode(), &[]);
+    let (bhs, _) = clearer.receive().expect("a response");
+    let response = TaskManagementResponse::decode(&bhs).expect("a response");
+    assert_eq!(response.response, TaskResponseCode::Complete);
+    // Its write will never be answered, so it has to hear of it (SAM-5 5.3.1, 5.14).
+    loser.command(2, Lun::ZERO, Cdb::test_unit_ready(), 0, 0, &[]);
+    let (bhs, data) = loser.receive().expect("a response");
+    assert_eq!(ScsiResponse::decode(&bhs).expect("a response").status, Status::CHECK_CONDITION.0);
+    assert_eq!(Sense::parse(&data[2..]).expect("sense data").code, asc::COMMANDS_CLEARED);
+    // Who had nothing underway, or asked for it, is not.
+    assert_eq!(idle.read(1, Lun::ZERO, Cdb::read(0, 1), 512), [0; 512]);
+    assert_eq!(clearer.read(1, Lun::ZERO, Cdb::read(0, 1), 512), [0; 512]);
+    target.stop(Signal::TERM);
+}
+
+#[test]
+fn out_of_descriptors_it_rests_and_comes_back() {
+    let target = Target::start(&["--lun", "mem:8M"]);
+    let limit = Rlimit { current: Some(16), maximum: Some(16) };
+    prlimit(Some(target.pid()), Resource::Nofile, limit).expect("a lower limit");
+    let flood: Vec<_> = (0..32).map(|_| connect(&target)).collect();
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", target.pid())).expect("a process");
+        let fields: Vec<_> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
+        fields[11].parse::<u64>().expect("utime") + fields[12].parse::<u64>().expect("stime")
+    };
+    // What is measured is the time itself: a hundred ticks a second are a whole hardware thread.
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(ticks() - before < 5, "it spins");
+    drop(flood);
+    let mut session = Session::log_in(&target, 1, Params::default());
+    assert_eq!(session.read(1, Lun::ZERO, Cdb::read(0, 1), 512), [0; 512]);
+    target.stop(Signal::TERM);
 }

@@ -235,11 +235,13 @@ impl FullFeature {
         true
     }
 
-    /// Ends the tasks of a logical unit, or all.
-    pub(super) fn abort(&mut self, lun: Option<Lun>) {
+    /// Ends the tasks of a logical unit, or all; returns whether there were any.
+    pub(super) fn abort(&mut self, lun: Option<Lun>) -> bool {
         let mut ended = Vec::new();
         self.session.abort_tasks(lun, |task| ended.push(task));
+        let any = !ended.is_empty();
         ended.into_iter().for_each(|task| self.forget(task));
+        any
     }
 
     fn text(

@@ -60,6 +60,8 @@ pub struct Server {
     devices: Vec<Device>,
     login: LoginContext,
     listener: TcpListener,
+    /// No connections are taken until the next tick: the process is out of descriptors.
+    resting: bool,
     addr: SocketAddr,
     epoll: OwnedFd,
     slots: Vec<Slot>,
@@ -119,6 +121,7 @@ impl Server {
             devices,
             login,
             listener,
+            resting: false,
             addr,
             epoll,
             slots: Vec::new(),
@@ -193,7 +196,7 @@ impl Server {
             let look = budget.is_none_or(|budget| now.duration_since(since) < budget);
             let timeout = if look {
                 Some(Timespec::default())
-            } else if self.connections == 0 {
+            } else if self.connections == 0 && !self.resting {
                 // Nothing has a deadline.
                 None
             } else {
@@ -227,12 +230,18 @@ impl Server {
                 Err(e)
                     if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
                 Err(error) => {
-                    // Out of descriptors, probably: the ones that wait are taken when others have gone.
+                    // Out of descriptors, probably: the ones that wait are taken when others have gone. Until then the
+                    // listener stays readable, and would be all that the thread deals with.
                     tracing::warn!(%error, "accept failed");
+                    self.resting = self.watch_listener(epoll::EventFlags::empty()).is_ok();
                     return;
                 }
             }
         }
+    }
+
+    fn watch_listener(&self, flags: epoll::EventFlags) -> rustix::io::Result<()> {
+        epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)
     }
 
     fn add(&mut self, socket: TcpStream, now: Instant) -> io::Result<()> {
@@ -385,6 +394,9 @@ impl Server {
 
     /// Looks at deadlines: logins that take too long, connections that are silent.
     fn tick(&mut self, now: Instant) {
+        if self.resting {
+            self.resting = self.watch_listener(epoll::EventFlags::IN).is_err();
+        }
         let keepalive = self.config.keepalive;
         for index in 0..self.slots.len() {
             let Some(conn) = &mut self.slots[index].conn else { continue };

@@ -60,26 +60,32 @@ impl Server {
         tracing::info!(function = ?request.function, lun = ?lun, "task management");
         let mut sessions = Vec::new();
         for (other, full) in self.peers(target) {
-            full.abort(lun);
+            let lost_commands = full.abort(lun);
             if other == index {
                 full.session.complete_task_management(request.itt, TaskResponseCode::Complete);
                 full.closing |= cold;
             }
-            sessions.push(other);
+            sessions.push((other, lost_commands && other != index));
         }
-        for other in sessions {
+        for (other, cleared) in sessions {
             if cold && other != index {
                 // A cold reset ends all connections (RFC 7143 11.5.1).
                 self.close(other, &ConnError::Reset);
                 continue;
             }
-            // Every initiator is told, the one that asked too (SAM-5 6.3.3).
             let device = &self.devices[target];
-            if reset
+            if (reset || cleared)
                 && let Some(conn) = &mut self.slots[other].conn
                 && let Phase::Full(full) = &mut conn.phase
             {
-                units.iter().for_each(|&unit| device.note_reset(&mut full.attentions, unit));
+                for &unit in &units {
+                    match reset {
+                        // Every initiator is told, the one that asked too (SAM-5 6.3.3).
+                        true => device.note_reset(&mut full.attentions, unit),
+                        // Its commands will not be answered (SAM-5 5.3.1, TAS of 0).
+                        false => device.note_cleared(&mut full.attentions, unit),
+                    }
+                }
             }
         }
     }

@@ -51,6 +51,12 @@ impl Target {
         format!("iscsi://{}/{TARGET}/{lun}", self.addr)
     }
 
+    /// Its process.
+    #[allow(dead_code, reason = "not all tests use it")]
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
     /// Ends it with a signal and checks that it ends cleanly.
     pub(crate) fn stop(mut self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
