@@ -172,3 +172,18 @@ fn logout_waits_for_commands_and_for_its_answer() {
     assert!(matches!(bench.next_tx(), Some((InitiatorPdu::LogoutRequest(_), _))));
     assert!(matches!(bench.wake(), Err(SessionError::LogoutTimeout { .. })));
 }
+
+#[test]
+fn a_unit_is_reset_for_a_caller_in_doubt() {
+    let mut bench = Bench::new();
+    bench.session.reset_unit(Lun::ZERO, bench.now);
+    let request = bench.tmf();
+    assert_eq!((request.function, request.referenced_itt), (TaskFunction::LogicalUnitReset, Itt::NONE));
+    bench.tmf_answer(request.itt, TaskResponseCode::Complete).unwrap();
+    assert_eq!(bench.session.next_event(), Some(Event::UnitReset { lun: Lun::ZERO }));
+
+    bench.session.reset_unit(Lun::ZERO, bench.now);
+    let request = bench.tmf();
+    let refused = bench.tmf_answer(request.itt, TaskResponseCode::Unsupported);
+    assert!(matches!(refused, Err(SessionError::ResetFailed { .. })), "{refused:?}");
+}
