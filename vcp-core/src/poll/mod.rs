@@ -76,7 +76,10 @@ impl<D: RingDevice> DataLoop<D> {
                 continue;
             }
             let since = *idle_since.get_or_insert(now);
-            if self.spin.keeps_looking(now - since) || self.ports.iter().any(|port| port.rings.must_poll()) {
+            let inflight = self.inflight();
+            if self.spin.keeps_looking(now - since, inflight)
+                || self.ports.iter().any(|port| port.rings.must_poll())
+            {
                 std::hint::spin_loop();
                 continue;
             }
@@ -87,7 +90,7 @@ impl<D: RingDevice> DataLoop<D> {
             }
             self.sleep(now)?;
             self.disarm();
-            self.spin.slept(since.elapsed());
+            self.spin.slept(since.elapsed(), inflight);
             self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
             idle_since = None;
         }
@@ -95,6 +98,11 @@ impl<D: RingDevice> DataLoop<D> {
         let share = CLOSE_AT_EXIT / u32::try_from(self.ports.len().max(1)).unwrap_or(u32::MAX);
         self.ports.iter_mut().for_each(|port| port.device.close(share));
         result
+    }
+
+    /// Requests under way in all devices.
+    fn inflight(&self) -> u32 {
+        self.ports.iter().map(|port| port.rings.inflight()).sum()
     }
 
     /// One pass over mailbox and devices; whether anything moved.
@@ -172,7 +180,7 @@ impl<D: RingDevice> DataLoop<D> {
         loop {
             let now = Instant::now();
             let moved = self.pass(now);
-            let inflight: u32 = self.ports.iter().map(|port| port.rings.inflight()).sum();
+            let inflight = self.inflight();
             if inflight == 0 {
                 return Ok(());
             }
