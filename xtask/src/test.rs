@@ -20,16 +20,5 @@ pub(crate) fn run(filter: &[String]) -> Result<()> {
         test.arg("--").args(filter);
     }
     // A missing tool is a failure here, never a silent skip: set-up has just installed them all.
-    cmd::run(test.env("VCP_REQUIRE_TOOLS", "1"))?;
-    loom_models()
-}
-
-/// The sleep and wake-up protocol, model-checked. Loom needs a build of its own because it replaces the atomics.
-fn loom_models() -> Result<()> {
-    let flags = "--cfg loom";
-    let mut loom = cmd::cargo();
-    loom.args(["test", "--package", "vcp-core", "--release", "--test", "loom_*"])
-        .env("RUSTFLAGS", flags)
-        .env("CARGO_TARGET_DIR", cmd::target_dir().join("loom"));
-    cmd::run(&mut loom)
+    cmd::run(test.env("VCP_REQUIRE_TOOLS", "1"))
 }
