@@ -23,10 +23,11 @@ use crate::tree::Tree;
 use crate::{Error, Result};
 
 const WHAT: &str = "the helper VM";
-/// How often a machine is started that resets itself. About one in fifty does, in the middle of a guest of its own and
-/// without a word from its kernel: QEMU 7.2's emulation of AMD-V under a loaded host. What runs inside cannot do that to a
-/// stock kernel, so the job is started again, and the reader is told.
+/// How often a machine is started whose emulation failed; `docs/decisions/emulated-kvm.md` has what is known of that.
 const STARTS: u32 = 3;
+/// The exit status with which a job says that the emulated KVM failed it and that it wants another machine: EX_TEMPFAIL
+/// of sysexits.h.
+pub const AGAIN: i32 = 75;
 /// Modules that ask the kernel's crypto interface for CRC32C when a connection starts; there is no modprobe inside.
 const NEED_CRC32C: [&str; 2] = ["iscsi_tcp", "iscsi_target_mod"];
 
@@ -143,28 +144,32 @@ impl HelperVm {
         self
     }
 
-    /// Runs `script` (POSIX shell, busybox commands) and waits for its end. A machine that resets itself is started again,
-    /// so the script must be one that can be; attached disks are then as the first run left them.
+    /// Runs `script` (POSIX shell, busybox commands) and waits for its end. A machine that resets itself, or whose job
+    /// ends with [`AGAIN`], is started again and the reader is told, so the script must be one that can be repeated;
+    /// attached disks are then as the first run left them.
     pub fn run(&self, script: &str) -> Result<Outcome> {
-        let mut start = 1;
-        loop {
+        for start in 1.. {
             let started = Instant::now();
             let ended = self.start(script)?.wait()?;
-            if let Some(status) = job_status(&ended.output) {
+            let status = job_status(&ended.output);
+            if let Some(status) = status.filter(|&status| status != AGAIN || start == STARTS) {
                 return Ok(Outcome { status, output: ended.output, elapsed: started.elapsed() });
             }
             // QEMU was told not to reboot: an orderly end of it without the job's status is a reset.
-            if !ended.status.success() || start == STARTS {
+            if status.is_none() && (!ended.status.success() || start == STARTS) {
                 return Err(Error::NoStatus {
                     what: WHAT.into(),
                     status: ended.status.to_string(),
                     tail: crate::error::tail(&ended.output, 5),
                 });
             }
-            start += 1;
-            let tail = crate::error::tail(&ended.output, 2);
-            eprintln!("{WHAT} reset itself ({tail}); start {start} of {STARTS}");
+            let what = if status.is_some() { "asks for another start" } else { "reset itself" };
+            eprintln!(
+                "{WHAT} {what} after start {start} of {STARTS}: {}",
+                crate::error::tail(&ended.output, 4)
+            );
         }
+        unreachable!("the last start returns")
     }
 
     /// Starts the machine with `script` as its job and returns at once. It is killed when the calling thread ends.

@@ -45,15 +45,23 @@ fn console_is_two_way_and_a_dropped_machine_is_gone() {
     assert!(!std::path::Path::new(&process).exists());
 }
 
-#[test]
-fn machine_that_resets_itself_is_started_again() {
-    let mut disk = tempfile::NamedTempFile::new().unwrap();
+/// Runs a script that, at its first start (the disk remembers), ends the machine in a way of its own, and then exits
+/// with 7.
+fn status_of_second_start(first: &str) -> i32 {
+    let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
     let vm = HelperVm::new().memory_mib(512).disk(disk.path()).deadline(Duration::from_secs(120));
-    // The disk remembers that there was a first start.
-    let script = "[ \"$(head -c 1 /dev/vda)\" = x ] && exit 7; printf x >/dev/vda; sync; reboot -f; exit 9";
-    assert_eq!(vm.run(script).unwrap().status, 7);
-    let mut first = [0];
-    std::io::Read::read_exact(disk.as_file_mut(), &mut first).unwrap();
-    assert_eq!(&first, b"x");
+    let script = "[ \"$(head -c 1 /dev/vda)\" = x ] && exit 7; printf x >/dev/vda; sync;";
+    vm.run(&format!("{script} {first}")).unwrap().status
+}
+
+#[test]
+fn machine_that_resets_itself_is_started_again() {
+    assert_eq!(status_of_second_start("reboot -f; exit 9"), 7);
+}
+
+#[test]
+fn job_that_asks_for_it_is_started_again() {
+    assert_eq!(status_of_second_start("exit 75"), 7);
+    assert_eq!(status_of_second_start("exit 9"), 9);
 }
