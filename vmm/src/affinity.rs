@@ -30,8 +30,9 @@ pub struct Placement {
 }
 
 /// Decides who runs where. `wanted` has one entry per VCP: the CPU that the user asked for. A VCP without a wish gets
-/// the last allowed CPU, and the vCPUs what no VCP has, as long as there is more than one CPU; a list for the vCPUs
-/// overrides that, and gives each its own CPU where it has enough.
+/// the last allowed CPU, as long as there is more than one. The vCPUs get what no VCP has if that is a CPU for each of
+/// them; else they are not confined, since vCPUs that wait for each other on one CPU are slower than a VCP that is
+/// sometimes disturbed. A list for the vCPUs overrides that, and gives each its own CPU where it has enough.
 pub fn place(
     allowed: &[usize],
     wanted: &[Option<usize>],
@@ -53,7 +54,7 @@ pub fn place(
         None => {
             let rest: Vec<usize> =
                 allowed.iter().copied().filter(|cpu| !vcps.contains(&Some(*cpu))).collect();
-            let confined = (!rest.is_empty() && rest.len() < allowed.len()).then_some(rest);
+            let confined = (rest.len() >= count && rest.len() < allowed.len()).then_some(rest);
             vec![confined; count]
         }
     };
@@ -66,8 +67,14 @@ mod tests {
 
     #[test]
     fn vcp_gets_the_last_cpu_and_vcpus_the_rest() {
+        let p = place(&[0, 1, 2], &[None], 2, None).unwrap();
+        assert_eq!(p, Placement { vcps: vec![Some(2)], vcpus: vec![Some(vec![0, 1]); 2] });
+    }
+
+    #[test]
+    fn vcpus_that_would_share_a_cpu_are_not_confined() {
         let p = place(&[0, 1], &[None], 2, None).unwrap();
-        assert_eq!(p, Placement { vcps: vec![Some(1)], vcpus: vec![Some(vec![0]); 2] });
+        assert_eq!(p, Placement { vcps: vec![Some(1)], vcpus: vec![None, None] });
     }
 
     #[test]

@@ -72,7 +72,7 @@ pub struct RunArgs {
     /// Back guest memory with 2 MiB pages
     #[arg(long)]
     pub hugepages: bool,
-    /// Host CPUs for vCPU threads, e.g. 0,2-3 [default: all but those of the VCPs]
+    /// Host CPUs for vCPU threads, e.g. 0,2-3 [default: all but those of the VCPs, if there is one for each]
     #[arg(long, value_name = "LIST")]
     pub vcpu_cpus: Option<String>,
     /// The vcp-iscsi program [default: $VCP_ISCSI, beside this program, or on the PATH]
