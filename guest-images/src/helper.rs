@@ -28,6 +28,14 @@ const STARTS: u32 = 3;
 /// The exit status with which a job says that the emulated KVM failed it and that it wants another machine: EX_TEMPFAIL
 /// of sysexits.h.
 pub const AGAIN: i32 = 75;
+/// Every job has this function: `again_if_kvm_failed STATUS CONSOLE ERRORS`, called after a monitor with a guest of its own
+/// ended, exits with [`AGAIN`] if that guest crashed, or stood still until the monitor was told to end (which it does
+/// with 0). Anything else is left to the job to judge.
+const AGAIN_IF_KVM_FAILED: &str = "again_if_kvm_failed() {
+    if grep -q 'triple fault' $3; then exit 75; fi
+    if [ $1 = 0 ] && ! grep -q VCP-JOB-EXIT= $2; then exit 75; fi
+}
+";
 /// Modules that ask the kernel's crypto interface for CRC32C when a connection starts; there is no modprobe inside.
 const NEED_CRC32C: [&str; 2] = ["iscsi_tcp", "iscsi_target_mod"];
 
@@ -146,11 +154,13 @@ impl HelperVm {
 
     /// Runs `script` (POSIX shell, busybox commands) and waits for its end. A machine that resets itself, or whose job
     /// ends with [`AGAIN`], is started again and the reader is told, so the script must be one that can be repeated;
-    /// attached disks are then as the first run left them.
+    /// attached disks are then as the first run left them. The shell function `again_if_kvm_failed STATUS CONSOLE ERRORS`
+    /// ends the job so where a guest inside failed.
     pub fn run(&self, script: &str) -> Result<Outcome> {
+        let script = format!("{AGAIN_IF_KVM_FAILED}{script}");
         for start in 1.. {
             let started = Instant::now();
-            let ended = self.start(script)?.wait()?;
+            let ended = self.start(&script)?.wait()?;
             let status = job_status(&ended.output);
             if let Some(status) = status.filter(|&status| status != AGAIN || start == STARTS) {
                 return Ok(Outcome { status, output: ended.output, elapsed: started.elapsed() });

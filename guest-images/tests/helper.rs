@@ -65,3 +65,15 @@ fn job_that_asks_for_it_is_started_again() {
     assert_eq!(status_of_second_start("exit 75"), 7);
     assert_eq!(status_of_second_start("exit 9"), 9);
 }
+
+#[test]
+fn only_a_guest_that_crashed_or_stood_still_is_the_emulations() {
+    let ended = |status: u8, console: &str, errors: &str| {
+        let files = format!("echo '{console}' >/tmp/console; echo '{errors}' >/tmp/errors;");
+        format!("{files} again_if_kvm_failed {status} /tmp/console /tmp/errors; exit 9")
+    };
+    assert_eq!(status_of_second_start(&ended(1, "", "the guest crashed: triple fault")), 7);
+    assert_eq!(status_of_second_start(&ended(0, "half a boot", "")), 7);
+    assert_eq!(status_of_second_start(&ended(1, "", "disk0: cannot connect")), 9);
+    assert_eq!(status_of_second_start(&ended(0, "VCP-JOB-EXIT=1", "")), 9);
+}

@@ -142,9 +142,7 @@ timeout 100 vcp run --vcpu-cpus 0-1 --cpus 2 --memory 512M --kernel {kernel} --i
     --disk url=iscsi://127.0.0.1:3260/{TARGET}/0 >/tmp/guest 2>/tmp/vcp
 status=$?
 cat /tmp/guest /tmp/vcp
-# A guest that crashes or stands still in the middle is the emulated KVM's (docs/decisions/emulated-kvm.md).
-grep -q 'triple fault' /tmp/vcp && exit 75
-grep -q VCP-JOB-EXIT= /tmp/guest || exit 75
+again_if_kvm_failed $status /tmp/guest /tmp/vcp
 exit $status
 "#,
         linux_cmdline()
