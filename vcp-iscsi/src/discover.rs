@@ -1,7 +1,6 @@
 //! `vcp-iscsi discover`: which targets a portal has (SendTargets), and which logical units they have (REPORT LUNS).
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,7 +18,7 @@ use crate::portal::client::dial;
 use crate::portal::login::{LoggedIn, Purpose};
 use crate::portal::probe::Found;
 use crate::portal::socket::wait_until;
-use crate::portal::{Client, Options, PortalError, SessionArgs};
+use crate::portal::{Client, Options, PortalError, SessionArgs, Stream};
 use crate::url::{Portal, Url};
 
 /// Shows the targets of a portal and their logical units.
@@ -228,7 +227,7 @@ pub fn targets(options: &Options) -> anyhow::Result<Vec<FoundTarget>> {
 
 /// A discovery session: text requests one after the other, pings answered.
 struct Conversation {
-    stream: TcpStream,
+    stream: Stream,
     receiver: Receiver,
     input: Vec<u8>,
     cmd_sn: Serial,

@@ -338,6 +338,22 @@ fn another_portal_group_is_reset_before_anything_is_repeated() {
 }
 
 #[test]
+fn an_engine_that_knows_its_unit_starts_without_a_session() {
+    let bench = Bench::new();
+    let (found, lun) = (bench.engine.found().clone(), bench.engine.lun().clone());
+    let options = std::sync::Arc::new(options(&bench.target));
+    let now = Instant::now();
+    let engine = IscsiEngine::detached(options, iscsi::scsi::Lun::ZERO, found, now);
+    assert!(!engine.is_connected() && *engine.lun() == lun);
+    // Takes the session of the same name over.
+    let mut bench = Bench { target: bench.target, engine };
+    assert_eq!(bench.write(0, 7, 512), Outcome::Ok);
+    assert!(bench.engine.is_connected());
+    let isids = bench.target.state.lock().unwrap().isids.clone();
+    assert_eq!((isids.len(), &isids[0]), (2, &isids[1]));
+}
+
+#[test]
 fn closing_takes_no_longer_than_allowed() {
     let mut bench = Bench::new();
     let start = Instant::now();

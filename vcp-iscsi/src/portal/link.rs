@@ -5,13 +5,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::login::{LoggedIn, LoginPort, LoginStep, Purpose};
-use super::socket::{self, Resolving};
+use super::net::{Resolution, Stream};
+use super::socket::Resolving;
 use super::{Options, PortalError};
 use crate::url::Portal;
 
@@ -23,7 +24,7 @@ const MAX_REDIRECTS: u32 = 4;
 #[derive(Debug)]
 enum State {
     Resolving(Resolving),
-    Connecting(TcpStream),
+    Connecting(Stream),
     Login(Box<LoginPort>),
     Over,
 }
@@ -72,19 +73,26 @@ impl Dial {
         self.connect_by = now + self.options.timeouts.connect;
         self.deadline = self.connect_by;
         self.last_error = None;
-        if let Some(address) = socket::literal(&self.portal) {
-            self.addresses = VecDeque::from([address]);
-            return self.next_address();
+        let resolution = self
+            .options
+            .network
+            .resolve(&self.portal)
+            .map_err(|source| PortalError::System { what: "start to resolve a name", source })?;
+        match resolution {
+            Resolution::Done(addresses) => {
+                self.addresses = addresses.into();
+                self.next_address()
+            }
+            Resolution::Underway(resolving) => {
+                self.state = State::Resolving(resolving);
+                Ok(())
+            }
         }
-        let resolving = Resolving::start(self.portal.clone())
-            .map_err(|source| PortalError::System { what: "start a thread", source })?;
-        self.state = State::Resolving(resolving);
-        Ok(())
     }
 
     fn next_address(&mut self) -> Result<(), PortalError> {
         while let Some(address) = self.addresses.pop_front() {
-            match socket::start_connect(address) {
+            match self.options.network.start_connect(address) {
                 Ok(stream) => {
                     // One that does not answer leaves time for those behind it.
                     let rest = self.connect_by.saturating_duration_since(self.polled);
@@ -119,7 +127,7 @@ impl Dial {
                         return Err(PortalError::Resolve { portal: self.portal.to_string(), source });
                     }
                 },
-                State::Connecting(stream) => match socket::connected(stream) {
+                State::Connecting(stream) => match self.options.network.connected(stream) {
                     Ok(false) if now >= self.deadline && !self.addresses.is_empty() => self.next_address()?,
                     Ok(false) => return self.in_time(now),
                     Ok(true) => {
@@ -227,6 +235,7 @@ mod tests {
 
     use socket2::{Domain, Socket, Type};
 
+    use super::super::socket;
     use super::*;
 
     #[test]

@@ -2,7 +2,6 @@
 //! words that say what to do.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::time::Instant;
 
 use iscsi::chap::{Account, Algorithm, ChapError, Entropy};
@@ -13,6 +12,7 @@ use iscsi::params::{DigestPolicy, ParamError, Params};
 use iscsi::pdu::framing::{Limits, Receiver, Step};
 use iscsi::pdu::{Isid, Opcode};
 
+use super::net::Stream;
 use super::options::{Credentials, DigestChoice};
 use super::wire::Wire;
 use super::{Options, PortalError};
@@ -83,7 +83,7 @@ pub struct Negotiated {
 #[derive(Debug)]
 pub struct LoggedIn {
     /// It.
-    pub stream: TcpStream,
+    pub stream: Stream,
     /// What was agreed on.
     pub agreed: Box<Agreed>,
     /// What arrived behind the last Login Response.
@@ -159,7 +159,7 @@ pub enum LoginStep {
 /// A login underway.
 #[derive(Debug)]
 pub struct LoginPort {
-    stream: Option<TcpStream>,
+    stream: Option<Stream>,
     portal: Portal,
     target: String,
     login: Login,
@@ -174,7 +174,7 @@ impl LoginPort {
     /// # Errors
     /// The options contradict the rules of the login phase.
     pub fn start(
-        stream: TcpStream,
+        stream: Stream,
         options: &Options,
         purpose: Purpose,
         portal: &Portal,
@@ -315,7 +315,7 @@ impl LoginPort {
     }
 
     /// The connection; `None` once the login ended.
-    pub fn stream(&self) -> Option<&TcpStream> {
+    pub fn stream(&self) -> Option<&Stream> {
         self.stream.as_ref()
     }
 

@@ -1,7 +1,7 @@
 //! The port: iSCSI sessions on real sockets, and the [`Engine`](crate::engine::Engine) over them.
 //!
 //! - [`options`]: what a session is opened with, and the command line arguments for it.
-//! - [`socket`]: name resolution and non-blocking TCP.
+//! - [`net`]: the seam to the network, and [`socket`]: name resolution and non-blocking TCP behind it.
 //! - [`login`]: the login phase over a socket.
 //! - [`wire`]: the full-feature session over a socket; guest memory moves here.
 //! - [`probe`]: the SCSI commands that find out what a logical unit is.
@@ -17,6 +17,7 @@ mod error;
 mod job;
 pub mod link;
 pub mod login;
+pub mod net;
 pub mod options;
 pub mod probe;
 pub mod socket;
@@ -25,4 +26,5 @@ pub mod wire;
 pub use client::Client;
 pub use engine::{IscsiEngine, Stats};
 pub use error::PortalError;
+pub use net::{Network, Stream};
 pub use options::{Options, SessionArgs};

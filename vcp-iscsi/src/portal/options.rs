@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 
+use super::net::{Network, Tcp};
 use crate::url::{Secret, Url, is_iscsi_name};
 
 /// Initiator name of last resort: the part behind the colon names this program.
@@ -104,6 +106,11 @@ pub struct Options {
     /// beside a running device. It is part of the ISID: a session with the same one *replaces* the other
     /// (RFC 7143 6.3.5), which is what a restarted program wants and nobody else does.
     pub instance: String,
+    /// What connections are made of.
+    pub network: Arc<dyn Network>,
+    /// Seeds the jitter of pauses, nothing else: any number that differs between programs will do, and the same one
+    /// where runs are to be repeatable.
+    pub jitter_seed: u64,
 }
 
 impl Options {
@@ -122,6 +129,8 @@ impl Options {
             queue_depth: 128,
             read_only: false,
             instance: String::new(),
+            network: Arc::new(Tcp),
+            jitter_seed: u64::from(std::process::id()),
         }
     }
 

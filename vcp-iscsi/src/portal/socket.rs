@@ -1,13 +1,15 @@
 //! Name resolution and TCP sockets that never block.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
+use super::net::Stream;
 use crate::url::Portal;
 
 /// Unacknowledged data and unanswered keepalives end a connection after so long; the ping of the session is usually
@@ -65,7 +67,7 @@ impl Resolving {
 ///
 /// # Errors
 /// The address cannot be tried at all.
-pub fn start_connect(address: SocketAddr) -> io::Result<TcpStream> {
+pub fn start_connect(address: SocketAddr) -> io::Result<Stream> {
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM.cloexec().nonblocking(), Some(Protocol::TCP))?;
     // Each PDU batch is one send; nothing is gained by waiting for more.
@@ -75,14 +77,14 @@ pub fn start_connect(address: SocketAddr) -> io::Result<TcpStream> {
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => {}
         Err(error) => return Err(error),
     }
-    Ok(socket.into())
+    Ok(OwnedFd::from(socket).into())
 }
 
 /// Whether a connection begun by [`start_connect`] stands; looks without waiting.
 ///
 /// # Errors
 /// It failed.
-pub fn connected(stream: &TcpStream) -> io::Result<bool> {
+pub fn connected(stream: &Stream) -> io::Result<bool> {
     let mut fds = [PollFd::new(stream, PollFlags::OUT)];
     if poll(&mut fds, Some(&Timespec::default()))? == 0 {
         return Ok(false);
@@ -101,11 +103,19 @@ pub fn connected(stream: &TcpStream) -> io::Result<bool> {
     Ok(true)
 }
 
+/// How long sent data may stay without acknowledgement before the connection breaks.
+///
+/// # Errors
+/// The socket refused it.
+pub fn set_user_timeout(stream: &Stream, limit: Duration) -> io::Result<()> {
+    SockRef::from(stream).set_tcp_user_timeout(Some(limit))
+}
+
 /// Waits until the socket is readable (or writable, if asked) or the deadline has come; returns whether it is.
 ///
 /// # Errors
 /// What `poll` reports.
-pub fn wait_until(stream: &TcpStream, writable: bool, deadline: Instant) -> io::Result<bool> {
+pub fn wait_until(stream: &Stream, writable: bool, deadline: Instant) -> io::Result<bool> {
     let mut events = PollFlags::IN;
     if writable {
         events |= PollFlags::OUT;

@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::time::Instant;
 
 use iscsi::digest::Crc32c;
@@ -19,6 +18,7 @@ use iscsi::pdu::{ahs::MAX_AHS_BYTES, framing::Digests};
 use vcp_core::sock::{Gather, IovStorage, Scatter};
 
 use super::job::{Data, Jobs};
+use super::net::Stream;
 
 /// Bytes taken from the socket at once into private memory. Payload in it is copied to guest memory, so it bounds the
 /// copying for long transfers; headers and small payloads of a whole batch fit.
@@ -80,7 +80,7 @@ pub struct WireStats {
 /// A session and its connection.
 #[derive(Debug)]
 pub struct Wire {
-    stream: TcpStream,
+    stream: Stream,
     /// The protocol.
     pub session: Session,
     rx: Receiver,
@@ -98,7 +98,7 @@ pub struct Wire {
 
 impl Wire {
     /// A session that just logged in. `early` is what arrived behind the final Login Response.
-    pub fn new(stream: TcpStream, session: Session, early: &[u8]) -> Self {
+    pub fn new(stream: Stream, session: Session, early: &[u8]) -> Self {
         let config = session.config();
         let limits = Limits { ahs_bytes: MAX_AHS_BYTES, data_bytes: config.max_receive_bytes };
         let mut rx = Receiver::new(limits);
@@ -122,7 +122,7 @@ impl Wire {
     }
 
     /// The socket.
-    pub fn stream(&self) -> &TcpStream {
+    pub fn stream(&self) -> &Stream {
         &self.stream
     }
 

@@ -8,6 +8,7 @@
 //! 6.3.5), so that none can act later and overwrite newer data. Where that does not hold, because another portal group
 //! answers now, the unit is reset first.
 
+mod close;
 mod outcomes;
 mod recovery;
 
@@ -26,7 +27,7 @@ use super::link::Dial;
 use super::login::Purpose;
 use super::probe::{Found, PROBE_BUFFER_BYTES, Probe};
 use super::wire::{RX_STAGING_BYTES, Wire, WireError, WireStats};
-use super::{Options, PortalError, socket};
+use super::{Options, PortalError};
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request, Wait};
 
 /// Failures of one request that lead to repetition; the next one is told.
@@ -147,23 +148,31 @@ impl IscsiEngine {
         let lun_address = options.url.require_lun()?;
         let mut client = Client::connect(options, Purpose::Normal)?;
         let (lun_address, found) = client.find_lun(lun_address)?;
-        Ok(Self::over(client, lun_address, found))
+        let now = Instant::now();
+        let (options, wire, _, negotiated) = client.into_parts();
+        let mut engine = Self::detached(options, lun_address, found, now);
+        engine.negotiated = negotiated;
+        engine.wire = Some(wire);
+        engine.phase = Phase::Up;
+        engine.away_since = None;
+        Ok(engine)
     }
 
-    fn over(client: Client, lun_address: scsi::Lun, found: Found) -> Self {
-        let (options, wire, jobs, negotiated) = client.into_parts();
+    /// An engine without a session, for a unit that is known from before: `found` is what it was, at `lun_address`. The
+    /// first [`Engine::poll`] at `now` or later begins to log in; requests wait until the unit is there and is the same.
+    pub fn detached(options: Arc<Options>, lun_address: scsi::Lun, found: Found, now: Instant) -> Self {
         let depth = options.queue_depth;
+        let jobs = Jobs::new(depth + 1);
         let lun = found.lun(options.read_only);
-        // Seeds the jitter only: any number that differs between programs will do.
-        let jitter = u64::from(std::process::id()) << 32 ^ u64::from(options.isid()[5]) | 1;
+        let jitter = options.jitter_seed << 32 ^ u64::from(options.isid()[5]) | 1;
         Self {
             options,
             lun_address,
             found,
             lun,
-            negotiated,
-            wire: Some(wire),
-            phase: Phase::Up,
+            negotiated: Negotiated::default(),
+            wire: None,
+            phase: Phase::Waiting { until: now },
             jobs,
             free: (0..depth).rev().collect(),
             own_slot: depth,
@@ -179,9 +188,9 @@ impl IscsiEngine {
             closing: false,
             abandoned: false,
             in_doubt: None,
-            away_since: None,
+            away_since: Some(now),
             attempts: 0,
-            up_since: Instant::now(),
+            up_since: now,
             jitter,
             log: LogLimit::default(),
             stats: Stats::default(),
@@ -227,35 +236,6 @@ impl IscsiEngine {
         let digests = self.wire.as_ref().is_some_and(|w| w.session.config().data_digest);
         let arena = if digests { 4 << 20 } else { 64 << 10 };
         slots * 1024 + RX_STAGING_BYTES as u64 + PROBE_BUFFER_BYTES as u64 + arena + (64 << 10)
-    }
-
-    /// See [`Engine::close`]: waits for commands underway for half of `limit`, logs out, and gives up at the end of
-    /// `limit`. Blocks so long at most; commands not answered by then are dropped.
-    fn shut_down(&mut self, limit: Duration) {
-        let start = Instant::now();
-        let deadline = start + limit;
-        let mut done = Vec::new();
-        self.closing = true;
-        match &mut self.wire {
-            Some(wire) => wire.session.logout(start, limit / 2),
-            None => self.phase = Phase::Closed,
-        }
-        while !matches!(self.phase, Phase::Closed) {
-            let now = Instant::now();
-            if now >= deadline {
-                break;
-            }
-            self.poll(now, &mut done);
-            done.clear();
-            let Some(wire) = &self.wire else { break };
-            let until = wire.session.deadline().map_or(deadline, |at| at.min(deadline));
-            let until = until.max(now + Duration::from_millis(1));
-            if socket::wait_until(wire.stream(), wire.wants_write(), until).is_err() {
-                break;
-            }
-        }
-        self.wire = None;
-        self.phase = Phase::Closed;
     }
 
     /// Moves commands to the session, as many as it should have at once.

@@ -1,0 +1,135 @@
+//! The seam to the network: a [`Stream`] of bytes, and the [`Network`] that makes one from a portal.
+//!
+//! The engine names no TCP: what it needs of a connection is a descriptor that can be polled, read and written without
+//! blocking. The real thing is [`Tcp`]; a simulation puts pairs of Unix sockets and addresses of its own behind the same
+//! trait, and a process that takes over from another wraps the descriptors that it was given.
+
+use std::fmt::Debug;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::socket::{self, Resolving};
+use crate::url::Portal;
+
+/// A connected (or connecting) stream socket that never blocks.
+#[derive(Debug)]
+pub struct Stream(OwnedFd);
+
+impl From<OwnedFd> for Stream {
+    /// The socket must be non-blocking.
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<TcpStream> for Stream {
+    /// The socket must be non-blocking.
+    fn from(stream: TcpStream) -> Self {
+        Self(stream.into())
+    }
+}
+
+impl From<UnixStream> for Stream {
+    /// The socket must be non-blocking.
+    fn from(stream: UnixStream) -> Self {
+        Self(stream.into())
+    }
+}
+
+impl From<Stream> for OwnedFd {
+    fn from(stream: Stream) -> Self {
+        stream.0
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(recv(&self.0, buffer, RecvFlags::DONTWAIT)?.0)
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(&self.0, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The addresses of a portal, or the wait for them.
+#[derive(Debug)]
+pub enum Resolution {
+    /// Known at once: the portal is given by number.
+    Done(Vec<SocketAddr>),
+    /// A thread asks.
+    Underway(Resolving),
+}
+
+/// Makes streams. None of the methods blocks.
+pub trait Network: Debug + Send + Sync {
+    /// Begins to look up the addresses of a portal.
+    ///
+    /// # Errors
+    /// Not even that is possible.
+    fn resolve(&self, portal: &Portal) -> io::Result<Resolution>;
+
+    /// Begins to connect; [`connected`](Self::connected) tells how it went.
+    ///
+    /// # Errors
+    /// The address cannot be tried at all.
+    fn start_connect(&self, address: SocketAddr) -> io::Result<Stream>;
+
+    /// Whether a connection begun by [`start_connect`](Self::start_connect) stands by now.
+    ///
+    /// # Errors
+    /// It failed.
+    fn connected(&self, stream: &Stream) -> io::Result<bool>;
+
+    /// How long sent data may stay without acknowledgement before the connection counts as broken (TCP_USER_TIMEOUT).
+    /// Called whenever the wanted value changes; a network without such a notion ignores it.
+    ///
+    /// # Errors
+    /// The socket refused it.
+    fn set_user_timeout(&self, stream: &Stream, limit: Duration) -> io::Result<()> {
+        let _ = (stream, limit);
+        Ok(())
+    }
+}
+
+/// TCP, by the system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tcp;
+
+impl Network for Tcp {
+    fn resolve(&self, portal: &Portal) -> io::Result<Resolution> {
+        match socket::literal(portal) {
+            Some(address) => Ok(Resolution::Done(vec![address])),
+            None => Ok(Resolution::Underway(Resolving::start(portal.clone())?)),
+        }
+    }
+
+    fn start_connect(&self, address: SocketAddr) -> io::Result<Stream> {
+        socket::start_connect(address)
+    }
+
+    fn connected(&self, stream: &Stream) -> io::Result<bool> {
+        socket::connected(stream)
+    }
+
+    fn set_user_timeout(&self, stream: &Stream, limit: Duration) -> io::Result<()> {
+        socket::set_user_timeout(stream, limit)
+    }
+}
