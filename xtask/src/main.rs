@@ -9,6 +9,7 @@ mod demo;
 mod fuzz;
 mod packages;
 mod server;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -42,6 +43,9 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// The long runs: `kill`
+    #[command(subcommand)]
+    Soak(soak::Soak),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Task::Test { filter } => test::run(&filter),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz { name, seconds } => fuzz::run(name.as_deref(), seconds),
+        Task::Soak(soak) => soak::run(&soak),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,26 @@
+//! `cargo xtask soak`: the long runs. CI runs the same code for a short while; here it goes on until the count is reached
+//! or something is lost.
+//!
+//! * [`kill`]: the VCP is killed under a verifying load, again and again.
+
+mod kill;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+/// What to wear out.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Soak {
+    /// `kill -9` of vcp-iscsi under a verifying load, restart, reconnect
+    Kill(kill::Args),
+}
+
+/// Runs one.
+///
+/// # Errors
+/// Something was lost, answered twice, or did not come back.
+pub(crate) fn run(soak: &Soak) -> Result<()> {
+    match soak {
+        Soak::Kill(args) => kill::run(args),
+    }
+}
