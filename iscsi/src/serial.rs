@@ -6,7 +6,7 @@
 use std::fmt;
 
 /// A 32-bit serial number.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 pub struct Serial(pub u32);
 
 impl Serial {

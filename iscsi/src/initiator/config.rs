@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::serial::Serial;
 
 /// Parameters of a [`Session`](super::Session): what login agreed on, where login left the counters, time limits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     /// Task slots; the most commands at once. At most [`Config::MAX_SLOTS`].
     pub slots: u16,

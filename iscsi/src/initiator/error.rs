@@ -87,6 +87,11 @@ impl Counters {
         self.0[violation as usize] += 1;
     }
 
+    /// Sets one, as an earlier process counted it.
+    pub(super) fn set(&mut self, violation: Violation, n: u64) {
+        self.0[violation as usize] = n;
+    }
+
     /// Adds another set of counters, as of an earlier session.
     pub fn add(&mut self, other: &Counters) {
         for (sum, n) in self.0.iter_mut().zip(other.0) {

@@ -16,12 +16,15 @@
 //! A command counts as done only if every byte of it is accounted for: Data-In numbers and offsets without gap or
 //! overlap, residual, and all output data fetched. Anything else is an [`Outcome::Damaged`], never a success.
 //!
+//! [`Session::export`] and [`Session::import`] carry a session with nothing under way from one process to another.
+//!
 //! At level 0 a lost connection ends the session. [`Session::unanswered`] then lists, in CmdSN order, the commands to
 //! repeat - on a session that reinstates this one (6.3.5), which is the caller's to ensure. Login is
 //! [`crate::login::initiator`]'s, sockets and repetition are the program's.
 
 mod config;
 mod error;
+mod export;
 mod receive;
 mod session;
 mod task;
@@ -30,6 +33,7 @@ mod transmit;
 
 pub use config::Config;
 pub use error::{Counters, SessionError, Violation};
+pub use export::{ImportError, SessionState, Underway};
 pub use receive::Place;
 pub use session::{Event, Session};
 pub use task::{Command, Direction, Outcome};

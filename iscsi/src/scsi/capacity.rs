@@ -3,7 +3,7 @@
 use super::{DataError, be16, be32, be64, need};
 
 /// Size and layout of a direct-access logical unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Capacity {
     /// Number of logical blocks.
     pub blocks: u64,

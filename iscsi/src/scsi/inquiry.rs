@@ -8,7 +8,7 @@ pub const TYPE_DISK: u8 = 0x00;
 pub const TYPE_NONE: u8 = 0x1F;
 
 /// The parts of standard INQUIRY data that matter here.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Inquiry {
     /// Peripheral qualifier: 0 connected, 1 not connected at the moment, 3 there can be none.
     pub qualifier: u8,

@@ -8,7 +8,7 @@ pub const CACHING_PAGE: u8 = 0x08;
 pub const ALL_PAGES: u8 = 0x3F;
 
 /// What the header and the caching page say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ModeData {
     /// Write protected (device-specific parameter, WP).
     pub write_protected: bool,

@@ -87,7 +87,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Page B0h: block limits. A zero means that the unit does not tell, except where said otherwise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct BlockLimits {
     /// WRITE SAME with a number of blocks of zero is refused (WSNZ).
     pub write_same_non_zero: bool,
@@ -145,7 +145,7 @@ pub fn rotation_rate(data: &[u8]) -> Result<u16, DataError> {
 }
 
 /// Page B2h: how space is given and taken back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Provisioning {
     /// UNMAP is supported (LBPU).
     pub unmap: bool,

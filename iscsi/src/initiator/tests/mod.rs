@@ -1,6 +1,7 @@
 //! Tests of the session against hand-made PDUs ([`rules`]), against time ([`time`]) and against the target machine of
 //! this crate ([`joined`]).
 
+mod export;
 mod joined;
 mod rules;
 mod time;
