@@ -9,6 +9,7 @@ pub mod cli;
 pub mod discover;
 pub mod engine;
 pub mod info;
+pub mod limit;
 pub mod portal;
 pub mod serve;
 pub mod url;
