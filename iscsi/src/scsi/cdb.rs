@@ -24,6 +24,7 @@ impl Cdb {
         match (self.0[0], self.0[1] & 0x1F) {
             (op::SERVICE_ACTION_IN_16, op::SA_READ_CAPACITY_16) => "READ CAPACITY(16)",
             (op::SERVICE_ACTION_IN_16, op::SA_GET_LBA_STATUS) => "GET LBA STATUS",
+            (op::MAINTENANCE_IN, op::SA_REPORT_TARGET_PORT_GROUPS) => "REPORT TARGET PORT GROUPS",
             (opcode, _) => op::name(opcode),
         }
     }
@@ -55,6 +56,14 @@ impl Cdb {
     /// REPORT LUNS, all that the target shows to this initiator; SPC-4 asks for at least 16 bytes.
     pub fn report_luns(allocation_bytes: u32) -> Self {
         Self::build(op::REPORT_LUNS, |b| b[6..10].copy_from_slice(&allocation_bytes.to_be_bytes()))
+    }
+
+    /// REPORT TARGET PORT GROUPS, with the header that has a length only.
+    pub fn report_target_port_groups(allocation_bytes: u32) -> Self {
+        Self::build(op::MAINTENANCE_IN, |b| {
+            b[1] = op::SA_REPORT_TARGET_PORT_GROUPS;
+            b[6..10].copy_from_slice(&allocation_bytes.to_be_bytes());
+        })
     }
 
     /// READ CAPACITY(10).

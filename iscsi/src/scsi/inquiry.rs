@@ -18,6 +18,9 @@ pub struct Inquiry {
     pub removable: bool,
     /// Version of the standard claimed (5: SPC-3, 6: SPC-4).
     pub version: u8,
+    /// TPGS: asymmetric access is supported, implicitly (bit 0) or by command (bit 1); 0: it is not.
+    #[serde(default)]
+    pub tpgs: u8,
     /// Protection information (T10 PI) is supported.
     pub protect: bool,
     /// T10 vendor identification.
@@ -37,6 +40,7 @@ impl Inquiry {
             device_type: data[0] & 0x1F,
             removable: data[1] & 0x80 != 0,
             version: data[2],
+            tpgs: data.get(5).map_or(0, |b| b >> 4 & 3),
             protect: data.get(5).is_some_and(|b| b & 1 != 0),
             vendor: ascii(data, 8, 16),
             product: ascii(data, 16, 32),

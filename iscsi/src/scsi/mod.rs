@@ -4,6 +4,7 @@
 //! function from bytes to values or back; who sends a command, when, and what to do about its answer is decided
 //! elsewhere (`initiator`, `target` and the programs above them). Both ends use the same constants.
 
+pub mod alua;
 pub mod capacity;
 pub mod cdb;
 pub mod inquiry;

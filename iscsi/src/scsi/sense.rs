@@ -100,6 +100,10 @@ pub mod asc {
     pub const INITIALIZING_REQUIRED: u16 = 0x0402;
     /// LOGICAL UNIT NOT ACCESSIBLE, ASYMMETRIC ACCESS STATE TRANSITION.
     pub const ALUA_TRANSITION: u16 = 0x040A;
+    /// LOGICAL UNIT NOT ACCESSIBLE, TARGET PORT IN STANDBY STATE.
+    pub const ALUA_STANDBY: u16 = 0x040B;
+    /// LOGICAL UNIT NOT ACCESSIBLE, TARGET PORT IN UNAVAILABLE STATE.
+    pub const ALUA_UNAVAILABLE: u16 = 0x040C;
     /// LOGICAL UNIT NOT READY, SPACE ALLOCATION IN PROGRESS.
     pub const SPACE_ALLOCATION_IN_PROGRESS: u16 = 0x0414;
     /// WRITE ERROR.
@@ -179,8 +183,8 @@ pub mod asc {
             0x0407 => "logical unit not ready, operation in progress",
             0x0409 => "logical unit not ready, self-test in progress",
             ALUA_TRANSITION => "logical unit not accessible, asymmetric access state transition",
-            0x040B => "logical unit not accessible, target port in standby state",
-            0x040C => "logical unit not accessible, target port in unavailable state",
+            ALUA_STANDBY => "logical unit not accessible, target port in standby state",
+            ALUA_UNAVAILABLE => "logical unit not accessible, target port in unavailable state",
             SPACE_ALLOCATION_IN_PROGRESS => "logical unit not ready, space allocation in progress",
             0x0800 => "logical unit communication failure",
             WRITE_ERROR => "write error",

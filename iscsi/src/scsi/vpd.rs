@@ -1,5 +1,7 @@
 //! Vital product data pages (SPC-4 7.8, SBC-3 6.6).
 
+use std::fmt;
+
 use super::inquiry::ascii;
 use super::{DataError, be16, be32, be64, need};
 
@@ -38,7 +40,7 @@ pub fn serial_number(data: &[u8]) -> Result<String, DataError> {
 }
 
 /// Kinds of designators (SPC-4 table 459) that name a logical unit, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub enum DesignatorKind {
     /// NAA: a world-wide name.
     Naa,
@@ -50,32 +52,76 @@ pub enum DesignatorKind {
     T10,
 }
 
+/// One name of a logical unit.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Designator {
+    /// Its kind.
+    pub kind: DesignatorKind,
+    /// NAA and EUI-64 (and whatever is binary) in lower-case hexadecimal, the others as they are.
+    pub text: String,
+}
+
+impl fmt::Display for Designator {
+    /// `naa.HEX`, `eui.HEX`, `t10.TEXT`; SCSI name strings have such a beginning of their own.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.kind {
+            DesignatorKind::Naa => "naa.",
+            DesignatorKind::Eui64 => "eui.",
+            DesignatorKind::T10 => "t10.",
+            DesignatorKind::Name => "",
+        })?;
+        f.write_str(&self.text)
+    }
+}
+
+/// Page 83h.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Designators {
+    /// Names of the logical unit itself (association 0), best kind first.
+    pub unit: Vec<Designator>,
+    /// Relative target port identifier of the port that answered (association 1, type 4).
+    pub relative_port: Option<u16>,
+    /// Its target port group (association 1, type 5).
+    pub port_group: Option<u16>,
+}
+
+impl Designators {
+    /// Decodes page 83h, as far as it came.
+    pub fn parse(data: &[u8]) -> Result<Self, DataError> {
+        let list = payload("VPD page 83h", DEVICE_IDENTIFICATION, data)?;
+        let mut found = Self::default();
+        let mut at = 0;
+        while let Some(header) = list.get(at..at + 4) {
+            let Some(body) = list.get(at + 4..at + 4 + usize::from(header[3])) else { break };
+            at += 4 + body.len();
+            let (code_set, association, kind) = (header[0] & 0xF, header[1] >> 4 & 3, header[1] & 0xF);
+            match (association, kind) {
+                (0, 1 | 2 | 3 | 8) if !body.is_empty() => {
+                    let kind = match kind {
+                        3 => DesignatorKind::Naa,
+                        2 => DesignatorKind::Eui64,
+                        8 => DesignatorKind::Name,
+                        _ => DesignatorKind::T10,
+                    };
+                    let text = if code_set == 1 { hex(body) } else { ascii(body, 0, body.len()) };
+                    found.unit.push(Designator { kind, text });
+                }
+                (1, 4) if body.len() >= 4 => found.relative_port = Some(be16(body, 2)),
+                (1, 5) if body.len() >= 4 => found.port_group = Some(be16(body, 2)),
+                _ => {}
+            }
+        }
+        // Stable: what the unit names first stays first among its kind.
+        found.unit.sort_by_key(|designator| designator.kind);
+        Ok(found)
+    }
+}
+
 /// Page 83h: the best designator of the logical unit itself (association 0), as text: NAA and EUI-64 in
 /// hexadecimal, the others as they are.
 pub fn designator(data: &[u8]) -> Result<Option<(DesignatorKind, String)>, DataError> {
-    let list = payload("VPD page 83h", DEVICE_IDENTIFICATION, data)?;
-    let mut best: Option<(DesignatorKind, String)> = None;
-    let mut at = 0;
-    while let Some(header) = list.get(at..at + 4) {
-        let Some(body) = list.get(at + 4..at + 4 + usize::from(header[3])) else { break };
-        at += 4 + body.len();
-        let (code_set, association, kind) = (header[0] & 0xF, header[1] >> 4 & 3, header[1] & 0xF);
-        if association != 0 || body.is_empty() {
-            continue;
-        }
-        let kind = match kind {
-            3 => DesignatorKind::Naa,
-            2 => DesignatorKind::Eui64,
-            8 => DesignatorKind::Name,
-            1 => DesignatorKind::T10,
-            _ => continue,
-        };
-        let text = if code_set == 1 { hex(body) } else { ascii(body, 0, body.len()) };
-        if best.as_ref().is_none_or(|(k, _)| kind < *k) {
-            best = Some((kind, text));
-        }
-    }
-    Ok(best)
+    let first = Designators::parse(data)?.unit.into_iter().next();
+    Ok(first.map(|designator| (designator.kind, designator.text)))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -200,6 +246,21 @@ mod tests {
         assert_eq!(designator(&page).unwrap(), Some((DesignatorKind::Naa, "60000000000e0001".into())));
         // A designator that claims more than there is ends the list.
         assert_eq!(designator(&[0, 0x83, 0, 8, 0x01, 0x03, 0, 200, 1, 2, 3, 4]).unwrap(), None);
+    }
+
+    #[test]
+    fn all_names_of_the_unit_and_where_it_was_asked() {
+        let mut page = vec![0, 0x83, 0, 0];
+        page.extend_from_slice(&[0x02, 0x01, 0, 4, b'I', b'E', b'T', b' ']);
+        page.extend_from_slice(&[0x01, 0x14, 0, 4, 0, 0, 0, 2]); // relative target port
+        page.extend_from_slice(&[0x01, 0x15, 0, 4, 0, 0, 1, 3]); // target port group
+        page.extend_from_slice(&[0x01, 0x03, 0, 8, 0x60, 0, 0, 0, 0, 0x0E, 0, 1]);
+        page.extend_from_slice(&[0x01, 0x15, 0, 2, 0, 0]); // too short to be one
+        page[3] = (page.len() - 4) as u8;
+        let found = Designators::parse(&page).unwrap();
+        let names: Vec<_> = found.unit.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["naa.60000000000e0001", "t10.IET"]);
+        assert_eq!((found.relative_port, found.port_group), (Some(2), Some(0x103)));
     }
 
     #[test]
