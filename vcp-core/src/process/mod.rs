@@ -1,5 +1,6 @@
 //! What every VCP binary does as a process: logging, signals, the parent's death, and how errors are printed.
 
+pub mod confine;
 mod log;
 mod signals;
 

@@ -1,0 +1,267 @@
+//! A test per restriction: a child process confines itself, then tries to get out.
+#![allow(unsafe_code)] // Attacks: what they call has no safe wrapper, and must not succeed.
+
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output};
+
+use vcp_core::process::confine::{Confinement, Mode};
+
+/// Names the case in the child's environment, and the directory that it may use.
+const CASE: &str = "VCP_CONFINE_CASE";
+const DIR: &str = "VCP_CONFINE_DIR";
+/// The child did what it was to do.
+const HELD: i32 = 77;
+
+/// Runs one case of [`child`] in a process of its own.
+fn run(case: &str, dir: &Path) -> Output {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+        .env(CASE, case)
+        .env(DIR, dir)
+        .output()
+        .unwrap()
+}
+
+fn status(case: &str) -> (ExitStatus, String) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("outside"), "secret").unwrap();
+    for part in ["read", "write", "remove"] {
+        std::fs::create_dir(dir.path().join(part)).unwrap();
+        std::fs::write(dir.path().join(part).join("file"), part).unwrap();
+    }
+    let output = run(case, dir.path());
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output.status, text)
+}
+
+/// The case ran to its end and found everything as it should be.
+#[track_caller]
+fn held(case: &str) {
+    let (status, text) = status(case);
+    assert_eq!(status.code(), Some(HELD), "{case}: {status}: {text}");
+}
+
+/// The attempt ended the process.
+#[track_caller]
+fn killed(case: &str) {
+    let (status, text) = status(case);
+    assert_eq!(status.signal(), Some(libc::SIGSYS), "{case}: {status}: {text}");
+}
+
+fn refused<T>(what: &str, result: std::io::Result<T>) {
+    match result {
+        Ok(_) => panic!("{what}: worked"),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{what}: {error}"),
+    }
+}
+
+/// Not a test of its own: the confined process of the others.
+#[test]
+fn child() {
+    let Ok(case) = std::env::var(CASE) else { return };
+    let dir = PathBuf::from(std::env::var_os(DIR).unwrap());
+    // Before: what a VCP opens first.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let confinement = Confinement {
+        read: vec![dir.join("read"), dir.join("not there")],
+        write: vec![dir.join("write")],
+        remove: vec![dir.join("remove")],
+        max_fds: 64,
+        max_private_bytes: 256 << 20,
+    };
+    let report = confinement.apply(Mode::Require).unwrap();
+    assert_eq!(report.summary(), "yes", "{report:?}");
+    attempt(&case, &dir, &listener);
+    std::process::exit(HELD);
+}
+
+fn attempt(case: &str, dir: &Path, listener: &TcpListener) {
+    let inside = |part: &str| dir.join(part).join("file");
+    match case {
+        "keeps what it needs" => {
+            assert_eq!(std::fs::read_to_string(inside("read")).unwrap(), "read");
+            std::fs::write(inside("write"), "new").unwrap();
+            std::fs::rename(inside("write"), dir.join("write/other")).unwrap();
+            std::fs::remove_file(dir.join("write/other")).unwrap();
+            std::fs::remove_file(inside("remove")).unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            server.write_all(b"x").unwrap();
+            drop(client);
+            drop(UnixStream::pair().unwrap());
+            assert_eq!(std::thread::spawn(|| 5).join().unwrap(), 5);
+        }
+        "files" => {
+            refused("a file outside", std::fs::read(dir.join("outside")));
+            refused("the password file", std::fs::read("/etc/passwd"));
+            refused("its own environment", std::fs::read("/proc/self/environ"));
+            refused("a device", std::fs::File::open("/dev/kvm"));
+            refused("write where it may read", std::fs::write(inside("read"), "x"));
+            refused("make a file where it may remove", std::fs::write(dir.join("remove/new"), "x"));
+            refused("remove where it may read", std::fs::remove_file(inside("read")));
+            refused("move a file out", std::fs::rename(inside("write"), dir.join("gone")));
+            refused("make a directory", std::fs::create_dir(dir.join("write/dir")));
+            refused("make a link", std::os::unix::fs::symlink("/etc/shadow", dir.join("write/link")));
+        }
+        "sockets" => {
+            refused("listen on a port", TcpListener::bind("127.0.0.1:0"));
+            refused("listen on a path", UnixListener::bind(dir.join("write/socket")));
+            refused("connect to a path", UnixStream::connect(dir.join("write/socket")));
+            // SAFETY: no memory is involved.
+            let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+            refused("a packet socket", if raw < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+            // SAFETY: no memory is involved.
+            let raw = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP) };
+            refused("a raw socket", if raw < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+            // What a resolver does.
+            UdpSocket::bind("127.0.0.1:0").unwrap();
+        }
+        "descriptors" => {
+            let mut kept = Vec::new();
+            let error = loop {
+                match listener.try_clone() {
+                    Ok(fd) => kept.push(fd),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
+            assert!(kept.len() < 64);
+        }
+        "memory" => {
+            let mut much: Vec<u8> = Vec::new();
+            assert!(much.try_reserve_exact(512 << 20).is_err(), "more than the limit");
+            much.try_reserve_exact(16 << 20).unwrap();
+        }
+        "file size" => {
+            let file = std::fs::File::create(dir.join("write/large")).unwrap();
+            // SAFETY: the disposition of a signal, before the call that would raise it.
+            unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+            assert_eq!(file.set_len(1 << 30).unwrap_err().raw_os_error(), Some(libc::EFBIG));
+        }
+        "limits stay" => {
+            for resource in [libc::RLIMIT_NOFILE, libc::RLIMIT_DATA, libc::RLIMIT_CORE] {
+                let more = libc::rlimit { rlim_cur: 1 << 30, rlim_max: 1 << 30 };
+                // SAFETY: `more` is a valid structure for the call.
+                let result = unsafe { libc::setrlimit(resource, &raw const more) };
+                let refusal = std::io::Error::last_os_error();
+                refused("raise a limit", if result < 0 { Err(refusal) } else { Ok(()) });
+            }
+        }
+        "code" => {
+            // SAFETY: a new mapping, which is never used.
+            let page = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    4096,
+                    libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                    0,
+                )
+            };
+            let refusal = std::io::Error::last_os_error();
+            refused("executable memory", if page == libc::MAP_FAILED { Err(refusal) } else { Ok(()) });
+        }
+        "processes" => refused("a process", Command::new("/bin/true").spawn()),
+        "signals" => {
+            // SAFETY: no memory is involved; signal 0 only asks whether it could be sent.
+            let result = unsafe { libc::kill(libc::getppid(), 0) };
+            let refusal = std::io::Error::last_os_error();
+            refused("a signal to another process", if result < 0 { Err(refusal) } else { Ok(()) });
+        }
+        "debug" => {
+            // SAFETY: no memory is involved.
+            let result = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) };
+            let refusal = std::io::Error::last_os_error();
+            refused("be traceable again", if result < 0 { Err(refusal) } else { Ok(()) });
+        }
+        "exec" => panic!("{}", Command::new("/bin/true").exec()),
+        "ptrace" => {
+            // SAFETY: the pointers are null, which this request allows.
+            unsafe { libc::ptrace(libc::PTRACE_ATTACH, libc::getppid(), 0, 0) };
+        }
+        "memory of others" => {
+            let mut byte = 0_u8;
+            let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+            let remote = libc::iovec { iov_base: 0x1000 as *mut _, iov_len: 1 };
+            // SAFETY: `local` covers one byte of this frame.
+            unsafe { libc::process_vm_readv(libc::getppid(), &raw const local, 1, &raw const remote, 1, 0) };
+        }
+        "mount" => {
+            // SAFETY: both strings are terminated.
+            unsafe { libc::umount2(c"/".as_ptr(), libc::MNT_DETACH) };
+        }
+        "namespace" => {
+            // SAFETY: a user namespace changes no memory.
+            unsafe { libc::unshare(libc::CLONE_NEWUSER) };
+        }
+        case => panic!("no case {case}"),
+    }
+}
+
+#[test]
+fn it_keeps_what_it_needs() {
+    held("keeps what it needs");
+}
+
+#[test]
+fn no_files_but_those_it_was_given() {
+    held("files");
+}
+
+#[test]
+fn no_sockets_but_to_targets() {
+    held("sockets");
+}
+
+#[test]
+fn descriptors_are_bounded() {
+    held("descriptors");
+}
+
+#[test]
+fn memory_is_bounded() {
+    held("memory");
+}
+
+#[test]
+fn files_are_bounded() {
+    held("file size");
+}
+
+#[test]
+fn limits_cannot_be_raised() {
+    held("limits stay");
+}
+
+#[test]
+fn no_new_code() {
+    held("code");
+}
+
+#[test]
+fn no_processes() {
+    held("processes");
+}
+
+#[test]
+fn no_signals_to_others() {
+    held("signals");
+}
+
+#[test]
+fn not_traceable_again() {
+    held("debug");
+}
+
+#[test]
+fn what_only_an_attacker_does_ends_the_process() {
+    for case in ["exec", "ptrace", "memory of others", "mount", "namespace"] {
+        killed(case);
+    }
+}
