@@ -116,6 +116,10 @@ pub struct ServeArgs {
     /// End when the process that started this one ends
     #[arg(long)]
     pub exit_with_parent: bool,
+    /// What the disk is to its target: a process started with the same text takes over the session of the one before
+    /// [default: the socket's path]
+    #[arg(long, value_name = "TEXT", conflicts_with = "disk", value_parser = NonEmptyStringValueParser::new())]
+    pub instance: Option<String>,
     /// How to log in.
     #[command(flatten)]
     pub session: SessionArgs,

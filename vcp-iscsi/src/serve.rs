@@ -102,7 +102,7 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         options.read_only = args.read_only || disk.read_only;
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.
-        options.instance = disk.socket.display().to_string();
+        options.instance = args.instance.clone().unwrap_or_else(|| disk.socket.display().to_string());
         plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options });
     }
     Ok(plans)
