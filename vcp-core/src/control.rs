@@ -1,11 +1,14 @@
-//! The control socket: one JSON object per line, in and out.
+//! The control socket, one JSON object per line, in and out; and the page of metrics.
 //!
 //! ```text
 //! > {"cmd":"status"}      < {"ok":true,"version":"0.1.0","pid":412,"loop":{...},"devices":[...],...}
-//! > {"cmd":"metrics"}     < {"ok":true,"loop":{...},"devices":[{"name":...,"read":{...},...}]}
+//! > {"cmd":"metrics"}     < {"ok":true,"loop":{...},"devices":[{"name":...,"read":{...},"samples":[...],...}]}
 //! > {"cmd":"version"}     < {"ok":true,"version":"0.1.0"}
 //! > {"cmd":"log","level":"debug"}   < {"ok":true}
+//! > {"cmd":ANYTHING,"device":"disk0",...}   < {"ok":true,"devices":[{"name":"disk0",...}]}
 //! ```
+//!
+//! A command that is none of the first four is the devices' own: that of the one named, else all of them.
 //!
 //! Served by the set-up thread without ever blocking it: a client that is slow, silent or sends too much is dropped.
 
@@ -17,17 +20,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
-use serde::Deserialize;
+use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
-use crate::metrics::{DeviceMetrics, LoopMetrics};
+use crate::ask::{Ask, Told};
+use crate::http::{Endpoint, HttpServer};
+use crate::metrics::{DeviceMetrics, LoopMetrics, Samples, families, page};
 use crate::vu::listen::{ListenError, SocketFile};
 
 /// Adds the application's own fields to `status`.
 pub type StatusSource = Box<dyn FnMut() -> Map<String, Value> + Send>;
 
-/// Gives a device's own status, by its index.
-pub type DetailSource = Box<dyn FnMut(usize) -> Value + Send>;
+/// Asks a device, by its index; `None` if it does not answer in time.
+pub type AskSource = Box<dyn FnMut(usize, Ask) -> Option<Told> + Send>;
 
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 16;
@@ -38,16 +43,6 @@ const MAX_PENDING_BYTES: usize = 1 << 20;
 /// A client that sends nothing for so long is dropped.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A request.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "cmd", rename_all = "lowercase")]
-enum Request {
-    Status,
-    Metrics,
-    Version,
-    Log { level: String },
-}
-
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
@@ -55,50 +50,76 @@ struct Client {
     last: Instant,
 }
 
-/// The control socket and its clients; does nothing if none was asked for.
+/// Where the set-up thread listens for people and their tools.
+#[derive(Clone, Debug, Default)]
+pub struct ControlOptions<'a> {
+    /// Control socket.
+    pub socket: Option<&'a Path>,
+    /// Page of metrics.
+    pub metrics: Option<&'a Endpoint>,
+}
+
+/// The control socket, the page of metrics and their clients; does nothing if none was asked for.
 pub struct Control {
     socket: Option<SocketFile>,
     clients: Vec<Client>,
+    http: Option<HttpServer>,
+    state: State,
+}
+
+/// What answers are made of.
+struct State {
     loop_metrics: Arc<LoopMetrics>,
     devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
-    details: DetailSource,
+    ask: AskSource,
     extra: StatusSource,
 }
 
 impl Control {
-    /// Listens on `path`, if given.
+    /// Listens where `options` say.
     ///
     /// # Errors
     /// [`ListenError`].
     pub fn new(
-        path: Option<&Path>,
+        options: &ControlOptions<'_>,
         loop_metrics: Arc<LoopMetrics>,
         devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
-        details: DetailSource,
-        extra: StatusSource,
+        ask: AskSource,
+        mut extra: StatusSource,
     ) -> Result<Self, ListenError> {
-        let socket = path.map(SocketFile::bind).transpose()?;
-        Ok(Self { socket, clients: Vec::new(), loop_metrics, devices, details, extra })
+        let socket = options.socket.map(SocketFile::bind).transpose()?;
+        let http = options.metrics.map(HttpServer::bind).transpose()?;
+        if let Some(http) = &http {
+            let endpoint = http.endpoint().to_string();
+            tracing::info!(at = endpoint, "metrics are served");
+            extra = Box::new(move || {
+                let mut fields = extra();
+                fields.insert("metrics_at".into(), endpoint.clone().into());
+                fields
+            });
+        }
+        Ok(Self { socket, clients: Vec::new(), http, state: State { loop_metrics, devices, ask, extra } })
     }
 
     /// Descriptors to wait for.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let socket = self.socket.as_ref().map(AsFd::as_fd);
-        socket.into_iter().chain(self.clients.iter().map(|client| client.stream.as_fd()))
+        let clients = self.clients.iter().map(|client| client.stream.as_fd());
+        socket.into_iter().chain(clients).chain(self.http.iter().flat_map(HttpServer::fds))
     }
 
     /// How long to wait at most: a client with answers pending is tried again, an idle one is dropped some time.
     #[must_use]
     pub fn timeout(&self) -> Option<Timespec> {
-        if self.clients.is_empty() {
-            return None;
-        }
         let pending = self.clients.iter().any(|client| !client.output.is_empty());
-        Some(if pending {
-            Timespec { tv_sec: 0, tv_nsec: 10_000_000 }
+        let own = (!self.clients.is_empty()).then_some(if pending {
+            Duration::from_millis(10)
         } else {
-            Timespec { tv_sec: 5, tv_nsec: 0 }
-        })
+            Duration::from_secs(5)
+        });
+        let http = self.http.as_ref().and_then(HttpServer::timeout);
+        let timeout = own.into_iter().chain(http).min()?;
+        Some(Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() })
     }
 
     /// Accepts, reads, answers and writes what can be done without waiting.
@@ -112,6 +133,10 @@ impl Control {
         let mut clients = std::mem::take(&mut self.clients);
         clients.retain_mut(|client| self.serve_client(client).is_ok());
         self.clients = clients;
+        if let Some(http) = &mut self.http {
+            let state = &mut self.state;
+            http.serve(&mut || (page::CONTENT_TYPE, state.page()));
+        }
     }
 
     /// One client; an error means that it goes.
@@ -129,7 +154,7 @@ impl Control {
                     client.input.extend_from_slice(&chunk[..len]);
                     while let Some(end) = client.input.iter().position(|&byte| byte == b'\n') {
                         let line: Vec<u8> = client.input.drain(..=end).collect();
-                        let answer = self.answer(&line);
+                        let answer = self.state.answer(&line);
                         serde_json::to_writer(&mut client.output, &answer)?;
                         client.output.push(b'\n');
                     }
@@ -155,38 +180,127 @@ impl Control {
         }
         Ok(())
     }
+}
 
+impl State {
     fn answer(&mut self, line: &[u8]) -> Value {
-        match serde_json::from_slice(line) {
-            Ok(Request::Status) => {
-                let mut status = Map::new();
-                status.insert("ok".into(), true.into());
-                status.insert("version".into(), env!("CARGO_PKG_VERSION").into());
-                status.insert("pid".into(), std::process::id().into());
-                status.insert("loop".into(), json!(self.loop_metrics.snapshot()));
-                let details = &mut self.details;
-                let device = |(index, (name, _)): (usize, &(Arc<str>, _))| json!({"name": &**name, "status": details(index)});
-                let devices: Vec<Value> = self.devices.iter().enumerate().map(device).collect();
-                status.insert("devices".into(), devices.into());
-                status.append(&mut (self.extra)());
-                Value::Object(status)
-            }
-            Ok(Request::Metrics) => {
-                let device = |(name, metrics): &(Arc<str>, Arc<DeviceMetrics>)| {
-                    let mut value = json!(metrics.snapshot());
-                    value["name"] = json!(&**name);
-                    value
-                };
-                let devices: Vec<Value> = self.devices.iter().map(device).collect();
-                json!({"ok": true, "loop": self.loop_metrics.snapshot(), "devices": devices})
-            }
-            Ok(Request::Version) => json!({"ok": true, "version": env!("CARGO_PKG_VERSION")}),
-            Ok(Request::Log { level }) => match crate::process::set_log_level(&level) {
-                Ok(()) => json!({"ok": true}),
-                Err(error) => json!({"ok": false, "error": error}),
+        let refused = |error: String| json!({"ok": false, "error": error});
+        let mut request: Map<String, Value> = match serde_json::from_slice(line) {
+            Ok(request) => request,
+            Err(error) => return refused(format!("not a request: {error}")),
+        };
+        let Some(Value::String(cmd)) = request.remove("cmd") else {
+            return refused("not a request: `cmd` is missing".into());
+        };
+        let answered = match cmd.as_str() {
+            "status" => Ok(self.status()),
+            "metrics" => Ok(self.metrics()),
+            "version" => Ok(Map::from_iter([("version".to_owned(), env!("CARGO_PKG_VERSION").into())])),
+            "log" => match request.get("level") {
+                Some(Value::String(level)) => crate::process::set_log_level(level).map(|()| Map::new()),
+                _ => Err("`level` is missing".into()),
             },
-            Err(error) => json!({"ok": false, "error": format!("not a request: {error}")}),
+            _ => self.command(&cmd, request),
+        };
+        match answered {
+            Ok(mut answer) => {
+                answer.insert("ok".into(), true.into());
+                answer.into()
+            }
+            Err(error) => refused(error),
         }
+    }
+
+    fn status(&mut self) -> Map<String, Value> {
+        let mut status = Map::new();
+        status.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        status.insert("pid".into(), std::process::id().into());
+        status.insert("loop".into(), json!(self.loop_metrics.snapshot()));
+        let ask = &mut self.ask;
+        let device = |(index, (name, _)): (usize, &(Arc<str>, _))| {
+            let status = match ask(index, Ask::Status) {
+                Some(Told::Status(status)) => status,
+                _ => Value::Null,
+            };
+            json!({"name": &**name, "status": status})
+        };
+        let devices: Vec<Value> = self.devices.iter().enumerate().map(device).collect();
+        status.insert("devices".into(), devices.into());
+        status.append(&mut (self.extra)());
+        status
+    }
+
+    fn metrics(&mut self) -> Map<String, Value> {
+        let mut devices = Vec::new();
+        for (index, (name, metrics)) in self.devices.iter().enumerate() {
+            let mut value = json!(metrics.snapshot());
+            value["name"] = json!(&**name);
+            if let Some(Told::Samples(samples)) = (self.ask)(index, Ask::Samples) {
+                value["samples"] = samples.json();
+            }
+            devices.push(value);
+        }
+        Map::from_iter([
+            ("loop".to_owned(), json!(self.loop_metrics.snapshot())),
+            ("devices".to_owned(), devices.into()),
+        ])
+    }
+
+    /// A command that is the devices' own.
+    fn command(&mut self, cmd: &str, mut args: Map<String, Value>) -> Result<Map<String, Value>, String> {
+        let wanted = match args.remove("device") {
+            None => None,
+            Some(Value::String(name)) => Some(name),
+            Some(_) => return Err("`device` must be a name".into()),
+        };
+        let names = || self.devices.iter().map(|(name, _)| &**name);
+        if let Some(wanted) = &wanted
+            && !names().any(|name| name == wanted)
+        {
+            let there: Vec<&str> = names().collect();
+            return Err(format!("no device `{wanted}` (there is {})", there.join(", ")));
+        }
+        let mut devices = Vec::new();
+        for (index, (name, _)) in self.devices.iter().enumerate() {
+            if wanted.as_ref().is_some_and(|wanted| **wanted != **name) {
+                continue;
+            }
+            let told = (self.ask)(index, Ask::Command { name: cmd.to_owned(), args: args.clone() });
+            let answer = match told {
+                Some(Told::Command(rest)) => rest.and_then(crate::ask::Rest::finish),
+                _ => Err("the data thread does not answer".into()),
+            };
+            let mut device = match answer.map_err(|error| format!("{name}: {error}"))? {
+                Value::Object(fields) => fields,
+                Value::Null => Map::new(),
+                other => Map::from_iter([("answer".to_owned(), other)]),
+            };
+            device.insert("name".into(), json!(&**name));
+            devices.push(Value::Object(device));
+        }
+        Ok(Map::from_iter([("devices".to_owned(), devices.into())]))
+    }
+
+    /// The page of metrics.
+    fn page(&mut self) -> String {
+        let mut samples = Samples::default();
+        samples.add(&families::BUILD, &[("version", env!("CARGO_PKG_VERSION"))], 1);
+        let cpu = clock_gettime(ClockId::ProcessCPUTime);
+        let cpu = Duration::new(cpu.tv_sec.unsigned_abs(), cpu.tv_nsec.unsigned_abs() as u32);
+        samples.add(&families::CPU, &[], u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX));
+        self.loop_metrics.collect(&mut samples);
+        for (index, (name, metrics)) in self.devices.iter().enumerate() {
+            let told = (self.ask)(index, Ask::Samples);
+            samples.within("device", name, |samples| {
+                metrics.collect(samples);
+                let answers = matches!(told, Some(Told::Samples(_)));
+                samples.add(&families::ANSWERS, &[], answers.into());
+                if let Some(Told::Samples(own)) = told {
+                    samples.append(own);
+                }
+            });
+        }
+        page::page(samples)
     }
 }
 
@@ -195,42 +309,128 @@ mod tests {
     use std::io::{BufRead, BufReader};
 
     use super::*;
+    use crate::ask::Rest;
+    use crate::metrics::{Family, Unit};
+
+    static PARTS: Family = Family::counter("vcp_test_parts", Unit::None, "Parts");
+
+    /// Two devices that know `add`, which fails on the first one from 100 on.
+    fn ask() -> AskSource {
+        Box::new(|index, ask| {
+            Some(match ask {
+                Ask::Status => Told::Status(json!(index + 40)),
+                Ask::Samples => {
+                    let mut samples = Samples::default();
+                    samples.add(&PARTS, &[], index as u64);
+                    Told::Samples(samples)
+                }
+                Ask::Command { name, args } => Told::Command(match args.get("n").and_then(Value::as_u64) {
+                    _ if name != "add" => Err(format!("unknown command `{name}`")),
+                    None => Err("`n` is missing".into()),
+                    Some(n) => Ok(Rest::new(move || match n {
+                        100.. => Err("too much".into()),
+                        _ => Ok(json!({"sum": n + index as u64})),
+                    })),
+                }),
+            })
+        })
+    }
+
+    fn control(socket: &Path, metrics: Option<&Endpoint>) -> Control {
+        let device = Arc::new(DeviceMetrics::default());
+        device.read.ok.add(7);
+        let extra: StatusSource = Box::new(|| Map::from_iter([("more".to_owned(), json!(1))]));
+        let parts = vec![(Arc::from("disk0"), device), (Arc::from("disk1"), Arc::default())];
+        let options = ControlOptions { socket: Some(socket), metrics };
+        Control::new(&options, Arc::default(), parts, ask(), extra).unwrap()
+    }
+
+    fn answers(control: &mut Control, path: &Path, requests: &str) -> Vec<Value> {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(requests.as_bytes()).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        control.serve();
+        let lines = BufReader::new(client).lines();
+        lines.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect()
+    }
 
     #[test]
     fn requests_are_answered_line_by_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
-        let device = Arc::new(DeviceMetrics::default());
-        device.read.ok.add(7);
-        let extra: StatusSource = Box::new(|| Map::from_iter([("more".to_owned(), json!(1))]));
-        let parts = vec![(Arc::from("disk0"), device)];
-        let mut control =
-            Control::new(Some(&path), Arc::default(), parts, Box::new(|index| json!(index + 40)), extra)
-                .unwrap();
-        let mut client = UnixStream::connect(&path).unwrap();
-        client.write_all(b"{\"cmd\":\"status\"}\n{\"cmd\":\"metrics\"}\nnonsense\n").unwrap();
+        let mut control = control(&path, None);
+        let requests = "{\"cmd\":\"status\"}\n{\"cmd\":\"metrics\"}\nnonsense\n[]\n{\"level\":\"x\"}\n";
+        let answers = answers(&mut control, &path, requests);
+        assert_eq!((&answers[0]["ok"], &answers[0]["more"]), (&json!(true), &json!(1)));
+        assert_eq!(
+            answers[0]["devices"],
+            json!([{"name": "disk0", "status": 40}, {"name": "disk1", "status": 41}])
+        );
+        assert_eq!(answers[1]["devices"][0]["read"]["ok"], json!(7));
+        assert_eq!(
+            answers[1]["devices"][1]["samples"],
+            json!([{"name": "vcp_test_parts_total", "labels": {}, "value": 1}])
+        );
+        assert_eq!(answers.len(), 5);
+        for answer in &answers[2..] {
+            assert_eq!(answer["ok"], json!(false), "{answer}");
+        }
+    }
+
+    #[test]
+    fn other_commands_go_to_the_devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c");
+        let mut control = control(&path, None);
+        let requests = [
+            json!({"cmd": "add", "n": 5}),
+            json!({"cmd": "add", "n": 5, "device": "disk1"}),
+            json!({"cmd": "add", "device": "disk1"}),
+            json!({"cmd": "add", "n": 5, "device": "disk7"}),
+            json!({"cmd": "add", "n": 100, "device": "disk0"}),
+            json!({"cmd": "nonsense"}),
+        ];
+        let text: String = requests.iter().map(|request| format!("{request}\n")).collect();
+        let answers = answers(&mut control, &path, &text);
+        assert_eq!(
+            answers[0],
+            json!({"ok": true, "devices": [{"name": "disk0", "sum": 5}, {"name": "disk1", "sum": 6}]})
+        );
+        assert_eq!(answers[1], json!({"ok": true, "devices": [{"name": "disk1", "sum": 6}]}));
+        for (answer, words) in answers[2..].iter().zip(["`n`", "disk0, disk1", "disk0: too much", "nonsense"])
+        {
+            assert_eq!(answer["ok"], json!(false));
+            assert!(answer["error"].as_str().unwrap().contains(words), "{answer}");
+        }
+    }
+
+    #[test]
+    fn the_page_has_the_numbers_of_all_devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, page) = (dir.path().join("c"), dir.path().join("m"));
+        let mut control = control(&path, Some(&Endpoint::Unix(page.clone())));
+        let mut client = UnixStream::connect(&page).unwrap();
+        client.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
         control.serve();
-        let mut lines = BufReader::new(client).lines().map(|line| line.unwrap());
-        let mut next = || serde_json::from_str::<Value>(&lines.next().unwrap()).unwrap();
-        let status = next();
-        assert_eq!((&status["ok"], &status["more"]), (&json!(true), &json!(1)));
-        assert_eq!(status["devices"], json!([{"name": "disk0", "status": 40}]));
-        assert_eq!(next()["devices"][0]["read"]["ok"], json!(7));
-        assert_eq!(next()["ok"], json!(false));
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        for line in [
+            "vcp_requests_total{device=\"disk0\",op=\"read\",result=\"ok\"} 7",
+            "vcp_test_parts_total{device=\"disk1\"} 1",
+            "vcp_device_answers{device=\"disk1\"} 1",
+            "vcp_loop_sleeping 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "no {line:?} in:\n{text}");
+        }
+        let status = answers(&mut control, &path, "{\"cmd\":\"status\"}\n");
+        assert_eq!(status[0]["metrics_at"], json!(format!("unix:{}", page.display())));
     }
 
     #[test]
     fn an_endless_line_ends_the_client() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
-        let mut control = Control::new(
-            Some(&path),
-            Arc::default(),
-            Vec::new(),
-            Box::new(|_| Value::Null),
-            Box::new(Map::new),
-        )
-        .unwrap();
+        let mut control = control(&path, None);
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(&[b'x'; MAX_LINE_BYTES + 1]).unwrap();
         control.serve();

@@ -8,7 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::metrics::DeviceMetrics;
+use crate::ask::Rest;
+use crate::metrics::{DeviceMetrics, Samples};
 use crate::queue::{Chain, ChainId, RingError};
 
 /// What has to happen before [`RingDevice::poll`] must be called again (besides a kick).
@@ -27,6 +28,12 @@ pub trait Rings {
     /// Takes the next chain of queue `queue` into `chain`; false if there is none or the queue does not run. A broken
     /// ring is dealt with inside: the queue stops.
     fn take(&mut self, queue: u16, chain: &mut Chain) -> bool;
+
+    /// How many chains of queue `queue` the driver has made available that were not taken, as far as that is cheap to
+    /// know; 0 otherwise. Not checked: only for statistics.
+    fn available(&self, _queue: u16) -> u16 {
+        0
+    }
 
     /// Gives a chain back with the number of bytes written to it. Exactly once for each chain taken; the runner knows
     /// which completions belong to a ring that no longer exists.
@@ -85,6 +92,20 @@ pub trait RingDevice: Send + 'static {
     /// What people want to know of it, for the control socket. Called on the data thread, so it must not take long.
     fn status(&self) -> serde_json::Value {
         serde_json::Value::Null
+    }
+
+    /// Its own metrics, besides [`metrics`](Self::metrics). Called on the data thread, so it must not take long.
+    fn collect(&self, _samples: &mut Samples) {}
+
+    /// A command of the control socket; `None` if it does not know it. Called on the data thread: what takes long is
+    /// left to the thread that asked, as [`Rest`].
+    fn command(
+        &mut self,
+        _name: &str,
+        _args: &serde_json::Map<String, serde_json::Value>,
+        _now: Instant,
+    ) -> Option<Result<Rest, String>> {
+        None
     }
 
     /// Bytes of memory it can take at most, all of it taken at start.

@@ -5,9 +5,11 @@
 //! knows what a disk or a network is. `unsafe` is confined to [`mem`] and [`sock`], the two places that touch memory
 //! another party can write, and to the signal mask in [`process`].
 
+pub mod ask;
 pub mod control;
 pub mod device;
 pub mod epoll;
+pub mod http;
 pub mod mailbox;
 pub mod mem;
 pub mod metrics;

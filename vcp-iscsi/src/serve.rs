@@ -64,7 +64,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
             DeviceSpec { name: Arc::from(format!("disk{index}")), socket: plan.socket, device }
         })
         .collect();
-    let options = ServeOptions { cpu: args.cpu, poll: args.poll_us, control: args.control.clone() };
+    let options = ServeOptions { cpu: args.cpu, poll: args.poll_us, control: args.control.clone(), metrics: None };
     let extra = Box::new(serde_json::Map::new);
     let announce = move || {
         // A reader that went away is no reason to end.

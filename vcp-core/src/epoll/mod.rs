@@ -14,8 +14,8 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -25,7 +25,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use self::state::State;
-use crate::control::{Control, StatusSource};
+use crate::ask::{Ask, Told, tell};
+use crate::control::{AskSource, Control, StatusSource};
 use crate::device::RingDevice;
 use crate::poll::{CLOSE_AT_EXIT, check_cpu, pin_to};
 use crate::process::Signals;
@@ -33,6 +34,9 @@ use crate::vu::listen::SocketFile;
 use crate::vu::port::{F_INDIRECT, F_PROTOCOL_FEATURES};
 use crate::vu::server::system;
 use crate::vu::{DeviceSpec, STOP_TIMEOUT, ServeError, ServeOptions};
+
+/// How long a question to a device waits for its lock.
+const ASK_TIMEOUT: Duration = Duration::from_millis(500);
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 type Vring = VringRwLock<Memory>;
@@ -186,6 +190,38 @@ struct EpollServer {
     wake: UnixStream,
     /// Reads end-of-file when the thread ended.
     ended: UnixStream,
+    /// The device under its lock.
+    asked: Arc<dyn Asked>,
+}
+
+/// Something that answers on the thread that asks.
+trait Asked: Send + Sync {
+    fn ask(&self, ask: Ask) -> Option<Told>;
+}
+
+impl<D: RingDevice> Asked for Mutex<State<D>> {
+    fn ask(&self, ask: Ask) -> Option<Told> {
+        let deadline = Instant::now() + ASK_TIMEOUT;
+        let mut state = loop {
+            match self.try_lock() {
+                Ok(state) => break state,
+                Err(TryLockError::Poisoned(state)) => break state.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::yield_now(),
+                Err(TryLockError::WouldBlock) => return None,
+            }
+        };
+        let is_command = matches!(ask, Ask::Command { .. });
+        let told = tell(&mut state.device, ask, Instant::now());
+        if is_command {
+            // It may have changed what the device waits for.
+            state.run();
+        }
+        Some(told)
+    }
+}
+
+fn ask_devices(devices: Vec<Arc<dyn Asked>>) -> AskSource {
+    Box::new(move |device, ask| devices.get(device)?.ask(ask))
 }
 
 impl EpollServer {
@@ -206,6 +242,7 @@ impl EpollServer {
             exit: Arc::default(),
             state: Arc::new(Mutex::new(State::new(device).map_err(system("create an epoll instance"))?)),
         };
+        let asked: Arc<dyn Asked> = Arc::clone(&backend.state) as _;
         let (flag, slot) = (Arc::clone(&stop), Arc::clone(&active));
         let thread = std::thread::Builder::new()
             .name("vcp-epoll".into())
@@ -228,7 +265,7 @@ impl EpollServer {
                 Ok(())
             })
             .map_err(system("start the serving thread"))?;
-        Ok(Self { thread, stop, active, wake, ended })
+        Ok(Self { thread, stop, active, wake, ended, asked })
     }
 
     /// Ends the connection and the server.
@@ -326,19 +363,14 @@ pub fn serve<D: RingDevice>(
     }
     let parts =
         devices.iter().map(|spec| (Arc::clone(&spec.name), Arc::clone(spec.device.metrics()))).collect();
-    let mut control = Control::new(
-        options.control.as_deref(),
-        Arc::default(),
-        parts,
-        Box::new(|_| serde_json::Value::Null),
-        extra,
-    )?;
     let count = u32::try_from(devices.len().max(1)).unwrap_or(u32::MAX);
     let servers: Result<Vec<_>, _> = devices
         .into_iter()
         .map(|spec| EpollServer::start(spec.device, spec.socket, options.cpu, count))
         .collect();
     let servers = servers?;
+    let ask = ask_devices(servers.iter().map(|server| Arc::clone(&server.asked)).collect());
+    let mut control = Control::new(&options.control_options(), Arc::default(), parts, ask, extra)?;
     ready();
     let result = loop {
         let mut fds = vec![PollFd::new(signals, PollFlags::IN)];

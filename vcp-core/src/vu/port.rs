@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::RingSet;
 use super::channel::notify_config_change;
 use super::vring::STOP_TIMEOUT;
+use crate::ask::{Ask, Told, tell};
 use crate::device::RingDevice;
 use crate::mem::GuestMap;
 use crate::queue::RingError;
@@ -110,8 +111,8 @@ pub enum Answer {
     Base(u32),
     /// `GET_CONFIG`.
     Config(Vec<u8>),
-    /// The device's own status.
-    Status(serde_json::Value),
+    /// What the device was asked.
+    Told(Told),
 }
 
 /// The reply to a command.
@@ -119,7 +120,7 @@ pub type Reply = Result<Answer, PortError>;
 
 /// What to change; the names are those of the vhost-user messages.
 #[derive(Debug)]
-#[allow(missing_docs)] // One per vhost-user message, and `Status` for the control socket.
+#[allow(missing_docs)] // One per vhost-user message, and `Ask` for the control socket.
 pub enum What {
     Attach,
     Detach,
@@ -137,7 +138,7 @@ pub enum What {
     GetConfig { offset: u32, len_bytes: u32 },
     SetConfig { offset: u32, data: Vec<u8> },
     SetChannel(UnixStream),
-    Status,
+    Ask(Ask),
 }
 
 /// A message for the data thread.
@@ -221,13 +222,13 @@ impl<D: RingDevice> Port<D> {
                 self.resetting = Some((reply, now + STOP_TIMEOUT));
                 return;
             }
-            what => self.carry_out(epoll, what),
+            what => self.carry_out(epoll, what, now),
         };
         // The asker may have given up; then nobody wants the answer.
         let _ = reply.try_send(answer);
     }
 
-    fn carry_out(&mut self, epoll: &OwnedFd, what: What) -> Reply {
+    fn carry_out(&mut self, epoll: &OwnedFd, what: What, now: Instant) -> Reply {
         match what {
             // A new front end reads the configuration as it is.
             What::Attach => self.changed = false,
@@ -264,7 +265,7 @@ impl<D: RingDevice> Port<D> {
             }
             What::SetConfig { offset, data } => self.device.write_config(offset, &data),
             What::SetChannel(stream) => self.channel = Some(stream),
-            What::Status => return Ok(Answer::Status(self.device.status())),
+            What::Ask(ask) => return Ok(Answer::Told(tell(&mut self.device, ask, now))),
         }
         Ok(Answer::Done)
     }

@@ -19,8 +19,10 @@ use super::channel::{Peeked, peek};
 use super::handler::{Facts, Handler};
 use super::listen::{ListenError, SocketFile};
 use super::port::{Answer, Command, Port, PortError, What};
-use crate::control::{Control, DetailSource, StatusSource};
+use crate::ask::Ask;
+use crate::control::{AskSource, Control, ControlOptions, StatusSource};
 use crate::device::RingDevice;
+use crate::http::Endpoint;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
 use crate::poll::{CpuError, DataLoop, PollMode, check_cpu, pin_to};
@@ -30,7 +32,7 @@ use crate::process::Signals;
 /// it are still carried out first.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a status request waits for the data thread; the set-up thread does nothing else meanwhile.
+/// How long a question to a device waits for the data thread; the set-up thread does nothing else meanwhile.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long the data thread may take to end. It keeps to far less by itself, unless something outside holds it.
@@ -57,6 +59,8 @@ pub struct ServeOptions {
     pub poll: PollMode,
     /// Control socket.
     pub control: Option<PathBuf>,
+    /// Page of metrics.
+    pub metrics: Option<Endpoint>,
 }
 
 /// Why a VCP cannot serve, or no longer.
@@ -143,9 +147,9 @@ pub fn serve<D: RingDevice>(
         ports.push(Port::new(spec.name, spec.device));
     }
     let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
-    let details = device_status(Arc::clone(&mailbox));
+    let ask = ask_device(Arc::clone(&mailbox));
     let mut control =
-        Control::new(options.control.as_deref(), Arc::clone(&loop_metrics), parts, details, extra)?;
+        Control::new(&options.control_options(), Arc::clone(&loop_metrics), parts, ask, extra)?;
 
     let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::clone(&stop), loop_metrics)
         .map_err(system("create an epoll instance"))?;
@@ -165,14 +169,20 @@ pub fn serve<D: RingDevice>(
     result.and(ended)
 }
 
-/// Asks the data thread for a device's status.
-fn device_status(mailbox: Arc<Mailbox<Command>>) -> DetailSource {
-    Box::new(move |device| {
+impl ServeOptions {
+    pub(crate) fn control_options(&self) -> ControlOptions<'_> {
+        ControlOptions { socket: self.control.as_deref(), metrics: self.metrics.as_ref() }
+    }
+}
+
+/// Asks a device on the data thread.
+fn ask_device(mailbox: Arc<Mailbox<Command>>) -> AskSource {
+    Box::new(move |device, ask: Ask| {
         let (reply, answer) = sync_channel(1);
-        mailbox.send(Command { device, what: What::Status, reply });
+        mailbox.send(Command { device, what: What::Ask(ask), reply });
         match answer.recv_timeout(STATUS_TIMEOUT) {
-            Ok(Ok(Answer::Status(status))) => status,
-            _ => serde_json::Value::Null,
+            Ok(Ok(Answer::Told(told))) => Some(told),
+            _ => None,
         }
     })
 }
