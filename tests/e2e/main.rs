@@ -6,6 +6,7 @@
 mod beds;
 mod bench;
 mod chap;
+mod conformance;
 mod discovery;
 mod disk;
 mod errors;

@@ -3,6 +3,7 @@
 //!
 //! - [`proc`]: child processes with captured output, deadlines and a sure end.
 //! - [`target`]: iSCSI targets: tgtd, istgt and our own.
+//! - [`bad_target`]: a target that misbehaves by a script, as a process.
 //! - [`backend`]: vhost-user-blk backends: `vcp-iscsi serve` and, for comparison, qemu-storage-daemon.
 //! - [`front`]: the third-party `virtio-driver` front end, without a virtual machine.
 //! - [`guest`]: stock QEMU with a stock Debian kernel on a vhost-user socket.
@@ -12,6 +13,7 @@
 //! The tests themselves are in `tests/e2e`. Nothing here builds the programs under test; see [`tool`].
 
 pub mod backend;
+pub mod bad_target;
 pub mod front;
 pub mod guest;
 pub mod load;

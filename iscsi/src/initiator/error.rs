@@ -34,7 +34,8 @@ macro_rules! violations {
 violations! {
     UnknownTask: "11.2.1.8", "a PDU for a task that does not exist";
     WrongDirection: "4.2.5.3", "data for a command that has none in this direction";
-    DataSnGap: "7.9", "a gap or repetition in the Data-In numbers";
+    DataSnGap: "7.9", "a gap in the Data-In numbers";
+    DataSnRepeat: "7.9", "a Data-In whose number came before";
     DataOffset: "11.7.6", "Data-In that does not continue where the last one ended";
     DataOutOfBounds: "11.7.6", "Data-In beyond the end of the command's buffer";
     DataBurst: "11.7.1", "a Data-In sequence longer than MaxBurstLength";
@@ -45,7 +46,8 @@ violations! {
     Unfetched: "11.4.5.1", "status GOOD for a write of which not all data was fetched";
     DataDigest: "11.2.3", "a data digest that does not match";
     HeaderDigest: "11.2.3", "a header digest that does not match";
-    R2tSnGap: "7.9", "a gap or repetition in the R2T numbers";
+    R2tSnGap: "7.9", "a gap in the R2T numbers";
+    R2tSnRepeat: "7.9", "an R2T whose number came before";
     R2tOutOfBounds: "11.8.4", "an R2T beyond the end of the command's data";
     R2tOverlap: "11.8.4", "an R2T that does not continue where the last one ended";
     R2tTooLong: "11.8.4", "an R2T longer than MaxBurstLength";

@@ -136,6 +136,11 @@ impl Session {
         let max_burst_bytes = self.config.max_burst_bytes;
         let len_bytes = pdu.data_len_bytes;
         let task = self.task_mut(slot);
+        if task.command.direction == Direction::Read && pdu.data_sn.is_before(Serial(task.received_pdus)) {
+            // A duplicate is to be discarded (7.9). If it was new data under an old number, bytes will be missing.
+            self.counters.count(Violation::DataSnRepeat);
+            return Ok(if len_bytes == 0 { Place::None } else { Place::Discard { len_bytes } });
+        }
         let wrong = if task.command.direction != Direction::Read {
             Some(Violation::WrongDirection)
         } else if pdu.data_sn.0 != task.received_pdus {
@@ -254,6 +259,11 @@ impl Session {
         let max_burst_bytes = self.config.max_burst_bytes;
         let is_write = self.is_write(slot);
         let task = self.task_mut(slot);
+        if is_write && pdu.r2t_sn.is_before(Serial(task.received_pdus)) {
+            // A duplicate is to be discarded (7.9): its data was sent or is on its way.
+            self.counters.count(Violation::R2tSnRepeat);
+            return Ok(());
+        }
         let end = pdu.offset_bytes.checked_add(pdu.desired_len_bytes);
         let violation = if !is_write {
             Some(Violation::WrongDirection)
@@ -293,10 +303,11 @@ impl Session {
         self.window(pdu.sn.exp_cmd_sn, pdu.sn.max_cmd_sn);
         if !pdu.itt.is_none() {
             self.stat_sn(pdu.sn.stat_sn, None)?;
-            if self.ping.is_none_or(|(itt, _, sent)| itt != pdu.itt || !sent) {
+            let Some((_, at, _)) = self.ping.filter(|&(itt, _, sent)| itt == pdu.itt && sent) else {
                 return Err(self.violated(Violation::UnexpectedAnswer, None));
-            }
+            };
             self.ping = None;
+            self.rtt.sample(self.last_received.saturating_duration_since(at));
             return Ok(());
         }
         // Its StatSN names the next one and does not advance (11.19.2).

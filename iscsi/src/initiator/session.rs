@@ -58,12 +58,22 @@ pub enum Event {
     },
     /// The target asks for a logout (Async events 1 and 4); it follows as soon as no command is underway.
     LogoutWanted,
-    /// The logout was answered: nothing more may be sent; unanswered commands may be repeated on a new session after
+    /// The logout was answered, and the target had time for its FIN: nothing more may be sent; unanswered commands may be repeated on a new session after
     /// so many seconds.
     LoggedOut {
         /// Time2Wait of the answer.
         time2wait_s: u16,
     },
+}
+
+/// A smoothed round-trip time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rtt(Option<std::time::Duration>);
+
+impl Rtt {
+    pub(super) fn sample(&mut self, new: std::time::Duration) {
+        self.0 = Some(self.0.map_or(new, |old| old - old / 8 + new / 8));
+    }
 }
 
 /// An initiator's session in full feature phase. See the [module](super).
@@ -88,10 +98,15 @@ pub struct Session {
     pub(super) current: Option<TargetPdu>,
 
     pub(super) last_received: Instant,
-    /// The ping underway: its tag, when it was queued, whether it was sent.
+    /// The ping underway: its tag, when it was queued or sent, whether it was sent.
     pub(super) ping: Option<(Itt, Instant, bool)>,
+    /// When the last ping was queued, or the session began.
+    pub(super) last_ping: Instant,
+    pub(super) rtt: Rtt,
     pub(super) tmf: Option<Tmf>,
     pub(super) logout: Option<Logout>,
+    /// [`Event::LoggedOut`] was told.
+    pub(super) is_over: bool,
     /// No task's time ends before; `None`: no task has a time limit or a function is underway.
     pub(super) scan_at: Option<Instant>,
     /// Generation of the tags that are not tasks'.
@@ -122,8 +137,11 @@ impl Session {
             current: None,
             last_received: now,
             ping: None,
+            last_ping: now,
+            rtt: Rtt::default(),
             tmf: None,
             logout: None,
+            is_over: false,
             scan_at: None,
             control_generation: 0,
             config,
@@ -138,6 +156,12 @@ impl Session {
     /// What the target did against the RFC so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Round trip of pings, smoothed as in RFC 6298 (1/8 of each new one); `None` before the first answer. The target's
+    /// time to answer is in it.
+    pub fn round_trip(&self) -> Option<std::time::Duration> {
+        self.rtt.0
     }
 
     /// Commands submitted and not ended.

@@ -15,6 +15,9 @@ use crate::serial::Serial;
 /// How long a command whose PDU was rejected may still be answered (11.17.1: it should be, with CHECK CONDITION).
 const REJECTED_TASK_GRACE: Duration = Duration::from_secs(1);
 
+/// How long the target's FIN behind a Logout Response is waited for.
+const FIN_PATIENCE: Duration = Duration::from_millis(500);
+
 /// A task management function underway; one at a time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tmf {
@@ -35,6 +38,8 @@ pub(super) struct Logout {
     latest: Instant,
     itt: Option<Itt>,
     deadline: Instant,
+    /// Time2Wait of the answer: only the target's FIN is waited for, until `deadline`.
+    answered: Option<u16>,
 }
 
 impl Logout {
@@ -46,11 +51,15 @@ impl Logout {
 impl Session {
     /// When [`timers`](Self::timers) must run next, if nothing else happens.
     pub fn deadline(&self) -> Option<Instant> {
+        if let Some(logout) = self.logout.filter(Logout::is_sent) {
+            // Nothing else is timed any more.
+            return (!self.is_over).then_some(logout.deadline);
+        }
         let keepalive = match self.ping {
             Some((_, at, _)) => self.last_received.max(at) + self.config.nop_timeout,
-            None => self.last_received + self.config.nop_interval,
+            None => self.last_ping + self.config.nop_interval,
         };
-        let logout = self.logout.map(|l| if l.is_sent() { l.deadline } else { l.latest });
+        let logout = self.logout.map(|l| l.latest);
         [Some(keepalive), logout, self.tmf.map(|t| t.deadline), self.scan_at].into_iter().flatten().min()
     }
 
@@ -62,8 +71,14 @@ impl Session {
         if let Some(logout) = self.logout
             && logout.is_sent()
         {
-            if now >= logout.deadline {
-                return Err(SessionError::LogoutTimeout { timeout: self.config.logout_timeout });
+            match logout.answered {
+                _ if now < logout.deadline => {}
+                Some(_) if self.is_over => {}
+                Some(time2wait_s) => {
+                    self.is_over = true;
+                    self.events.push_back(Event::LoggedOut { time2wait_s });
+                }
+                None => return Err(SessionError::LogoutTimeout { timeout: self.config.logout_timeout }),
             }
             return Ok(());
         }
@@ -74,9 +89,11 @@ impl Session {
                 }
             }
             None => {
-                if now >= self.last_received + self.config.nop_interval {
+                // Under load as well: the round trip is a figure that people ask for.
+                if now >= self.last_ping + self.config.nop_interval {
                     let itt = self.control_tag(SLOT_PING);
                     self.ping = Some((itt, now, false));
+                    self.last_ping = now;
                 }
             }
         }
@@ -263,7 +280,7 @@ impl Session {
         let latest = now + patience;
         match &mut self.logout {
             Some(logout) => logout.latest = logout.latest.min(latest),
-            None => self.logout = Some(Logout { latest, itt: None, deadline: latest }),
+            None => self.logout = Some(Logout { latest, itt: None, deadline: latest, answered: None }),
         }
     }
 
@@ -302,8 +319,23 @@ impl Session {
         if self.logout.and_then(|l| l.itt) != Some(pdu.itt) {
             return Err(self.violated(Violation::UnexpectedAnswer, None));
         }
-        self.events.push_back(Event::LoggedOut { time2wait_s: pdu.time2wait_s });
+        // The target sends FIN behind it, which is to be received if possible (11.14).
+        if let Some(logout) = &mut self.logout {
+            logout.answered = Some(pdu.time2wait_s);
+            logout.deadline = self.last_received + FIN_PATIENCE.min(self.config.logout_timeout);
+        }
         Ok(())
+    }
+
+    /// The Logout was answered, with this Time2Wait: an end of the connection is the one that was asked for. If none
+    /// comes, [`Event::LoggedOut`] does after a short time.
+    pub fn logged_out(&self) -> Option<u16> {
+        self.logout?.answered
+    }
+
+    /// Whether a reset of the unit is to be sent or answered.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.tmf.is_some_and(|tmf| tmf.function != TaskFunction::AbortTask)
     }
 }
 

@@ -86,8 +86,10 @@ impl Session {
         if let Some(request) = self.tmf_request() {
             return Some(self.tx(request.encode(), None));
         }
-        if let Some((itt, _, sent @ false)) = &mut self.ping {
+        if let Some((itt, at, sent @ false)) = &mut self.ping {
             *sent = true;
+            // The round trip begins here.
+            *at = now;
             let itt = *itt;
             return Some(self.nop_out(itt, Ttt::NONE, Lun::ZERO));
         }
@@ -165,7 +167,9 @@ impl Session {
 
     fn command_pdu(&mut self) -> Option<TxPdu> {
         // A logout that is on its way stops new commands (11.9.1, event 1).
-        if self.logout.is_some() || self.cmd_sn.is_after(self.max_cmd_sn) {
+        // So does a reset of the unit: what was sent behind it would be in doubt (4.2.3.3 has it survive, many a target
+        // ends it), and must neither count as ended nor be repeated while it may live.
+        if self.logout.is_some() || self.is_resetting() || self.cmd_sn.is_after(self.max_cmd_sn) {
             return None;
         }
         let slot = self.queue.pop_front()?;

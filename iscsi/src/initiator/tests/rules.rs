@@ -495,3 +495,32 @@ fn rejects() {
     assert!(matches!(bench.sent()[..], [(InitiatorPdu::TaskManagementRequest(_), _)]));
     assert!(reject(&mut bench, RejectReason::WaitingForLogout, &bhs).is_err());
 }
+
+/// Checklist line 12 (RFC 7143 7.9): duplicates are discarded, and cost nothing else.
+#[test]
+fn duplicates_are_discarded() {
+    let mut bench = Bench::new();
+    let command = bench.start(0, read(4096));
+    bench.data_in(command.itt, 0, 0, 2048, End::More).unwrap();
+    let place = bench.data_in(command.itt, 0, 0, 2048, End::More).unwrap();
+    assert_eq!(place, Place::Discard { len_bytes: 2048 });
+    bench.data_in(command.itt, 1, 2048, 2048, End::Good(Residual::None)).unwrap();
+    assert_eq!(bench.outcome(), Some((0, status_good(4096))));
+    assert_eq!(bench.session.counters().get(Violation::DataSnRepeat), 1);
+    // New data under an old number is no duplicate, but it is not believed either.
+    let command = bench.start(0, read(4096));
+    bench.data_in(command.itt, 0, 0, 2048, End::More).unwrap();
+    bench.data_in(command.itt, 0, 2048, 2048, End::Good(Residual::None)).unwrap();
+    assert_eq!(bench.outcome(), Some((0, Outcome::Damaged(Violation::ShortData))));
+
+    let mut bench = Bench::with(Config { initial_r2t: true, immediate_data: false, ..config() });
+    let command = bench.start(0, write(8192));
+    bench.r2t(command.itt, 0, 0, 4096).unwrap();
+    bench.r2t(command.itt, 0, 0, 4096).unwrap();
+    assert_eq!(bench.sent().len(), 1, "answered once");
+    bench.r2t(command.itt, 1, 4096, 4096).unwrap();
+    assert_eq!(bench.sent().len(), 1);
+    bench.good(command.itt).unwrap();
+    assert_eq!(bench.outcome(), Some((0, status_good(8192))));
+    assert_eq!(bench.session.counters().get(Violation::R2tSnRepeat), 1);
+}

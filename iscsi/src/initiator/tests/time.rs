@@ -81,6 +81,7 @@ fn an_answer_that_crosses_the_abort_counts() {
     let tmf = bench.tmf();
     bench.data_in(command.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
     assert_eq!(bench.outcome(), Some((5, status_good(512))));
+    assert!(matches!(bench.next_tx(), Some((InitiatorPdu::NopOut(_), _))), "the ping that was due as well");
     // The slot lives on under another tag while the answer to the abort is on its way.
     let next = bench.start(5, read(512));
     bench.tmf_answer(tmf.itt, TaskResponseCode::NoTask).unwrap();
@@ -161,8 +162,16 @@ fn logout_waits_for_commands_and_for_its_answer() {
         time2wait_s: 0,
         time2retain_s: 0,
     };
+    assert_eq!(bench.session.logged_out(), None);
     bench.take(&answer.encode(), &[]).unwrap();
+    // The target's FIN is waited for (11.14), but not for long.
+    assert_eq!(bench.session.logged_out(), Some(0));
+    assert_eq!(bench.session.next_event(), None);
+    let answered = bench.now;
+    bench.wake().unwrap();
     assert_eq!(bench.session.next_event(), Some(Event::LoggedOut { time2wait_s: 0 }));
+    assert!(bench.now - answered <= Duration::from_secs(1));
+    assert_eq!(bench.session.deadline(), None, "nothing is left to wait for");
 
     // Neither a command nor the target's silence can hold it up.
     let mut bench = Bench::new();
@@ -186,4 +195,54 @@ fn a_unit_is_reset_for_a_caller_in_doubt() {
     let request = bench.tmf();
     let refused = bench.tmf_answer(request.itt, TaskResponseCode::Unsupported);
     assert!(matches!(refused, Err(SessionError::ResetFailed { .. })), "{refused:?}");
+}
+
+fn commands(sent: &[(InitiatorPdu, TxPdu)]) -> usize {
+    sent.iter().filter(|(pdu, _)| matches!(pdu, InitiatorPdu::ScsiCommand(_))).count()
+}
+
+/// Checklist line 30 (RFC 7143 4.2.3.3): what is sent behind a reset need not be ended by it, so nothing is.
+#[test]
+fn no_command_follows_a_reset_before_its_answer() {
+    let mut bench = Bench::new();
+    bench.start(1, read(512));
+    bench.now += Duration::from_secs(30);
+    bench.alive();
+    bench.session.timers(bench.now).unwrap();
+    let abort = bench.tmf();
+    bench.submit(2, write(512));
+    assert_eq!(commands(&bench.sent()), 1, "an abort of one task holds nothing up");
+    bench.tmf_answer(abort.itt, TaskResponseCode::Unsupported).unwrap();
+    let reset = bench.tmf();
+    assert_eq!(reset.function, TaskFunction::LogicalUnitReset);
+    bench.submit(3, write(512));
+    assert_eq!(commands(&bench.sent()), 0);
+    while bench.session.next_event().is_some() {}
+    bench.tmf_answer(reset.itt, TaskResponseCode::Complete).unwrap();
+    let ended: Vec<_> = std::iter::from_fn(|| bench.session.next_event()).collect();
+    assert_eq!(ended.len(), 2, "those before the reset: {ended:?}");
+    assert_eq!(commands(&bench.sent()), 1, "the one behind it, now");
+}
+
+#[test]
+fn round_trips_are_measured_under_load_as_well() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.session.round_trip(), None);
+    let mut expected = None;
+    for rtt_ms in [8, 16, 8] {
+        // Something arrives all the time.
+        for _ in 0..50 {
+            bench.now += Duration::from_millis(100);
+            bench.alive();
+            bench.session.timers(bench.now).unwrap();
+        }
+        let Some((InitiatorPdu::NopOut(ping), _)) = bench.next_tx() else { panic!("no ping") };
+        bench.now += Duration::from_millis(rtt_ms);
+        let answer =
+            NopIn { data_len_bytes: 0, lun: Lun::ZERO, itt: ping.itt, ttt: Ttt::NONE, sn: bench.sn() };
+        bench.take(&answer.encode(), &[]).unwrap();
+        let new = Duration::from_millis(rtt_ms);
+        expected = Some(expected.map_or(new, |old: Duration| old - old / 8 + new / 8));
+        assert_eq!(bench.session.round_trip(), expected);
+    }
 }

@@ -213,7 +213,10 @@ impl IscsiEngine {
                 self.counters.count(Violation::SegmentTooLong);
                 (0, None)
             }
-            WireError::Io(_) | WireError::Closed => (0, None),
+            // Behind a Logout Response this is the FIN that was waited for (11.14).
+            WireError::Io(_) | WireError::Closed => {
+                (self.wire.as_ref().and_then(|w| w.session.logged_out()).unwrap_or(0), None)
+            }
         };
         self.lost(error, time2wait_s, blamed, now);
     }
