@@ -4,8 +4,11 @@
 //! - Sending: headers, padding and digests are built in an arena; payload is named, not copied, and the kernel takes
 //!   it from guest memory. With data digests the payload is copied once and digested there: the guest may change its
 //!   memory between digest and transmission, or retransmission (the field's oldest digest trouble).
-//! - Receiving: one large receive into a staging buffer takes many headers and small payloads at once; the rest of a
-//!   payload that is longer than what arrived is received into guest memory directly.
+//! - Receiving: one large receive into a staging buffer takes many headers and small payloads at once. Where payloads
+//!   are long, only a header and what little comes with it is staged; the rest is received into guest memory directly,
+//!   together with the next header.
+//! - A socket that was emptied is not looked at again before the runner says that it is readable, if the runner does
+//!   that at all ([`Wire::readiness`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,14 +23,18 @@ use vcp_core::sock::{Gather, IovStorage, Scatter};
 use super::job::{Data, Jobs};
 use super::net::Stream;
 
-/// Bytes taken from the socket at once into private memory. Payload in it is copied to guest memory, so it bounds the
-/// copying for long transfers; headers and small payloads of a whole batch fit.
-pub const RX_STAGING_BYTES: usize = 64 << 10;
-/// The rest of a payload at least this long is received into guest memory without a copy. A shorter one costs less
-/// copied than the shorter batch behind it would.
-pub const RX_DIRECT_MIN_BYTES: u32 = 4096;
-/// Room behind a payload that is received directly: for the next headers.
-pub const RX_TAIL_BYTES: usize = 8 << 10;
+/// Bytes taken from the socket at once into private memory: the answers to a batch of 32 reads of 4 KiB fit, and half of
+/// one of 16 KiB. This and the next two were chosen by measurement, see `docs/decisions/data-path.md`.
+pub const RX_STAGING_BYTES: usize = 256 << 10;
+/// The rest of a payload at least this long is received into guest memory without a copy. To copy a shorter one costs
+/// less than a call of its own.
+pub const RX_DIRECT_MIN_BYTES: u32 = 16 << 10;
+/// Bytes staged where the next payload is expected to be long, and behind a payload that is received directly: room for
+/// the next header, and for short PDUs between long ones.
+pub const RX_HEADER_ROOM_BYTES: usize = 1 << 10;
+/// Passes in a row that may leave out the receive on an emptied socket. A guest that queues request after request keeps
+/// the loop from sleeping, and so from hearing that the socket is readable.
+const RX_SKIPS: u8 = 2;
 /// Receives per call of [`Wire::pump`], so that other work gets its turn.
 const RX_ROUNDS: usize = 16;
 /// Pieces queued for one send at most; guest buffers may be several entries of the I/O vector each.
@@ -92,6 +99,14 @@ pub struct Wire {
     pieces: VecDeque<Piece>,
     blocked: bool,
     iov: IovStorage,
+    /// The runner tells when the socket is readable.
+    watched: bool,
+    /// The last receive emptied the socket.
+    drained: bool,
+    /// Passes that left out the receive since the last one.
+    skipped: u8,
+    /// The last payload for guest memory was a long one, so the next is taken for one, too.
+    long: bool,
     /// What moved so far.
     pub stats: WireStats,
 }
@@ -117,6 +132,10 @@ impl Wire {
             pieces: VecDeque::with_capacity(2 * TX_PIECES),
             blocked: false,
             iov: IovStorage::new(),
+            watched: false,
+            drained: false,
+            skipped: 0,
+            long: false,
             stats: WireStats::default(),
         }
     }
@@ -134,6 +153,20 @@ impl Wire {
     /// Whether something waits to be sent.
     pub fn is_sending(&self) -> bool {
         !self.pieces.is_empty()
+    }
+
+    /// The runner looked at the socket, or a pass may have to (`ready`: there may be something to receive).
+    pub(super) fn readiness(&mut self, ready: bool) {
+        self.watched = true;
+        self.skipped = 0;
+        if ready {
+            self.drained = false;
+        }
+    }
+
+    /// Whether what arrives are long payloads, each of them in many pieces.
+    pub(super) fn receives_long(&self) -> bool {
+        self.long
     }
 
     /// Sends what the session has and what the socket takes. Returns whether anything moved.
@@ -256,10 +289,18 @@ impl Wire {
     pub(super) fn receive(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
         let mut moved = !self.staged.is_empty();
         self.parse(jobs, now)?;
+        if self.watched && self.drained && self.skipped < RX_SKIPS {
+            self.skipped += 1;
+            return Ok(moved);
+        }
+        (self.skipped, self.drained) = (0, false);
         for _ in 0..RX_ROUNDS {
             let (room, got) = match self.receive_once(jobs) {
                 Ok(result) => result,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.drained = true;
+                    break;
+                }
                 Err(error) => return Err(error.into()),
             };
             if got == 0 {
@@ -269,6 +310,7 @@ impl Wire {
             self.parse(jobs, now)?;
             if got < room {
                 // The socket is empty now; what arrives from here on wakes the poll loop again.
+                self.drained = true;
                 break;
             }
         }
@@ -290,7 +332,7 @@ impl Wire {
             let direct = scatter.push_guest(guest, (offset_bytes + done) as usize, len_bytes as usize);
             // Only when all of it fits may something else follow.
             if direct == len_bytes as usize {
-                scatter.push_bytes_mut(&mut self.staging[..RX_TAIL_BYTES]);
+                scatter.push_bytes_mut(&mut self.staging[..RX_HEADER_ROOM_BYTES]);
             }
             let room = scatter.len_bytes();
             let got = scatter.recv(&self.stream)?;
@@ -301,7 +343,10 @@ impl Wire {
             self.stats.received_bytes += got as u64;
             return Ok((room, got));
         }
-        scatter.push_bytes_mut(&mut self.staging);
+        // With data digests everything goes through private memory, in pieces as large as may be.
+        let short = self.long && !self.rx.digests().data;
+        let room = if short { RX_HEADER_ROOM_BYTES } else { self.staging.len() };
+        scatter.push_bytes_mut(&mut self.staging[..room]);
         let room = scatter.len_bytes();
         let got = scatter.recv(&self.stream)?;
         self.staged = 0..got;
@@ -323,6 +368,9 @@ impl Wire {
                 Step::Header => {
                     self.place = self.session.header(self.rx.header(), now)?;
                     self.inline.clear();
+                    if let Place::Task { len_bytes, .. } = self.place {
+                        self.long = len_bytes >= RX_DIRECT_MIN_BYTES;
+                    }
                     self.rx.accept();
                 }
                 Step::Data { offset_bytes: done, len_bytes } => {

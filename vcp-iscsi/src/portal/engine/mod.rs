@@ -382,6 +382,16 @@ impl Engine for IscsiEngine {
         moved
     }
 
+    fn readiness(&mut self, ready: bool) {
+        if let Some(wire) = &mut self.wire {
+            wire.readiness(ready);
+        }
+    }
+
+    fn moves_long(&self) -> bool {
+        self.wire.as_ref().is_some_and(Wire::receives_long)
+    }
+
     fn wait(&self) -> Wait<'_> {
         let backoff = self.backoff.iter().map(|&(at, _)| at).min();
         let (fd, writable, deadline) = match &self.phase {
