@@ -38,6 +38,7 @@ Example: a Debian guest with an iSCSI disk behind a VCP of its own
   vcp run --kernel /boot/vmlinuz-6.1.0-amd64 --initrd initrd.img --cmdline 'root=/dev/vda' \\
           --cpus 2 --memory 1G --disk url=iscsi://127.0.0.1/iqn.2026-01.example:disk/0
 
+A backend that dies is started (url=) or sought (socket=) again, and the guest waits; reconnect=no ends the guest instead.
 The console is the terminal; Ctrl-A x ends the guest, Ctrl-A Ctrl-A sends a Ctrl-A.
 Exit code: 0 when the guest switched itself off or reset itself, 1 when something failed, 2 for wrong usage.")]
 pub struct RunArgs {
@@ -63,11 +64,11 @@ pub struct RunArgs {
     #[arg(
         long = "disk",
         value_name = "SPEC",
-        help = "Block device: url=iscsi://...[,read-only][,queues=N][,cpu=N] or socket=PATH[,queues=N]"
+        help = "Block device: url=iscsi://...[,read-only][,cpu=N] or socket=PATH, [,queues=N][,packed=on][,reconnect=no]"
     )]
     pub disks: Vec<String>,
     /// Network devices.
-    #[arg(long = "net", value_name = "SPEC", help = "Network device: socket=PATH[,mac=M]")]
+    #[arg(long = "net", value_name = "SPEC", help = "Network device: socket=PATH[,mac=M][,reconnect=no]")]
     pub nets: Vec<String>,
     /// Back guest memory with 2 MiB pages
     #[arg(long)]

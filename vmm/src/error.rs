@@ -140,6 +140,14 @@ pub enum Error {
         /// What it lacks.
         reason: String,
     },
+    /// A vhost-user backend is gone, and none can take its place.
+    #[error("{device}: the vhost-user backend {reason}")]
+    Unrecoverable {
+        /// Device name.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
     /// A VCP process could not be started.
     #[error("{device}: {reason}")]
     Vcp {

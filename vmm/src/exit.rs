@@ -19,7 +19,7 @@ pub enum ExitReason {
     TripleFault,
     /// The guest cannot go on, or KVM cannot run it.
     VcpuFailed(String),
-    /// A device's backend is gone.
+    /// A device's backend is gone, and there will be no other.
     BackendGone {
         /// Device name.
         device: String,

@@ -1,13 +1,13 @@
 //! `vcp run`: puts a virtual machine together, runs its event loop, takes it apart.
 //!
-//! Threads: this one (console input, entropy, signals, watches), one per vCPU, one watchdog per vhost-user connection.
-//! Order of the start: everything that is in the user's hand (kernel, initrd, memory), then the backends; the runtime
-//! directory goes when they are connected. Order of the end: vCPUs stop, devices stop their queues, the terminal is
-//! restored, connections close, VCPs end.
+//! Threads: this one (console input, entropy, signals), one per vCPU, and for each vhost-user device a keeper and its
+//! connection's watchdog. Order of the start: everything that is in the user's hand (kernel, initrd, memory), then the
+//! backends; the runtime directory goes when they are connected. Order of the end: vCPUs stop, keepers stop, devices stop
+//! their queues, the terminal is restored, connections close, VCPs end.
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -29,8 +29,9 @@ use crate::layout::{
     ACPI_PM_PORT, COM1_GSI, COM1_PORT, I8042_PORT, VIRTIO_GSIS, VIRTIO_MMIO_START, VIRTIO_MMIO_STRIDE,
 };
 use crate::terminal::{self, RawMode};
+use crate::vcp::process::READY_TIMEOUT;
 use crate::vcp::runtime_dir::RuntimeDir;
-use crate::vcp::{self, IscsiVcp, READY_TIMEOUT, VcpProcess};
+use crate::vcp::{self, IscsiVcp, Keeper, Source, VcpProcess};
 use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::Rng;
@@ -56,7 +57,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         .map_err(Error::Usage)?;
     // The machine first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
     let machine = Machine::new(&config, kernel, exit.clone())?;
-    let backends = match Backends::start(args, &config, &placement, &signals) {
+    let backends = match start_backends(args, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
             tracing::info!("ended by a signal while starting");
             return Ok(());
@@ -76,80 +77,91 @@ fn warn_of_emulation(is_ring3: bool) {
     }
 }
 
-/// The processes and connections behind the devices. Dropped in order: connections are with the devices by then.
-struct Backends {
-    devices: Vec<VhostUserDevice>,
-    processes: Vec<(String, VcpProcess)>,
+/// A device with what its keeper needs.
+struct Backend {
+    device: VhostUserDevice,
+    source: Source,
+    process: Option<VcpProcess>,
 }
 
-impl Backends {
-    /// Connects to backends that already run, starts the others, and connects to those. Their sockets are gone when
-    /// this returns: a connection needs no name, and what has no name is not left behind, however the monitor ends.
-    fn start(args: &RunArgs, config: &VmConfig, placement: &Placement, signals: &OwnedFd) -> Result<Self> {
-        // A backend that is not there is told before a VCP logs in anywhere.
-        let given = connect_disks(config, |_, disk| disk.socket.clone())?;
-        let nets = connect_nets(config)?;
-        let program = vcp::find_program(args.vcp_iscsi.as_deref());
-        let dir = config.disks.iter().any(|d| d.url.is_some()).then(RuntimeDir::create).transpose()?;
-        let mut processes = Vec::new();
-        // All start at once, then all are waited for: logins take place side by side.
-        let mut cpus = placement.vcps.iter();
-        for (i, disk) in config.disks.iter().enumerate() {
-            let (Some(url), Some(dir)) = (&disk.url, &dir) else { continue };
-            let vcp = IscsiVcp {
-                device: disk_name(i),
-                url: url.clone(),
-                socket: disk_socket(dir, i),
-                read_only: disk.read_only,
-                queues: disk.queues.unwrap_or(1),
-                cpu: cpus.next().copied().flatten(),
-            };
-            processes.push((disk_name(i), VcpProcess::start(&program, &vcp)?));
-        }
-        for (device, process) in &mut processes {
-            process.wait_ready(READY_TIMEOUT, signals)?;
-            tracing::info!(device, pid = process.pid(), "vcp-iscsi is ready");
-        }
-        let ours = connect_disks(config, |i, disk| {
-            disk.url.as_ref().and(dir.as_ref()).map(|dir| disk_socket(dir, i))
-        })?;
-        let devices =
-            given.into_iter().zip(ours).filter_map(|(given, ours)| given.or(ours)).chain(nets).collect();
-        Ok(Self { devices, processes })
+/// Connects to backends that already run, starts the others, and connects to those. Their sockets are gone when this
+/// returns: a connection needs no name, and what has no name is not left behind, however the monitor ends.
+fn start_backends(
+    args: &RunArgs,
+    config: &VmConfig,
+    placement: &Placement,
+    signals: &OwnedFd,
+) -> Result<Vec<Backend>> {
+    // A backend that is not there is told before a VCP logs in anywhere.
+    let given = config.disks.iter().enumerate().map(|(i, disk)| {
+        let connect = |socket: &PathBuf| connect_disk(i, disk, socket, Source::Socket(socket.clone()), None);
+        disk.socket.as_ref().map(connect).transpose()
+    });
+    let given = given.collect::<Result<Vec<_>>>()?;
+    let nets =
+        config.nets.iter().enumerate().map(|(i, net)| connect_net(i, net)).collect::<Result<Vec<_>>>()?;
+    let program = vcp::find_program(args.vcp_iscsi.as_deref());
+    let dir = config.disks.iter().any(|d| d.url.is_some()).then(RuntimeDir::create).transpose()?;
+    let mut processes = Vec::new();
+    // All start at once, then all are waited for: logins take place side by side.
+    let mut cpus = placement.vcps.iter();
+    for (i, disk) in config.disks.iter().enumerate() {
+        let (Some(url), Some(dir)) = (&disk.url, &dir) else { continue };
+        let vcp = IscsiVcp {
+            device: disk_name(i),
+            url: url.clone(),
+            instance: dir.socket(&disk_name(i)).display().to_string(),
+            read_only: disk.read_only,
+            queues: disk.queues.unwrap_or(1),
+            packed: disk.packed,
+            cpu: cpus.next().copied().flatten(),
+        };
+        let process = VcpProcess::start(&program, &vcp, &dir.socket(&vcp.device))?;
+        processes.push((i, vcp, process));
     }
+    for (_, vcp, process) in &mut processes {
+        process.wait_ready(Some(READY_TIMEOUT), signals)?;
+        tracing::info!(device = vcp.device, pid = process.pid(), "vcp-iscsi is ready");
+    }
+    let mut backends: Vec<_> = given.into_iter().flatten().collect();
+    for (i, vcp, process) in processes {
+        let (Some(disk), Some(dir)) = (config.disks.get(i), &dir) else { continue };
+        let socket = dir.socket(&vcp.device);
+        let source = Source::Process(program.clone(), Box::new(vcp));
+        backends.push(connect_disk(i, disk, &socket, source, Some(process))?);
+    }
+    backends.sort_by_key(|(i, _)| *i);
+    Ok(backends.into_iter().map(|(_, backend)| backend).chain(nets).collect())
 }
 
 fn disk_name(index: usize) -> String {
     format!("disk{index}")
 }
 
-fn disk_socket(dir: &RuntimeDir, index: usize) -> PathBuf {
-    dir.path().join(format!("disk{index}.sock"))
+/// Shakes hands with the backend of disk number `index`.
+fn connect_disk(
+    index: usize,
+    disk: &DiskSpec,
+    socket: &Path,
+    source: Source,
+    process: Option<VcpProcess>,
+) -> Result<(usize, Backend)> {
+    let (name, queues) = (disk_name(index), disk.queues.unwrap_or(1));
+    let link = Link::connect(&name, socket, queues)?;
+    let recovers = disk.reconnect.unwrap_or(true);
+    let device = VhostUserDevice::new(&name, blk::kind(queues, disk.packed), link, recovers)?;
+    Ok((index, Backend { device, source, process }))
 }
 
-/// Shakes hands with the backends of those disks that `socket` names one for.
-fn connect_disks(
-    config: &VmConfig,
-    socket: impl Fn(usize, &DiskSpec) -> Option<PathBuf>,
-) -> Result<Vec<Option<VhostUserDevice>>> {
-    let connect = |(i, disk): (usize, &DiskSpec)| {
-        let Some(socket) = socket(i, disk) else { return Ok(None) };
-        let (name, queues) = (disk_name(i), disk.queues.unwrap_or(1));
-        blk::new(&name, Link::connect(&name, &socket, queues)?, queues).map(Some)
+fn connect_net(index: usize, spec: &NetSpec) -> Result<Backend> {
+    let name = format!("net{index}");
+    let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(index as u8));
+    let Some(socket) = &spec.socket else {
+        return Err(Error::Usage(format!("{name} has no socket")));
     };
-    config.disks.iter().enumerate().map(connect).collect()
-}
-
-fn connect_nets(config: &VmConfig) -> Result<Vec<VhostUserDevice>> {
-    let connect = |(i, spec): (usize, &NetSpec)| {
-        let name = format!("net{i}");
-        let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(i as u8));
-        let Some(socket) = &spec.socket else {
-            return Err(Error::Usage(format!("{name} has no socket")));
-        };
-        net::new(&name, Link::connect(&name, socket, 2)?, mac)
-    };
-    config.nets.iter().enumerate().map(connect).collect()
+    let (link, recovers) = (Link::connect(&name, socket, 2)?, spec.reconnect.unwrap_or(true));
+    let device = VhostUserDevice::new(&name, net::kind(mac), link, recovers)?;
+    Ok(Backend { device, source: Source::Socket(socket.clone()), process: None })
 }
 
 /// A machine that is ready to run but for its devices.
@@ -184,20 +196,18 @@ impl Machine {
     fn run(
         self,
         config: &VmConfig,
-        mut backends: Backends,
+        backends: Vec<Backend>,
         placement: &Placement,
         signals: OwnedFd,
     ) -> Result<()> {
         let mut events = EventManager::<Subscriber>::new().map_err(|e| event_error(&e))?;
         let mut mmio = Bus::default();
         let mut transports = Vec::new();
-        for (name, process) in &mut backends.processes {
-            tracing::debug!(device = name, "watching its VCP");
-            events.add_subscriber(Box::new(process.watch(self.exit.clone())?));
-        }
-        for device in backends.devices.drain(..) {
-            events.add_subscriber(Box::new(device.link().hangup_watch(self.exit.clone())?));
+        let mut keepers = Vec::new();
+        for Backend { mut device, source, process } in backends {
+            let (front, channel) = device.keep();
             transports.push(self.add_device(transports.len(), Box::new(device), &mut mmio)?);
+            keepers.push(Keeper::start(front, channel, source, process, self.exit.clone())?);
         }
         let (rng, rng_queue) = Rng::new();
         let transport = self.add_device(transports.len(), Box::new(rng), &mut mmio)?;
@@ -218,24 +228,18 @@ impl Machine {
         let vcpus = Vcpus::start(self.vcpus, &context, &placement.vcpus)?;
         let reason = wait(&mut events, &self.exit);
         let stopped = vcpus.stop();
-        // A device whose vCPU thread did not stop may be locked; one whose backend is gone has nothing to stop.
-        let backend_gone = matches!(reason, Ok(ExitReason::BackendGone { .. }));
-        if stopped && !backend_gone {
+        // From here on nobody is started again. The processes themselves end last.
+        let processes: Vec<_> = keepers.into_iter().map(Keeper::stop).collect();
+        // A device whose vCPU thread did not stop may be locked; one without a backend has nothing to stop.
+        if stopped {
             for transport in &transports {
                 transport.shut_down();
             }
         }
         drop(raw);
-        let mut outcome = outcome(reason?, config);
-        if let Err(Error::GuestFailed(text)) = &mut outcome {
-            // What became of a process says more than that its socket closed.
-            for (name, process) in &mut backends.processes {
-                if let Some(ended) = process.ended().filter(|_| text.starts_with(&format!("{name}:"))) {
-                    *text = format!("{name}: {ended}; the guest was stopped");
-                }
-            }
-        }
-        outcome
+        drop((context, transports));
+        drop(processes);
+        outcome(reason?, config)
     }
 
     fn add_device(
@@ -320,9 +324,9 @@ fn outcome(reason: ExitReason, config: &VmConfig) -> Result<()> {
         ExitReason::TripleFault => Err(Error::GuestFailed("the guest crashed: triple fault".into())),
         ExitReason::GuestCode(code) => Err(Error::GuestFailed(format!("the guest ended with code {code}"))),
         ExitReason::VcpuFailed(text) | ExitReason::Internal(text) => Err(Error::GuestFailed(text)),
-        ExitReason::BackendGone { device, reason } => Err(Error::GuestFailed(format!(
-            "{device}: the vhost-user backend {reason}; the guest was stopped"
-        ))),
+        ExitReason::BackendGone { device, reason } => {
+            Err(Error::GuestFailed(format!("{device}: {reason}; the guest was stopped")))
+        }
     }
 }
 

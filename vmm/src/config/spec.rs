@@ -44,6 +44,11 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// Hardware thread of the disk's VCP (with `url`).
     pub cpu: Option<usize>,
+    /// Offer packed rings to the guest; the backend must have them.
+    #[serde(default)]
+    pub packed: bool,
+    /// Whether another backend is started or sought when this one dies, which is so if not given; else the run ends.
+    pub reconnect: Option<bool>,
 }
 
 /// One network device.
@@ -54,6 +59,8 @@ pub struct NetSpec {
     pub socket: Option<PathBuf>,
     /// MAC address, `aa:bb:cc:dd:ee:ff`; one is made from the device's number if not given.
     pub mac: Option<String>,
+    /// Whether the backend is sought again when it dies, which is so if not given; else the run ends.
+    pub reconnect: Option<bool>,
 }
 
 /// Largest number of request queues of a disk.
@@ -62,7 +69,7 @@ pub const MAX_QUEUES: u16 = 64;
 impl DiskSpec {
     /// Reads a specification as it stands after `--disk`.
     pub fn parse(text: &str) -> Result<Self, String> {
-        const KEYS: &[&str] = &["url", "socket", "read-only", "queues", "cpu"];
+        const KEYS: &[&str] = &["url", "socket", "read-only", "queues", "cpu", "packed", "reconnect"];
         let mut spec = DiskSpec::default();
         for part in text.split(',') {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
@@ -72,6 +79,8 @@ impl DiskSpec {
                 ("read-only", None) => spec.read_only = true,
                 ("queues", Some(v)) => spec.queues = Some(number(key, v)?),
                 ("cpu", Some(v)) => spec.cpu = Some(number(key, v)?),
+                ("packed", Some(v)) => spec.packed = switch(key, v)?,
+                ("reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 _ => return Err(wrong_key("disk", key, value, KEYS)),
             }
         }
@@ -107,13 +116,14 @@ impl DiskSpec {
 impl NetSpec {
     /// Reads a specification as it stands after `--net`.
     pub fn parse(text: &str) -> Result<Self, String> {
-        const KEYS: &[&str] = &["socket", "mac"];
+        const KEYS: &[&str] = &["socket", "mac", "reconnect"];
         let mut spec = NetSpec::default();
         for part in text.split(',') {
             let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
             match (key, value) {
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("mac", Some(v)) => spec.mac = Some(v.to_owned()),
+                ("reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 ("user", _) | ("tap" | "switch" | "hostfwd" | "cpu", Some(_)) => {
                     return Err(format!(
                         "net {key:?} needs the network VCP, which this version does not have: start a vhost-user-net backend and give socket=PATH"
@@ -153,6 +163,14 @@ impl NetSpec {
 
 fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
     value.parse().map_err(|_| format!("{key}={value:?} is not a number in range"))
+}
+
+fn switch(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" | "yes" | "true" => Ok(true),
+        "off" | "no" | "false" => Ok(false),
+        _ => Err(format!("{key}={value:?} is neither yes nor no")),
+    }
 }
 
 fn wrong_key(what: &str, key: &str, value: Option<&str>, keys: &[&str]) -> String {
@@ -201,7 +219,9 @@ mod tests {
 
     #[test]
     fn disk_with_everything() {
-        let spec = DiskSpec::parse("url=iscsi://h/iqn.x:y/0,read-only,queues=2,cpu=1").unwrap();
+        let text = "url=iscsi://h/iqn.x:y/0,read-only,queues=2,cpu=1,packed=on,reconnect=no";
+        let spec = DiskSpec::parse(text).unwrap();
+        assert!(spec.packed && spec.reconnect == Some(false));
         assert_eq!(spec.queues, Some(2));
         assert_eq!(spec.cpu, Some(1));
         assert!(spec.read_only);
@@ -224,6 +244,8 @@ mod tests {
             "socket=a,queues=65",
             "socket=a,queues=x",
             "socket=a,cpu=1",
+            "socket=a,packed",
+            "socket=a,reconnect=maybe",
             "socket=a,read-only=1",
         ] {
             assert!(DiskSpec::parse(bad).is_err(), "{bad}");

@@ -1,4 +1,5 @@
-//! The private directory in which VCPs put their sockets until the monitor has connected. Removed on every way out of the
+//! The private directory in which VCPs put their sockets until the monitor has connected: a new one for each start, so
+//! that none is there while the guest runs. Removed on every way out of the
 //! process that can be caught; what a monitor that was killed leaves is removed by the next one.
 //!
 //! A directory in use is locked (flock) by its monitor, and the kernel lets go of the lock when that dies. This holds where
@@ -30,17 +31,24 @@ pub struct RuntimeDir {
 impl RuntimeDir {
     /// Creates a directory with an unguessable name under `$XDG_RUNTIME_DIR`, or under the temporary directory.
     pub fn create() -> Result<Self> {
-        let base = std::env::var_os("XDG_RUNTIME_DIR")
-            .map(PathBuf::from)
-            .filter(|p| p.is_dir())
-            .unwrap_or_else(std::env::temp_dir);
+        let base = base();
+        sweep(&base);
         Self::create_in(&base)
+    }
+
+    /// The same while the guest runs: nothing is looked for that others have left.
+    pub fn create_unswept() -> Result<Self> {
+        Self::create_in(&base())
+    }
+
+    /// Where a device's socket is.
+    pub fn socket(&self, device: &str) -> PathBuf {
+        self.path.join(format!("{device}.sock"))
     }
 
     fn create_in(base: &Path) -> Result<Self> {
         /// Another monitor may take the directory for an abandoned one before it is locked.
         const TRIES: u32 = 10;
-        sweep(base);
         for _ in 0..TRIES {
             let mut random = [0u8; 8];
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
@@ -73,6 +81,13 @@ impl Drop for RuntimeDir {
         live.retain(|p| *p != self.path);
         remove(&self.path);
     }
+}
+
+fn base() -> PathBuf {
+    std::env::var_os("XDG_RUNTIME_DIR")
+        .map(PathBuf::from)
+        .filter(|p| p.is_dir())
+        .unwrap_or_else(std::env::temp_dir)
 }
 
 /// Removes every directory that is still there, for the panic hook.
@@ -151,6 +166,7 @@ mod tests {
             make("vcp-tests-00112233445566ff", 0o700),
             make("vcp-1-00112233445566fe", 0o755),
         ];
+        sweep(base.path());
         let next = RuntimeDir::create_in(base.path()).unwrap();
         assert!(!left.exists());
         assert!(alive.path().is_dir() && next.path().is_dir());

@@ -267,12 +267,15 @@ impl MmioTransport {
             return;
         }
         let max = s.device.queue_max_sizes().get(s.queue_sel as usize).copied().unwrap_or(0);
+        let packed = s.driver_features & super::F_RING_PACKED != 0;
         let Some(queue) = s.queues.get_mut(s.queue_sel as usize) else { return };
         match offset {
             reg::QUEUE_READY => queue.ready = value & 1 == 1,
             _ if queue.ready => {}
             reg::QUEUE_NUM => {
-                let size = u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= max);
+                // A packed ring need not be a power of two (2.8.10.1).
+                let fits = |size: &u16| (packed && *size > 0 || size.is_power_of_two()) && *size <= max;
+                let size = u16::try_from(value).ok().filter(fits);
                 queue.size = size.unwrap_or(0);
             }
             reg::QUEUE_DESC_LOW => set_half(&mut queue.desc, 0, value),
@@ -332,8 +335,9 @@ impl MmioTransport {
             if regs.size == 0 {
                 return Err(wrong(format!("set an impossible size of queue {index}")));
             }
-            // Alignment: descriptor table 16, driver area 2, device area 4 (2.7).
-            if regs.desc % 16 != 0 || regs.driver % 2 != 0 || regs.device % 4 != 0 {
+            // Alignment: descriptors 16, driver area 2 (4 with packed rings), device area 4 (2.7 and 2.8.10.1).
+            let driver_align = if s.driver_features & super::F_RING_PACKED != 0 { 4 } else { 2 };
+            if regs.desc % 16 != 0 || regs.driver % driver_align != 0 || regs.device % 4 != 0 {
                 return Err(wrong(format!("set up queue {index} at unaligned addresses")));
             }
             queues.push(ActiveQueue {

@@ -18,6 +18,8 @@ pub const F_VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSI
 pub const F_RING_INDIRECT_DESC: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 /// `VIRTIO_F_RING_EVENT_IDX`.
 pub const F_RING_EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+/// `VIRTIO_F_RING_PACKED`.
+pub const F_RING_PACKED: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 /// Counts what a driver does wrong and tells whether to log it: the first few times. A guest can repeat each of its
 /// mistakes a million times a second, and must not fill the host's log.
@@ -40,13 +42,13 @@ impl Complaints {
 pub struct ActiveQueue {
     /// Number of the queue.
     pub index: u16,
-    /// Number of descriptors, a power of two, at most the device's maximum.
+    /// Number of descriptors, at most the device's maximum; a power of two unless the rings are packed.
     pub size: u16,
-    /// Guest address of the descriptor table.
+    /// Guest address of the descriptor table, or of the packed ring.
     pub desc_table: u64,
-    /// Guest address of the driver area (available ring).
+    /// Guest address of the driver area (available ring; with packed rings the driver's event suppression).
     pub avail_ring: u64,
-    /// Guest address of the device area (used ring).
+    /// Guest address of the device area (used ring; with packed rings the device's event suppression).
     pub used_ring: u64,
     /// Signalled when the driver notifies the queue.
     pub kick: Arc<EventFd>,

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::F_VERSION_1;
+use crate::virtio::{F_RING_PACKED, F_VERSION_1};
 
 const FEATURE: u64 = 1 << 5;
 
@@ -32,7 +32,7 @@ impl VirtioDevice for Fake {
         &[256, 64]
     }
     fn features(&self) -> u64 {
-        F_VERSION_1 | FEATURE
+        F_VERSION_1 | FEATURE | F_RING_PACKED
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(offset as u8);
@@ -48,7 +48,7 @@ impl VirtioDevice for Fake {
         }
         for queue in &a.queues {
             assert!(
-                queue.size.is_power_of_two()
+                (queue.size.is_power_of_two() || a.features & F_RING_PACKED != 0 && queue.size > 0)
                     && queue.size <= self.queue_max_sizes()[usize::from(queue.index)]
             );
         }
@@ -158,6 +158,29 @@ fn impossible_queue_size_fails_the_start() {
         write(&t, reg::STATUS, 0xf);
         assert_ne!(read(&t, reg::STATUS) & status::DEVICE_NEEDS_RESET, 0, "{size}");
         assert!(log.lock().unwrap().activations.is_empty());
+    }
+}
+
+#[test]
+fn packed_rings_have_rules_of_their_own() {
+    // Size, address of the driver area, and whether that can be, with split rings and with packed ones.
+    for (size, driver, split, packed) in [
+        (128, 0x2000, true, true),
+        (100, 0x2000, false, true),
+        (128, 0x2002, true, false),
+        (0, 0x2000, false, false),
+    ] {
+        for (features, good) in [(F_VERSION_1, split), (F_VERSION_1 | F_RING_PACKED, packed)] {
+            let (t, log) = transport(true);
+            write(&t, reg::DRIVER_FEATURES_SEL, 1);
+            write(&t, reg::DRIVER_FEATURES, (features >> 32) as u32);
+            write(&t, reg::STATUS, 0xb);
+            write(&t, reg::QUEUE_NUM, size);
+            write(&t, reg::QUEUE_DRIVER_LOW, driver);
+            write(&t, reg::QUEUE_READY, 1);
+            write(&t, reg::STATUS, 0xf);
+            assert_eq!(log.lock().unwrap().activations.len() == 1, good, "{size} {driver:#x} {features:#x}");
+        }
     }
 }
 

@@ -3,9 +3,7 @@
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_blk as vb;
 
-use super::link::Link;
-use super::{Kind, VhostUserDevice};
-use crate::error::Result;
+use super::Kind;
 
 /// Descriptors of a request queue at most. Large enough for a deep queue with indirect descriptors, small enough for
 /// every backend.
@@ -29,27 +27,40 @@ const FEATURES: [u32; 11] = [
     vb::VIRTIO_BLK_F_WRITE_ZEROES,
 ];
 
-/// Shakes hands with a block backend; the device has `queues` request queues.
-pub fn new(name: &str, link: Link, queues: u16) -> Result<VhostUserDevice> {
+/// Offset and length of `writeback`, the one field that a driver may write.
+const WRITEBACK: std::ops::Range<usize> = 32..33;
+
+/// A block device with `queues` request queues, 1 to 64. `packed`: packed rings, which the backend must have.
+pub fn kind(queues: u16, packed: bool) -> Kind {
     let mut features = FEATURES.iter().fold(0, |bits, f| bits | 1u64 << f);
     if queues == 1 {
         features &= !(1 << vb::VIRTIO_BLK_F_MQ);
     }
-    let kind = Kind {
+    let packed = if packed { crate::virtio::F_RING_PACKED } else { 0 };
+    Kind {
         device_type: virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK,
         features: features
+            | packed
             | crate::virtio::F_VERSION_1
             | crate::virtio::F_RING_INDIRECT_DESC
             | crate::virtio::F_RING_EVENT_IDX,
+        needed_features: packed,
         own_features: 0,
         queue_max_sizes: vec![QUEUE_SIZE; usize::from(queues)],
         needed: VhostUserProtocolFeatures::CONFIG,
+        needs_log: true,
         config_len: CONFIG_LEN,
-    };
-    let mut device = VhostUserDevice::new(name, kind, link)?;
-    // A backend may have more queues than the user wants the guest to see.
-    if let Some(field) = device.config_mut().get_mut(NUM_QUEUES..NUM_QUEUES + 2) {
-        field.copy_from_slice(&queues.to_le_bytes());
+        writable: WRITEBACK,
+        // A backend may have more queues than the user wants the guest to see.
+        own_config: vec![(NUM_QUEUES, queues.to_le_bytes().to_vec())],
+        fixed: &[("a block size of", 20..24)],
+        limits: &[
+            ("a segment size (size_max) of", 8),
+            ("a number of segments (seg_max) of", 12),
+            ("a discard limit of", 36),
+            ("a number of discard segments of", 40),
+            ("a write-zeroes limit of", 48),
+            ("a number of write-zeroes segments of", 52),
+        ],
     }
-    Ok(device)
 }

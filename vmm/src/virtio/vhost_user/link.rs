@@ -4,19 +4,18 @@
 //! A watchdog thread per connection does: it is told which request is under way, and shuts the socket down when the
 //! answer is late. That ends the call with an error, and marks the connection as dead for good.
 
-use std::os::fd::AsRawFd;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::Frontend;
 
 use crate::error::{Error, Result};
-use crate::exit::{ExitReason, ExitSignal};
 
 /// How long a backend has for one message. Much longer than any healthy one needs, short enough to wait for.
 pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,13 +78,15 @@ impl Link {
             };
             Error::Connect { device: device.to_owned(), path: path.to_owned(), hint, source: source.into() }
         };
+        // A Unix socket connects at once or not at all: a full backlog is an error here and not a wait.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-                .map_err(fail)?;
-        // Bounds connect() where the backlog is full, and sends where nobody reads.
-        set_socket_timeout(&socket, Timeout::Send, Some(MESSAGE_TIMEOUT)).map_err(fail)?;
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
         let address = SocketAddrUnix::new(path).map_err(fail)?;
         rustix::net::connect(&socket, &address).map_err(fail)?;
+        rustix::io::ioctl_fionbio(&socket, false).map_err(fail)?;
+        // Bounds sends where nobody reads.
+        set_socket_timeout(&socket, Timeout::Send, Some(MESSAGE_TIMEOUT)).map_err(fail)?;
         Self::from_stream(device, UnixStream::from(socket), queues)
     }
 
@@ -150,17 +151,61 @@ impl Link {
             }
             if !in_step(&source) {
                 watch.failure.get_or_insert_with(|| format!("failed at {request}: {source}"));
-                // Whoever reads next would take a late answer for its own. This also ends the run.
+                // Whoever reads next would take a late answer for its own.
                 let _ = self.stream.shutdown(std::net::Shutdown::Both);
             }
             Error::Backend { device: self.device.clone(), request, source }
         })
     }
 
-    /// The part that watches the connection for the backend's end, for the event loop.
-    pub fn hangup_watch(&self, exit: ExitSignal) -> Result<HangupWatch> {
-        let stream = self.stream.try_clone().map_err(Error::os("duplicate a socket"))?;
-        Ok(HangupWatch { device: self.device.clone(), stream, shared: self.shared.clone(), exit })
+    /// `SET_VRING_BASE` as the specification has it: the crate's has 16 bits, a packed ring's index has 32. `acked`:
+    /// `REPLY_ACK` was negotiated.
+    pub fn set_vring_base(&self, index: u16, base: u32, acked: bool) -> Result<()> {
+        self.call("SET_VRING_BASE", |_| exchange_base(&self.stream, index, base, acked))
+    }
+
+    /// What happened to the connection, if it cannot be used any more.
+    pub fn failure(&self) -> Option<String> {
+        let failure = self.shared.lock().failure.clone();
+        failure.or_else(|| hung_up(&self.stream).then(|| "closed its connection".to_owned()))
+    }
+
+    /// Another descriptor of the connection, for who waits for its end and for who ends it.
+    pub fn stream(&self) -> Result<UnixStream> {
+        self.stream.try_clone().map_err(Error::os("duplicate a socket"))
+    }
+}
+
+/// Whether the other side has closed a connection.
+fn hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+}
+
+/// One `SET_VRING_BASE` and its answer.
+fn exchange_base(mut stream: &UnixStream, index: u16, base: u32, acked: bool) -> vhost::Result<()> {
+    use std::io::Write;
+    use vhost::vhost_user::Error as Protocol;
+    const SET_VRING_BASE: u32 = 10;
+    const VERSION: u32 = 1;
+    const REPLY: u32 = 1 << 2;
+    const NEED_REPLY: u32 = 1 << 3;
+    let flags = if acked { VERSION | NEED_REPLY } else { VERSION };
+    let words = |words: [u32; 5]| words.map(u32::to_ne_bytes).concat();
+    let broken = |e| vhost::Error::VhostUserProtocol(Protocol::SocketBroken(e));
+    stream.write_all(&words([SET_VRING_BASE, flags, 8, u32::from(index), base])).map_err(broken)?;
+    if !acked {
+        return Ok(());
+    }
+    let mut answer = [0u8; 20];
+    stream.read_exact(&mut answer).map_err(broken)?;
+    if answer[..12] != words([SET_VRING_BASE, VERSION | REPLY, 8, 0, 0])[..12] {
+        return Err(vhost::Error::VhostUserProtocol(Protocol::InvalidMessage));
+    }
+    match answer[12..] {
+        [0, 0, 0, 0, 0, 0, 0, 0] => Ok(()),
+        _ => Err(vhost::Error::VhostUserProtocol(Protocol::BackendInternalError)),
     }
 }
 
@@ -213,37 +258,6 @@ fn watch(shared: &Shared, stream: &UnixStream) {
     }
 }
 
-/// Ends the run when the backend closes its connection: `docs/decisions/backend-death.md`.
-#[derive(Debug)]
-pub struct HangupWatch {
-    device: String,
-    stream: UnixStream,
-    shared: Arc<Shared>,
-    exit: ExitSignal,
-}
-
-impl MutEventSubscriber for HangupWatch {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        // Not for input: replies are read where they are waited for.
-        let events = EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR;
-        if let Err(e) = ops.add(Events::new(&self.stream, events)) {
-            tracing::error!(device = self.device, error = %e, "the backend's connection cannot be watched");
-        }
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps<'_>) {
-        let reason = self.shared.lock().failure.clone();
-        let reason = reason.unwrap_or_else(|| "closed its connection".into());
-        // The error that ends the run says it to the user.
-        tracing::debug!(device = self.device, "the vhost-user backend {reason}");
-        self.exit.give(ExitReason::BackendGone { device: self.device.clone(), reason });
-        // Said once; a closed socket stays readable.
-        if let Err(e) = ops.remove(Events::empty_raw(self.stream.as_raw_fd())) {
-            tracing::debug!(error = %e, "cannot stop watching a backend");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use vhost::VhostBackend;
@@ -283,7 +297,7 @@ mod tests {
         let mut rest = Vec::new();
         theirs.read_to_end(&mut rest).unwrap();
         assert_eq!(rest.len(), 12, "the request and the end");
-        assert!(link.shared.lock().failure.is_some());
+        assert!(link.failure().is_some());
     }
 
     #[test]
@@ -294,9 +308,28 @@ mod tests {
             Err(vhost::Error::VhostUserProtocol(vhost::vhost_user::Error::BackendInternalError))
         };
         assert!(link.call("SET_CONFIG", refuse).is_err());
-        assert!(link.shared.lock().failure.is_none());
+        assert!(link.failure().is_none());
         link.call("SET_OWNER", |f| f.set_owner()).unwrap();
         drop(theirs);
+    }
+
+    #[test]
+    fn base_of_a_packed_ring_has_32_bits() {
+        use std::io::{Read, Write};
+        let words = |words: [u32; 5]| words.map(u32::to_ne_bytes).concat();
+        // Taken, refused, an answer to something else.
+        for (request, value, good) in [(10, 0, Some(true)), (10, 1, Some(true)), (11, 0, Some(false))] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(&words([request, 5, 8, value, 0])).unwrap();
+            let link = Link::from_stream("disk0", ours, 3).unwrap();
+            let result = link.set_vring_base(2, 0x8000_8000, true);
+            assert_eq!(result.is_ok(), request == 10 && value == 0, "{result:?}");
+            // A refusal leaves the connection as it is; a wrong answer ends it.
+            assert_eq!(Some(link.failure().is_none()), good);
+            let mut sent = [0u8; 20];
+            theirs.read_exact(&mut sent).unwrap();
+            assert_eq!(sent[..], words([10, 9, 8, 2, 0x8000_8000])[..]);
+        }
     }
 
     #[test]

@@ -3,9 +3,7 @@
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_net as vn;
 
-use super::link::Link;
-use super::{Kind, VhostUserDevice};
-use crate::error::Result;
+use super::Kind;
 
 /// Descriptors of the receive and the transmit queue at most.
 const QUEUE_SIZE: u16 = 256;
@@ -28,25 +26,27 @@ const FEATURES: [u32; 13] = [
     vn::VIRTIO_NET_F_GUEST_USO6,
 ];
 
-/// Shakes hands with a network backend; the guest gets the address `mac`.
-pub fn new(name: &str, link: Link, mac: [u8; 6]) -> Result<VhostUserDevice> {
+/// A network device; the guest gets the address `mac`.
+pub fn kind(mac: [u8; 6]) -> Kind {
     let features = FEATURES.iter().fold(0, |bits, f| bits | 1u64 << f);
-    let kind = Kind {
+    Kind {
         device_type: virtio_bindings::virtio_ids::VIRTIO_ID_NET,
         features: features
             | crate::virtio::F_VERSION_1
             | crate::virtio::F_RING_INDIRECT_DESC
             | crate::virtio::F_RING_EVENT_IDX,
+        needed_features: 0,
         own_features: 1 << vn::VIRTIO_NET_F_MAC | 1 << vn::VIRTIO_NET_F_STATUS,
         queue_max_sizes: vec![QUEUE_SIZE; 2],
         needed: VhostUserProtocolFeatures::empty(),
+        // A network may lose and repeat packets.
+        needs_log: false,
         config_len: 0,
-    };
-    let mut device = VhostUserDevice::new(name, kind, link)?;
-    let config = device.config_mut();
-    config.extend_from_slice(&mac);
-    config.extend_from_slice(&LINK_UP.to_le_bytes());
-    Ok(device)
+        writable: 0..0,
+        own_config: vec![(0, mac.to_vec()), (6, LINK_UP.to_le_bytes().to_vec())],
+        fixed: &[],
+        limits: &[],
+    }
 }
 
 /// The address of network device number `index` where the user gave none: locally administered, the same every time.
