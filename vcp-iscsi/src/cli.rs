@@ -8,10 +8,12 @@ use std::str::FromStr;
 use clap::builder::NonEmptyStringValueParser;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 
 use crate::discover::DiscoverArgs;
 use crate::info::InfoArgs;
+use crate::limit::{Limits, Rate, parse_size};
 use crate::portal::SessionArgs;
 use crate::url::Url;
 
@@ -89,7 +91,8 @@ pub struct ServeArgs {
     /// Unix socket to listen on for the monitor
     #[arg(long, value_name = "SOCKET", conflicts_with = "disk")]
     pub socket_path: Option<PathBuf>,
-    /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`
+    /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:
+    /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`
     #[arg(long, value_name = "SPEC", required_unless_present_any = ["url", "url_file"])]
     pub disk: Vec<Private>,
     /// Refuse all writes
@@ -107,9 +110,18 @@ pub struct ServeArgs {
     /// What runs the devices
     #[arg(long, value_enum, default_value_t)]
     pub server: ServerKind,
-    /// Unix socket for status and metrics, one JSON object per line: {"cmd":"status"}, {"cmd":"metrics"}
+    /// Unix socket for commands, one JSON object per line: {"cmd":"status"}, {"cmd":"metrics"}, {"cmd":"limit",...}, ...
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
+    /// Serve a page of metrics for Prometheus there: http://ADDRESS:PORT/metrics, or over a Unix socket
+    #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
+    pub metrics: Option<Endpoint>,
+    /// Most requests per second for each device, and how many may come at once [default burst: a tenth of it]
+    #[arg(long, value_name = "N[,burst=N]")]
+    pub limit_iops: Option<Rate>,
+    /// Most bytes per second for each device (K, M, G), and how many may come at once [default burst: a tenth of it]
+    #[arg(long, value_name = "SIZE[,burst=SIZE]")]
+    pub limit_bps: Option<Rate>,
     /// Fail requests when the target was away for so many seconds, until it is back [default: they wait]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub give_up_s: Option<u64>,
@@ -160,9 +172,7 @@ impl ServeArgs {
     /// Wrong usage, in words for the user.
     pub fn disks(&self) -> Result<Vec<DiskSpec>, String> {
         match (&self.url, &self.socket_path) {
-            (Some(url), Some(socket)) => {
-                Ok(vec![DiskSpec { socket: socket.clone(), url: url.url()?, read_only: false, queues: None }])
-            }
+            (Some(url), Some(socket)) => Ok(vec![DiskSpec::new(socket.clone(), url.url()?)]),
             _ => {
                 let spec = |text: &Private| text.0.parse().map_err(|error| format!("--disk: {error}"));
                 self.disk.iter().map(spec).collect()
@@ -182,6 +192,35 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Virtqueues, if other than `--queues`.
     pub queues: Option<u16>,
+    /// Limits, each if other than `--limit-iops` and `--limit-bps`.
+    pub limits: Limits,
+}
+
+impl DiskSpec {
+    /// A device with what the other options say.
+    #[must_use]
+    pub fn new(socket: PathBuf, url: Url) -> Self {
+        Self { socket, url, read_only: false, queues: None, limits: Limits::default() }
+    }
+}
+
+/// A limit and its burst as they are read from a specification.
+#[derive(Default)]
+struct LimitSpec {
+    rate: Option<u64>,
+    burst: Option<u64>,
+}
+
+impl LimitSpec {
+    fn build(self, key: &str) -> Result<Option<Rate>, String> {
+        match self {
+            Self { rate: Some(rate), burst } => {
+                Rate::new(rate, burst).map(Some).map_err(|error| format!("{key}: {error}"))
+            }
+            Self { rate: None, burst: Some(_) } => Err(format!("{key}-burst needs {key}")),
+            _ => Ok(None),
+        }
+    }
 }
 
 impl FromStr for DiskSpec {
@@ -189,6 +228,7 @@ impl FromStr for DiskSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut socket, mut url, mut read_only, mut queues) = (None, None, false, None);
+        let (mut iops, mut bps) = (LimitSpec::default(), LimitSpec::default());
         for part in text.split(',') {
             let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
             let twice = || format!("`{key}` is given twice");
@@ -209,17 +249,28 @@ impl FromStr for DiskSpec {
                     let count = count.parse().ok().filter(|count| (1..=MAX_QUEUES).contains(count));
                     queues = Some(count.ok_or(format!("queues must be 1 to {MAX_QUEUES}"))?);
                 }
+                ("limit-iops" | "limit-iops-burst" | "limit-bps" | "limit-bps-burst", Some(size)) => {
+                    let limit = if key.starts_with("limit-iops") { &mut iops } else { &mut bps };
+                    let number = if key.ends_with("-burst") { &mut limit.burst } else { &mut limit.rate };
+                    let size =
+                        parse_size(size).map_err(|_| format!("{key} must be a number or a size, as 100M"))?;
+                    if number.replace(size).is_some() {
+                        return Err(twice());
+                    }
+                }
                 // The part may hold a piece of a secret (a comma in a password), so only its key is shown.
                 _ => {
                     return Err(
-                        "expected socket=SOCKET,url=URL[,read-only][,queues=N] (write a comma inside the URL as %2C)"
+                        "expected socket=SOCKET,url=URL[,read-only][,queues=N][,limit-iops=N][,limit-bps=SIZE] \
+                         (write a comma inside the URL as %2C)"
                             .into(),
                     );
                 }
             }
         }
+        let limits = Limits { iops: iops.build("limit-iops")?, bps: bps.build("limit-bps")? };
         match (socket, url) {
-            (Some(socket), Some(url)) => Ok(Self { socket, url, read_only, queues }),
+            (Some(socket), Some(url)) => Ok(Self { socket, url, read_only, queues, limits }),
             (None, _) => Err("socket=SOCKET is missing".into()),
             (_, None) => Err("url=URL is missing".into()),
         }
@@ -270,6 +321,18 @@ mod tests {
     }
 
     #[test]
+    fn limits_are_for_all_devices_or_for_one() {
+        let args =
+            serve(&["--socket-path", "/s", URL, "--limit-iops", "1000", "--limit-bps=10M,burst=1G"]).unwrap();
+        assert_eq!(args.limit_iops, Rate::new(1000, None).ok());
+        assert_eq!(args.limit_bps, Rate::new(10 << 20, Some(1 << 30)).ok());
+        let spec = format!("limit-iops=50,socket=/a,url={URL},limit-bps=1M,limit-iops-burst=7");
+        let disk: DiskSpec = spec.parse().unwrap();
+        assert_eq!(disk.limits.iops, Rate::new(50, Some(7)).ok());
+        assert_eq!(disk.limits.bps, Rate::new(1 << 20, None).ok());
+    }
+
+    #[test]
     fn wrong_usage_is_refused() {
         let disk = format!("socket=/a,url={URL}");
         for wrong in [
@@ -286,6 +349,13 @@ mod tests {
             &["--disk", &format!("{disk},wrong")],
             &["--disk", &format!("{disk},socket=/b")],
             &["--disk", &format!("{disk},queues=65")],
+            &["--disk", &format!("{disk},limit-iops=0")],
+            &["--disk", &format!("{disk},limit-iops=1,limit-iops=2")],
+            &["--disk", &format!("{disk},limit-bps-burst=1M")],
+            &["--disk", &format!("{disk},limit-bps=fast")],
+            &["--socket-path", "/s", URL, "--limit-iops", "0"],
+            &["--socket-path", "/s", URL, "--limit-bps", "1M,burst"],
+            &["--socket-path", "/s", URL, "--metrics", "9100"],
         ] {
             let refused = serve(wrong).map_err(|error| error.to_string()).and_then(|args| args.disks());
             assert!(refused.is_err(), "{wrong:?}");

@@ -7,7 +7,9 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use vcp_core::ask::Rest;
 use vcp_core::mem::GuestBuf;
+use vcp_core::metrics::Samples;
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +153,19 @@ pub trait Engine {
     /// What people want to know of it (state of the session, counters), for the control socket.
     fn status(&self) -> serde_json::Value {
         serde_json::Value::Null
+    }
+
+    /// Its own metrics.
+    fn collect(&self, _samples: &mut Samples) {}
+
+    /// A command of the control socket; `None` if it does not know it. See [`vcp_core::device::RingDevice::command`].
+    fn command(
+        &mut self,
+        _name: &str,
+        _args: &serde_json::Map<String, serde_json::Value>,
+        _now: Instant,
+    ) -> Option<Result<Rest, String>> {
+        None
     }
 
     /// The unit changed (capacity, limits) since the last call: the device model tells its driver.

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags};
@@ -15,6 +16,7 @@ use vcp_core::vu::{DeviceSpec, ServeOptions};
 use crate::blk::BlkDevice;
 use crate::cli::{DiskSpec, ServeArgs, ServerKind};
 use crate::engine::{Engine, Lun};
+use crate::limit::Limits;
 use crate::portal::{IscsiEngine, Options};
 use crate::url::Url;
 
@@ -26,6 +28,7 @@ struct Plan {
     socket: SocketFile,
     queues: u16,
     options: Options,
+    limits: Limits,
 }
 
 /// Serves `disks` (those of [`ServeArgs::disks`]) until SIGTERM or SIGINT. `signals` were blocked before any thread was started.
@@ -44,7 +47,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         // It may be a pipe that nobody has written to yet.
         let file = file.clone();
         let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(()) };
-        disks.push(DiskSpec { socket: socket.clone(), url, read_only: false, queues: None });
+        disks.push(DiskSpec::new(socket.clone(), url));
     }
     let plans = plans(args, disks)?;
     let options = plans.iter().map(|plan| plan.options.clone()).collect();
@@ -59,12 +62,17 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         .map(|(index, (plan, engine))| {
             let engine_bytes = engine.memory_bound_bytes();
             let lun = engine.lun().clone();
-            let device = BlkDevice::new(engine, plan.queues);
+            let device = BlkDevice::new(engine, plan.queues).limited(plan.limits, Instant::now());
             ready.push_str(&describe(&plan, &lun, engine_bytes + device.memory_bound_bytes()));
             DeviceSpec { name: Arc::from(format!("disk{index}")), socket: plan.socket, device }
         })
         .collect();
-    let options = ServeOptions { cpu: args.cpu, poll: args.poll_us, control: args.control.clone(), metrics: None };
+    let options = ServeOptions {
+        cpu: args.cpu,
+        poll: args.poll_us,
+        control: args.control.clone(),
+        metrics: args.metrics.clone(),
+    };
     let extra = Box::new(serde_json::Map::new);
     let announce = move || {
         // A reader that went away is no reason to end.
@@ -103,7 +111,9 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.
         options.instance = args.instance.clone().unwrap_or_else(|| disk.socket.display().to_string());
-        plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options });
+        let limits =
+            Limits { iops: disk.limits.iops.or(args.limit_iops), bps: disk.limits.bps.or(args.limit_bps) };
+        plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, limits });
     }
     Ok(plans)
 }

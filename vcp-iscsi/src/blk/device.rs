@@ -13,16 +13,20 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vcp_core::ask::Rest;
 use vcp_core::device::{RingDevice, Rings, Wait};
 use vcp_core::mem::GuestBuf;
-use vcp_core::metrics::{DeviceMetrics, OpMetrics};
+use vcp_core::metrics::{DeviceMetrics, OpMetrics, Samples};
 use vcp_core::queue::{Chain, MAX_CHAIN_DESCRIPTORS, RingError};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
+use super::backlog::Backlogs;
 use super::config::{CONFIG_BYTES, WRITEBACK_OFFSET, bit, features, space};
+use super::numbers::Numbers;
 use super::request::{HEADER_BYTES, Header, ID_BYTES, Kind, Ranges, Status, read_ranges};
 use super::slot::Slot;
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request};
+use crate::limit::{Change, Limiter, Limits};
 
 /// Largest virtqueue.
 const QUEUE_SIZE_MAX: u16 = 256;
@@ -61,6 +65,12 @@ pub struct BlkDevice<E> {
     chain: Chain,
     /// Queue that has the first turn.
     turn: u16,
+    limiter: Limiter,
+    backlogs: Backlogs,
+    /// Times the unit became smaller.
+    shrunk: u64,
+    /// Times the driver was told of another size or other limits.
+    changes: u64,
     metrics: Arc<DeviceMetrics>,
 }
 
@@ -91,8 +101,19 @@ impl<E: Engine> BlkDevice<E> {
             done: Vec::with_capacity(count),
             chain: Chain::with_capacity(PIECES),
             turn: 0,
+            limiter: Limiter::new(Limits::default(), now),
+            backlogs: Backlogs::new(queues),
+            shrunk: 0,
+            changes: 0,
             metrics: Arc::default(),
         }
+    }
+
+    /// The same device with these limits.
+    #[must_use]
+    pub fn limited(mut self, limits: Limits, now: Instant) -> Self {
+        self.limiter = Limiter::new(limits, now);
+        self
     }
 
     /// The engine below.
@@ -134,7 +155,13 @@ impl<E: Engine> BlkDevice<E> {
         self.chain.writable.split_off_into(writable - 1, &mut slot.status);
         slot.begin(id, writable as u32, now);
         self.metrics.inflight.set((self.slots.len() - self.free.len()) as u64);
-        match self.plan(index, header) {
+        let planned = self.plan(index, header);
+        let slot = &self.slots[index as usize];
+        let ring_wait = self.backlogs.took(id.queue, now);
+        counters(&self.metrics, slot.kind).ring_wait.record_ns(ring_wait);
+        // One that will be refused counts as well: it costs the same here.
+        self.limiter.spend(slot.payload_bytes, now);
+        match planned {
             Ok(true) => self.unsubmitted.push_back(index),
             Ok(false) => self.finish(rings, index, now),
             Err(status) => {
@@ -360,15 +387,24 @@ impl<E: Engine> BlkDevice<E> {
 
     /// Whether there is a slot for one more request and the engine can start on it.
     fn takes_more(&self) -> bool {
-        self.unsubmitted.is_empty() && !self.free.is_empty() && self.engine.room() != 0
+        self.limiter.is_open()
+            && self.unsubmitted.is_empty()
+            && !self.free.is_empty()
+            && self.engine.room() != 0
     }
 
     fn take<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
         let (mut left, first) = (PASS, self.turn);
+        self.limiter.refill(now);
         for turn in 0..self.queues {
             let queue = (first + turn) % self.queues;
+            let mut emptied = false;
             for _ in 0..BATCH.min(left) {
-                if !self.takes_more() || !rings.take(queue, &mut self.chain) {
+                if !self.takes_more() {
+                    break;
+                }
+                if !rings.take(queue, &mut self.chain) {
+                    emptied = true;
                     break;
                 }
                 left -= 1;
@@ -377,6 +413,9 @@ impl<E: Engine> BlkDevice<E> {
                 self.begin(rings, now);
                 self.submit(rings, now);
             }
+            // What stays behind is looked at once per pass, so that its wait is known when it is taken.
+            let behind = if emptied { 0 } else { rings.available(queue) };
+            self.backlogs.left(queue, behind, now);
         }
         // An idle device holds no mapping.
         self.chain.readable.clear();
@@ -410,6 +449,7 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
     fn set_features(&mut self, acked: u64) {
         self.acked = acked;
         if acked == 0 {
+            self.backlogs.clear();
             self.writeback = self.lun.write_cache;
         }
     }
@@ -445,7 +485,12 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
         if self.engine.take_change() {
             let lun = self.engine.lun().clone();
             if lun.block_bytes == self.lun.block_bytes {
-                self.config_changed |= lun != self.lun;
+                if lun != self.lun {
+                    self.config_changed = true;
+                    self.changes += 1;
+                }
+                // From here on requests behind the new end fail; those under way are the target's to refuse.
+                self.shrunk += u64::from(lun.blocks < self.lun.blocks);
                 self.lun = lun;
             } else {
                 tracing::error!(
@@ -464,7 +509,9 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
 
     fn wait(&self) -> Wait<'_> {
         let wait = self.engine.wait();
-        Wait { fd: wait.fd, writable: wait.writable, deadline: wait.deadline }
+        let limited = self.limiter.closed_until();
+        let deadline = wait.deadline.into_iter().chain(limited).min();
+        Wait { fd: wait.fd, writable: wait.writable, deadline }
     }
 
     fn take_config_change(&mut self) -> bool {
@@ -482,8 +529,32 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
     fn status(&self) -> serde_json::Value {
         let mut status =
             serde_json::json!({ "lun": self.lun, "queues": self.queues, "writeback": self.writeback });
+        status["limits"] = serde_json::json!(self.limiter.limits());
+        status["shrunk"] = self.shrunk.into();
         status["engine"] = self.engine.status();
         status
+    }
+
+    fn collect(&self, samples: &mut Samples) {
+        let numbers =
+            Numbers { lun: &self.lun, shrunk: self.shrunk, changes: self.changes, limiter: &self.limiter };
+        numbers.collect(samples);
+        self.engine.collect(samples);
+    }
+
+    fn command(
+        &mut self,
+        name: &str,
+        args: &serde_json::Map<String, serde_json::Value>,
+        now: Instant,
+    ) -> Option<Result<Rest, String>> {
+        match name {
+            "limit" => Some(Change::parse(args).map(|change| {
+                self.limiter.change(change, now);
+                Rest::done(serde_json::json!({ "limits": self.limiter.limits() }))
+            })),
+            _ => self.engine.command(name, args, now),
+        }
     }
 
     fn memory_bound_bytes(&self) -> u64 {

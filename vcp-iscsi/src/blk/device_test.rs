@@ -52,6 +52,10 @@ impl Rings for Hand {
         true
     }
 
+    fn available(&self, queue: u16) -> u16 {
+        if queue == 0 { self.waiting.len() as u16 } else { 0 }
+    }
+
     fn complete(&mut self, id: ChainId, len_bytes: u32) {
         self.ended.push((id.head, End::Used(len_bytes)));
     }
@@ -393,4 +397,133 @@ fn a_unit_that_grew_is_told_once() {
     let mut capacity = [0; 8];
     bed.device.read_config(0, &mut capacity);
     assert_eq!(u64::from_le_bytes(capacity), 128);
+}
+
+/// Runs the device over virtual time, woken only when it says or has something to do; returns when it is done.
+fn run_in_virtual_time(bed: &mut Bed, start: Instant, wakes: &mut u32) -> Instant {
+    let mut now = start;
+    loop {
+        while bed.device.poll(&mut bed.hand, now) {}
+        if bed.hand.waiting.is_empty() && bed.device.metrics().inflight.get() == 0 {
+            return now;
+        }
+        *wakes += 1;
+        assert!(!bed.device.has_room(), "it would take one, but did not");
+        let deadline = bed.device.wait().deadline.expect("something wakes it");
+        assert!(deadline > now, "it does not spin while it waits for tokens");
+        now = deadline;
+    }
+}
+
+#[test]
+fn a_limited_device_leaves_requests_in_the_ring_and_loses_none() {
+    let start = Instant::now();
+    let mut bed = Bed::new(lun(512, 1000), 8);
+    let args = serde_json::json!({"iops": 1000, "iops_burst": 10});
+    bed.device.command("limit", args.as_object().unwrap(), start).unwrap().unwrap();
+    for n in 0..110 {
+        bed.push(IN, n, &[], 513);
+    }
+    bed.device.poll(&mut bed.hand, start);
+    assert_eq!(bed.hand.waiting.len(), 102, "no more than the engine takes");
+    let mut wakes = 0;
+    let end = run_in_virtual_time(&mut bed, start, &mut wakes);
+    assert_eq!(bed.hand.ended.len(), 110);
+    assert!(bed.hand.ended.iter().all(|(_, end)| *end == End::Used(513)));
+    let took = (end - start).as_millis();
+    assert!((99..=105).contains(&took), "110 requests at 1000/s with a burst of 10 took {took} ms");
+    assert!(wakes <= 105, "{wakes} wake-ups");
+    let last = bed.device.wait().deadline.expect("the last one took the last token");
+    assert!(!bed.device.poll(&mut bed.hand, last));
+    assert_eq!(bed.device.wait().deadline, None, "nothing to wait for any more: it sleeps");
+    assert!(bed.device.has_room());
+    // What was held back has waited in the ring, and that is told.
+    let waited = bed.device.metrics().read.ring_wait.snapshot();
+    assert_eq!(waited.count, 110);
+    assert!(waited.quantile_ns(0.99) >= 90_000_000, "{waited:?}");
+}
+
+#[test]
+fn bytes_are_limited_as_well_and_one_large_request_passes() {
+    let start = Instant::now();
+    let mut bed = Bed::new(lun(512, 1000), 8);
+    let args = serde_json::json!({"bps": "1M", "bps_burst": "64K"});
+    bed.device.command("limit", args.as_object().unwrap(), start).unwrap().unwrap();
+    // Each is larger than the burst.
+    for _ in 0..10 {
+        bed.push(IN, 0, &[], (128 << 10) + 1);
+    }
+    let end = run_in_virtual_time(&mut bed, start, &mut 0);
+    let took = (end - start).as_millis();
+    // 1.25 MiB but for the burst and what is owed for the last one.
+    assert!((1000..=1200).contains(&took), "took {took} ms");
+    let metrics = bed.device.metrics();
+    assert_eq!((metrics.read.ok.get(), metrics.read.bytes.get()), (10, 10 * (128 << 10)));
+}
+
+#[test]
+fn limits_change_at_run_time() {
+    let start = Instant::now();
+    let mut bed = Bed::new(lun(512, 1000), 8);
+    let limit = |bed: &mut Bed, args: serde_json::Value, now| {
+        bed.device
+            .command("limit", args.as_object().unwrap(), now)
+            .unwrap()
+            .map(|rest| rest.finish().unwrap())
+    };
+    limit(&mut bed, serde_json::json!({"iops": 1, "iops_burst": 1}), start).unwrap();
+    for n in 0..3 {
+        bed.push(IN, n, &[], 513);
+    }
+    while bed.device.poll(&mut bed.hand, start) {}
+    assert_eq!(bed.hand.ended.len(), 1);
+    let answer = limit(&mut bed, serde_json::json!({"iops": null}), start).unwrap();
+    assert_eq!(answer, serde_json::json!({"limits": {"iops": null, "bps": null}}));
+    while bed.device.poll(&mut bed.hand, start) {}
+    assert_eq!(bed.hand.ended.len(), 3, "free at once");
+    assert!(limit(&mut bed, serde_json::json!({"iops": "x"}), start).is_err());
+    assert!(bed.device.command("nonsense", &serde_json::Map::new(), start).is_none());
+}
+
+#[test]
+fn queues_share_a_limit() {
+    let start = Instant::now();
+    let mut device = BlkDevice::new(MemEngine::new(lun(512, 64), 4), 8);
+    let mut rings = Endless { header: GuestBuf::for_test(17), taken: vec![0; 8] };
+    rings.header.copy_from(0, &GET_ID.to_le_bytes());
+    let args = serde_json::json!({"iops": 1000, "iops_burst": 3});
+    device.command("limit", args.as_object().unwrap(), start).unwrap().unwrap();
+    let mut now = start;
+    while now < start + std::time::Duration::from_secs(4) {
+        device.poll(&mut rings, now);
+        now = device.wait().deadline.unwrap();
+    }
+    let (least, most) = (rings.taken.iter().min().unwrap(), rings.taken.iter().max().unwrap());
+    assert!(*least > 400 && most - least <= 32, "{:?}", rings.taken);
+}
+
+#[test]
+fn behind_the_new_end_of_a_unit_that_shrank_requests_fail() {
+    let mut bed = Bed::new(lun(512, 64), 4);
+    let resize = |bed: &mut Bed, blocks| {
+        bed.device.engine().control.lock().unwrap().changed = Some(lun(512, blocks));
+        bed.run();
+        bed.log();
+    };
+    assert_eq!(bed.one(IN, 40, &[], 512).0, 0);
+    resize(&mut bed, 32);
+    assert!(bed.device.take_config_change());
+    assert_eq!(bed.one(IN, 31, &[], 512).0, 0);
+    assert_eq!(bed.log().len(), 1);
+    for (kind, payload, room) in [(IN, vec![], 512), (OUT, vec![1; 512], 0), (DISCARD, range(40, 1, 0), 0)] {
+        let sector = if kind == DISCARD { 0 } else { 32 };
+        assert_eq!(bed.one(kind, sector, &payload, room).0, 1);
+    }
+    assert_eq!(bed.log(), [], "none of it reached the engine");
+    assert_eq!(bed.device.status()["shrunk"], 1);
+    // Growing is no trouble.
+    resize(&mut bed, 48);
+    assert!(bed.device.take_config_change());
+    assert_eq!(bed.one(IN, 47, &[], 512).0, 0);
+    assert_eq!(bed.device.status()["shrunk"], 1);
 }

@@ -4,8 +4,10 @@
 //! * [`request`]: the framing of one request, checked.
 //! * [`device`]: slots, splitting, completion, back-pressure.
 
+mod backlog;
 pub mod config;
 pub mod device;
+mod numbers;
 pub mod request;
 mod slot;
 
