@@ -30,6 +30,7 @@ mod session;
 mod task;
 mod timers;
 mod transmit;
+mod watch;
 
 pub use config::Config;
 pub use error::{Counters, SessionError, Violation};

@@ -103,6 +103,10 @@ pub struct Session {
     /// When the last ping was queued, or the session began.
     pub(super) last_ping: Instant,
     pub(super) rtt: Rtt,
+    /// See [`Session::watch_closely`].
+    pub(super) busy_interval: Option<std::time::Duration>,
+    /// Since when commands are underway without a break.
+    pub(super) busy_since: Instant,
     pub(super) tmf: Option<Tmf>,
     pub(super) logout: Option<Logout>,
     /// [`Event::LoggedOut`] was told.
@@ -139,6 +143,8 @@ impl Session {
             ping: None,
             last_ping: now,
             rtt: Rtt::default(),
+            busy_interval: None,
+            busy_since: now,
             tmf: None,
             logout: None,
             is_over: false,
@@ -185,9 +191,12 @@ impl Session {
     /// # Panics
     /// If the slot is not [free](Self::is_free): slots are the caller's.
     pub fn submit(&mut self, slot: u16, command: Command, now: Instant) {
+        let deadline = now + command.timeout;
+        if self.active == 0 && self.queue.is_empty() {
+            self.busy_since = now;
+        }
         let task = &mut self.tasks[usize::from(slot)];
         assert_eq!(task.state, State::Free, "slot {slot} is in use");
-        let deadline = now + command.timeout;
         *task = Task {
             state: State::Queued,
             generation: task.generation.wrapping_add(1),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::session::{Event, SLOT_LOGOUT, SLOT_PING, SLOT_TMF, Session};
+use super::session::{Event, SLOT_LOGOUT, SLOT_TMF, Session};
 use super::task::State;
 use super::{Outcome, SessionError, Violation};
 use crate::pdu::{
@@ -57,7 +57,7 @@ impl Session {
         }
         let keepalive = match self.ping {
             Some((_, at, _)) => self.last_received.max(at) + self.config.nop_timeout,
-            None => self.last_ping + self.config.nop_interval,
+            None => self.next_ping(),
         };
         let logout = self.logout.map(|l| l.latest);
         [Some(keepalive), logout, self.tmf.map(|t| t.deadline), self.scan_at].into_iter().flatten().min()
@@ -90,10 +90,8 @@ impl Session {
             }
             None => {
                 // Under load as well: the round trip is a figure that people ask for.
-                if now >= self.last_ping + self.config.nop_interval {
-                    let itt = self.control_tag(SLOT_PING);
-                    self.ping = Some((itt, now, false));
-                    self.last_ping = now;
+                if now >= self.next_ping() {
+                    self.ping_now(now);
                 }
             }
         }
@@ -136,9 +134,9 @@ impl Session {
 
     /// Sends LOGICAL UNIT RESET, which ends the unit's tasks of all sessions (SAM-5 7.7): for a caller who cannot know
     /// whether an earlier session of his is at its end. [`Event::UnitReset`] follows, or
-    /// [`SessionError::ResetFailed`]. For a session without commands.
+    /// [`SessionError::ResetFailed`]. Commands of this session that are underway end as [`Outcome::Aborted`] then.
     pub fn reset_unit(&mut self, lun: Lun, now: Instant) {
-        debug_assert!(self.tmf.is_none() && self.outstanding() == 0, "the session is in use");
+        debug_assert!(self.tmf.is_none(), "a function is underway");
         self.tmf = Some(Tmf {
             function: TaskFunction::LogicalUnitReset,
             itt: self.control_tag(SLOT_TMF),
@@ -148,6 +146,11 @@ impl Session {
             sent: false,
             deadline: now + self.config.task_management_timeout,
         });
+    }
+
+    /// Whether [`reset_unit`](Self::reset_unit) can be called: no other function is underway, nor a logout.
+    pub fn can_reset_unit(&self) -> bool {
+        self.tmf.is_none() && self.logout.is_none()
     }
 
     fn start_tmf(&mut self, function: TaskFunction, slot: u16, now: Instant) {

@@ -246,3 +246,31 @@ fn round_trips_are_measured_under_load_as_well() {
         assert_eq!(bench.session.round_trip(), expected);
     }
 }
+
+#[test]
+fn a_session_that_is_watched_closely_pings_as_soon_as_it_is_kept_waiting() {
+    let mut bench = Bench::new();
+    let interval = Duration::from_millis(100);
+    bench.session.watch_closely(Some(interval));
+    // Idle: as always.
+    let start = bench.now;
+    assert_eq!(bench.session.deadline(), Some(start + Duration::from_secs(5)));
+    bench.now += Duration::from_secs(3);
+    let command = bench.start(0, read(512));
+    bench.wake().unwrap();
+    assert_eq!(bench.now, start + Duration::from_secs(3) + interval, "counted from the command");
+    let Some((InitiatorPdu::NopOut(ping), _)) = bench.next_tx() else { panic!() };
+    assert_eq!(bench.session.pinging_since(), Some(bench.now));
+    bench.now += Duration::from_millis(50);
+    let answer = NopIn { data_len_bytes: 0, lun: Lun::ZERO, itt: ping.itt, ttt: Ttt::NONE, sn: bench.sn() };
+    bench.take(&answer.encode(), &[]).unwrap();
+    assert_eq!(bench.session.pinging_since(), None);
+    assert_eq!(bench.session.last_received(), bench.now);
+    bench.wake().unwrap();
+    let Some((InitiatorPdu::NopOut(_), _)) = bench.next_tx() else { panic!() };
+    // Not to be judged by the session before the usual time.
+    let asked = bench.now;
+    bench.wake().unwrap_err();
+    assert_eq!(bench.now - asked, Duration::from_secs(5));
+    bench.data_in(command.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
+}
