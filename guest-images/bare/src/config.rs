@@ -12,8 +12,10 @@ pub enum Job {
     Verify,
     /// Measure.
     Bench,
-    /// All of it.
+    /// Write, flush, read back and compare, and measure.
     All,
+    /// Read, write and compare at random for a while.
+    Churn,
 }
 
 /// The loads of `bench`, as bits.
@@ -89,7 +91,8 @@ fn job(value: &str) -> Result<Job, Error> {
         "verify" => Ok(Job::Verify),
         "bench" => Ok(Job::Bench),
         "all" => Ok(Job::All),
-        _ => Err(Error::Config("job= is identify, verify, bench or all")),
+        "churn" => Ok(Job::Churn),
+        _ => Err(Error::Config("job= is identify, verify, bench, all or churn")),
     }
 }
 

@@ -6,7 +6,7 @@
 //!
 //! | word | meaning | default |
 //! | --- | --- | --- |
-//! | `job=` | `identify`, `verify`, `bench` or `all` | `all` |
+//! | `job=` | `identify`, `verify`, `bench`, `all` (of those) or `churn` (reads and writes at random, each checked) | `all` |
 //! | `rw=` | loads of `bench`, with commas: `randread`, `randwrite`, `read`, `write` | all four |
 //! | `qd=` | requests in flight | 32 |
 //! | `bs=`, `seqbs=` | bytes per request, random and sequential | 4K, 128K |
@@ -22,6 +22,7 @@
 
 pub mod abi;
 mod blk;
+mod churn;
 mod config;
 mod histogram;
 mod load;
@@ -102,6 +103,9 @@ fn run(info: &BootInfo) -> Result<(), blk::Error> {
         }
         if matches!(config.job, Job::Bench | Job::All) {
             load::run(&mut disk, &config)?;
+        }
+        if config.job == Job::Churn {
+            churn::run(&mut disk, &config)?;
         }
         disks += 1;
     }

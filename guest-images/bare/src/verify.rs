@@ -111,8 +111,9 @@ fn gcd(a: usize, b: usize) -> usize {
 }
 
 /// Fills a sector from seed, address and generation.
-fn fill(sector: &mut [u8], seed: u64, lba: u64, generation: u64) {
-    let mut state = seed ^ lba.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (generation << 56);
+pub fn fill(sector: &mut [u8], seed: u64, lba: u64, generation: u64) {
+    let mut state =
+        seed ^ lba.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ generation.wrapping_mul(0xd6e8_feb8_6659_fd93);
     for word in sector.chunks_exact_mut(8) {
         word.copy_from_slice(&random(&mut state).to_le_bytes());
     }
