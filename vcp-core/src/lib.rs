@@ -5,6 +5,10 @@
 //! knows what a disk or a network is. `unsafe` is confined to [`mem`] and [`sock`], the two places that touch memory
 //! another party can write, and to the signal mask in [`process`].
 
+// The driver models of the integration tests serve the unit tests, too.
+#[cfg(test)]
+extern crate self as vcp_core;
+
 pub mod ask;
 pub mod control;
 pub mod device;

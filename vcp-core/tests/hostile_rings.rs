@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use support::{Desc, DriverRing, INDIRECT, NEXT, WRITE};
 use vcp_core::mem::GuestMap;
-use vcp_core::queue::{Chain, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS, RingError, SplitQueue, VirtQueue};
+use vcp_core::queue::{Chain, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS, RingError, SplitQueue, SplitStart, VirtQueue};
 use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY_BYTES: usize = 1 << 20;
@@ -17,8 +17,12 @@ const DATA: u64 = 0x1_0000;
 fn setup(size: u16, event_idx: bool) -> (DriverRing, SplitQueue, Arc<GuestMap>) {
     let map = Arc::new(GuestMap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap());
     let ring = DriverRing::new(&map, 0x1000, size, event_idx);
-    let queue = SplitQueue::start(ring.device_queue(), true, 0, &map).unwrap();
+    let queue = start(&ring, true, &map).unwrap();
     (ring, queue, map)
+}
+
+fn start(ring: &DriverRing, indirect: bool, map: &GuestMap) -> Result<SplitQueue, RingError> {
+    SplitQueue::start(ring.device_queue(), indirect, SplitStart::Base(0), map).map(|(queue, _)| queue)
 }
 
 fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
@@ -96,7 +100,7 @@ fn an_indirect_table_inside_another_is_refused() {
 #[test]
 fn indirect_is_refused_where_it_was_not_negotiated() {
     let (mut ring, _, map) = setup(8, true);
-    let mut queue = SplitQueue::start(ring.device_queue(), false, 0, &map).unwrap();
+    let mut queue = start(&ring, false, &map).unwrap();
     ring.add_indirect(TABLE, &[(DATA, 16, false)]).unwrap();
     assert_eq!(queue.take(&map, &mut Chain::default()), Err(RingError::Indirect));
 }
@@ -117,7 +121,7 @@ fn breaches_of_the_ring_are_named() {
     assert!(matches!(queue.take(&empty, &mut Chain::default()), Err(RingError::RingMemory(_))));
     assert!(matches!(queue.put_used(&empty, 0, 0), Err(RingError::RingMemory(_))));
     assert!(matches!(queue.arm(&empty), Err(RingError::RingMemory(_))));
-    assert!(SplitQueue::start(ring.device_queue(), true, 0, &empty).is_err());
+    assert!(start(&ring, true, &empty).is_err());
 }
 
 #[test]

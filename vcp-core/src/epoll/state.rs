@@ -87,12 +87,9 @@ impl Rings for EpollRings<'_> {
             None => take_split(state.get_queue_mut(), self.indirect, map, chain),
         };
         drop(state);
-        match taken {
-            Ok(true) => {
-                flight.took(queue, chain);
-                true
-            }
-            Ok(false) => false,
+        match taken.and_then(|taken| if taken { flight.took(queue, chain).map(|()| true) } else { Ok(false) })
+        {
+            Ok(taken) => taken,
             Err(error) => {
                 self.break_queue(at, error);
                 false

@@ -6,12 +6,12 @@
 
 use virtio_queue::{Queue, QueueT};
 
-use super::{Chain, ChainId};
+use super::{Chain, ChainId, RingError};
 
 /// Where a ring stands, to tell whether it resumes where it stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
-    base: u16,
+    base: u32,
     used: u16,
     desc_table: u64,
 }
@@ -19,7 +19,12 @@ pub(crate) struct Position {
 impl Position {
     /// Where `queue` stands now.
     pub(crate) fn of(queue: &Queue) -> Self {
-        Self { base: queue.next_avail(), used: queue.next_used(), desc_table: queue.desc_table() }
+        Self { base: queue.next_avail().into(), used: queue.next_used(), desc_table: queue.desc_table() }
+    }
+
+    /// A place by the base that the front end is told, the used index, and the address of the descriptors.
+    pub(crate) fn new(base: u32, used: u16, desc_table: u64) -> Self {
+        Self { base, used, desc_table }
     }
 }
 
@@ -88,14 +93,21 @@ impl Flight {
     }
 
     /// `chain` was taken from queue `queue`: it is in flight now.
-    pub(crate) fn took(&mut self, queue: u16, chain: &mut Chain) {
+    ///
+    /// # Errors
+    /// [`RingError::InFlight`]: it was already. Both would be answered with the same head.
+    pub(crate) fn took(&mut self, queue: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.id.queue = queue;
         chain.id.epoch = self.epoch;
         self.taken_count += 1;
         if let Some(at) = self.taken.get_mut(usize::from(chain.id.head)) {
+            if *at != 0 {
+                return Err(RingError::InFlight(chain.id.head));
+            }
             *at = self.taken_count;
         }
         self.inflight += 1;
+        Ok(())
     }
 
     /// Whether `id` belongs to the present life.
@@ -137,6 +149,11 @@ impl Flight {
         self.parked = Some(Parked { at, heads: all });
     }
 
+    /// Whether the last stop left requests that go on if the ring starts at `at`.
+    pub(crate) fn is_parked_at(&self, at: Position) -> bool {
+        self.parked.as_ref().is_some_and(|parked| parked.at == at && !parked.heads.is_empty())
+    }
+
     /// Whether the last stop left requests for [`start`](Self::start) to judge.
     pub(crate) fn is_parked(&self) -> bool {
         self.parked.is_some()
@@ -149,6 +166,12 @@ impl Flight {
             None => self.orphan(),
         }
     }
+
+    /// The ring starts with these heads in flight according to its log, newest first.
+    pub(crate) fn start_logged(&mut self, heads: Vec<u16>) {
+        self.orphan();
+        self.again = heads;
+    }
 }
 
 #[cfg(test)]
@@ -160,7 +183,7 @@ mod tests {
     fn take(flight: &mut Flight, head: u16) -> ChainId {
         let mut chain = Chain::default();
         chain.begin(head);
-        flight.took(3, &mut chain);
+        flight.took(3, &mut chain).unwrap();
         chain.id
     }
 
@@ -183,6 +206,17 @@ mod tests {
             assert!(!flight.ended(id), "of an earlier life");
         }
         assert_eq!((flight.orphans(), flight.is_quiet()), (1, false));
+    }
+
+    #[test]
+    fn a_head_in_flight_is_not_taken_twice() {
+        let mut flight = Flight::new(8);
+        let id = take(&mut flight, 5);
+        let mut chain = Chain::default();
+        chain.begin(5);
+        assert_eq!(flight.took(3, &mut chain), Err(RingError::InFlight(5)));
+        assert!(flight.ended(id));
+        flight.took(3, &mut chain).unwrap();
     }
 
     #[test]

@@ -1,23 +1,33 @@
 //! Virtqueues: taking descriptor chains from the driver, giving used elements back, and the notification protocol.
 //!
 //! [`VirtQueue`] is what the rest of the crate sees; [`SplitQueue`] is the split ring (VIRTIO 1.2, 2.7) on the
-//! `virtio-queue` crate. A packed ring (2.8) goes beside it behind the same trait. Everything the driver can write is
-//! read once, checked, then used; what breaks a rule is a [`RingError`], after which the caller stops that queue only.
+//! `virtio-queue` crate, [`PackedQueue`] the packed one (2.8). Everything the driver can write is read once, checked, then
+//! used; what breaks a rule is a [`RingError`], after which the caller stops that queue only. [`log`] is the in-flight log,
+//! which both kinds of ring write where the front end wants it.
 
 mod chain;
+mod crash;
 pub(crate) mod flight;
+mod ledger;
+pub mod log;
 pub mod notify;
+mod packed;
+mod ring;
 mod split;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Chain, ChainId, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS};
-pub use split::{SplitQueue, take_split, take_split_again};
+pub use packed::{PackedQueue, PackedStart};
+pub(crate) use ring::{Ring, StartAt};
+pub use split::{SplitQueue, SplitStart, take_split, take_split_again};
 
 use std::sync::Arc;
 
 use crate::mem::{BufError, GuestMap};
 
 /// How a driver broke the rules of its virtqueue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// The ring itself (descriptor table, available or used ring) is not guest memory.
     #[error("ring memory at {0:#x} is not accessible")]
@@ -56,9 +66,32 @@ pub enum RingError {
     /// A descriptor that points outside guest memory.
     #[error("descriptor outside guest memory")]
     Buffer(#[from] BufError),
+    /// A head that is in flight was made available again.
+    #[error("descriptor {0} is in flight and was made available again")]
+    InFlight(u16),
+    /// `SET_VRING_BASE` with a position outside the ring, or with requests in flight that nobody knows.
+    #[error("the ring cannot start at base {0:#x}")]
+    Base(u32),
+    /// The in-flight log cannot be used.
+    #[error("in-flight log")]
+    Log(#[source] log::LogError),
     /// The device model found the request's framing broken (no room for a header or a status).
     #[error("request framing: {0}")]
     Framing(&'static str),
+}
+
+/// Where a virtqueue lies, as guest physical addresses. The names are the split ring's; in a packed ring `avail` is the
+/// driver's event suppression structure and `used` the device's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingAddresses {
+    /// Number of entries.
+    pub size: u16,
+    /// Descriptor table or ring.
+    pub desc: u64,
+    /// Driver area.
+    pub avail: u64,
+    /// Device area.
+    pub used: u64,
 }
 
 /// One virtqueue from the device's side. Guest memory is passed to each call so that the front end can change it
@@ -100,6 +133,12 @@ pub trait VirtQueue {
     /// [`RingError::RingMemory`].
     fn disarm(&mut self, map: &GuestMap) -> Result<(), RingError>;
 
-    /// The ring state that `GET_VRING_BASE` reports.
+    /// See [`Rings::available`](crate::device::Rings::available).
+    fn available(&self, _map: &GuestMap) -> u16 {
+        0
+    }
+
+    /// The ring state that `GET_VRING_BASE` reports: of a split ring the next available index, of a packed one both
+    /// positions with their wrap counters (the next descriptor in the lower half, the next used element in the upper).
     fn base(&self) -> u32;
 }

@@ -11,8 +11,9 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::log::{QueueLog, SplitLog};
 use super::notify::{ArmSteps, arm_then_look};
-use super::{Chain, MAX_CHAIN_DESCRIPTORS, RingError, VirtQueue};
+use super::{Chain, MAX_CHAIN_DESCRIPTORS, RingAddresses, RingError, VirtQueue, crash};
 use crate::mem::GuestMap;
 
 /// `VIRTQ_DESC_F_NEXT`, `_WRITE`, `_INDIRECT` (2.7.5).
@@ -129,28 +130,62 @@ pub struct SplitQueue {
     indirect: bool,
     /// Used index as the driver last saw it; elements between it and `queue.next_used()` are written, not published.
     published: Wrapping<u16>,
+    log: Option<SplitLog>,
+}
+
+/// Where a split ring starts. The used index is always the one found in memory.
+#[derive(Debug)]
+pub enum SplitStart {
+    /// At this available index (`SET_VRING_BASE`).
+    Base(u16),
+    /// As [`Base`](Self::Base), with a log that starts empty.
+    Fresh(u16, QueueLog),
+    /// At the used index plus what the log has in flight, if it is in use; otherwise as [`Fresh`](Self::Fresh).
+    Recover(u16, QueueLog),
 }
 
 impl SplitQueue {
-    /// A ring whose positions are `next_avail` (`SET_VRING_BASE`) and the used index found in memory.
+    /// A ring that starts at `start`, and the heads in flight, newest first, if the log said what they are.
     ///
     /// # Errors
-    /// [`RingError::RingMemory`] if any part of the ring lies outside guest memory.
+    /// [`RingError`]: a part of the ring lies outside guest memory, or the log does not fit it.
     pub fn start(
         mut queue: Queue,
         indirect: bool,
-        next_avail: u16,
+        start: SplitStart,
         map: &GuestMap,
-    ) -> Result<Self, RingError> {
+    ) -> Result<(Self, Option<Vec<u16>>), RingError> {
         queue.set_ready(true);
         if !queue.is_valid(map) {
             return Err(RingError::RingMemory(queue.desc_table()));
         }
         let used =
             queue.used_idx(map, Ordering::Acquire).map_err(|_| RingError::RingMemory(queue.used_ring()))?;
-        queue.set_next_avail(next_avail);
         queue.set_next_used(used.0);
-        Ok(Self { queue, indirect, published: used })
+        let fresh = |log| Some(SplitLog::fresh(log, used.0));
+        let (next_avail, log, again) = match start {
+            SplitStart::Base(base) => (base, None, None),
+            SplitStart::Fresh(base, log) => (base, fresh(log), None),
+            SplitStart::Recover(base, log) => match SplitLog::recover(log, queue.size(), used.0)? {
+                // What was taken is what was given back and what is in flight. No front end knows it after a crash.
+                Ok((log, heads)) => (used.0.wrapping_add(heads.len() as u16), Some(log), Some(heads)),
+                Err(unused) => (base, fresh(unused), None),
+            },
+        };
+        queue.set_next_avail(next_avail);
+        Ok((Self { queue, indirect, published: used, log }, again))
+    }
+
+    /// Addresses and size.
+    #[must_use]
+    pub fn addresses(&self) -> RingAddresses {
+        let queue = &self.queue;
+        RingAddresses {
+            size: queue.size(),
+            desc: queue.desc_table(),
+            avail: queue.avail_ring(),
+            used: queue.used_ring(),
+        }
     }
 
     /// Addresses, size and positions.
@@ -187,7 +222,11 @@ impl SplitQueue {
 
 impl VirtQueue for SplitQueue {
     fn take(&mut self, map: &Arc<GuestMap>, chain: &mut Chain) -> Result<bool, RingError> {
-        take_split(&mut self.queue, self.indirect, map, chain)
+        let taken = take_split(&mut self.queue, self.indirect, map, chain)?;
+        if taken && let Some(log) = &mut self.log {
+            log.taken(chain.id.head);
+        }
+        Ok(taken)
     }
 
     fn take_again(&mut self, map: &Arc<GuestMap>, head: u16, chain: &mut Chain) -> Result<(), RingError> {
@@ -199,8 +238,12 @@ impl VirtQueue for SplitQueue {
         let slot = 4 + USED_ELEM_BYTES * u64::from(next % self.queue.size());
         // `struct virtq_used_elem`: le32 id, le32 len.
         let element = (u64::from(head) | u64::from(len_bytes) << 32).to_le();
+        crash::point();
         map.write_obj(element, at(self.queue.used_ring(), slot)?).map_err(|_| self.used_error())?;
         self.queue.set_next_used(next.wrapping_add(1));
+        if let Some(log) = &mut self.log {
+            log.completed(head);
+        }
         Ok(())
     }
 
@@ -209,12 +252,17 @@ impl VirtQueue for SplitQueue {
         if from == to {
             return Ok(false);
         }
+        crash::point();
         // Release: the elements are visible before the index that covers them.
         map.store(to.0.to_le(), at(self.queue.used_ring(), 2)?, Ordering::Release)
             .map_err(|_| self.used_error())?;
         self.published = to;
-        // The mirror image of the driver's "set used_event, fence, look at the used index".
+        // The mirror image of the driver's "set used_event, fence, look at the used index"; and what follows in the log
+        // stays behind the store.
         fence(Ordering::SeqCst);
+        if let Some(log) = &mut self.log {
+            log.published(to.0);
+        }
         self.wants_notification(map, from, to)
     }
 
@@ -229,6 +277,11 @@ impl VirtQueue for SplitQueue {
         }
         map.store(NO_NOTIFY.to_le(), GuestAddress(self.queue.used_ring()), Ordering::Relaxed)
             .map_err(|_| self.used_error())
+    }
+
+    fn available(&self, map: &GuestMap) -> u16 {
+        let index = self.queue.avail_idx(map, Ordering::Relaxed).unwrap_or(Wrapping(self.queue.next_avail()));
+        (index - Wrapping(self.queue.next_avail())).0.min(self.queue.size())
     }
 
     fn base(&self) -> u32 {

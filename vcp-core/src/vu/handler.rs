@@ -17,10 +17,11 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::port::{Answer, Command, F_PROTOCOL_FEATURES, PortError, What};
+use super::port::{Answer, Command, F_PROTOCOL_FEATURES, F_RING_PACKED, PortError, What};
 use super::vring::{STOP_TIMEOUT, eventfd};
 use crate::mailbox::Mailbox;
 use crate::mem::{MAX_REGIONS, MemTable, RegionSpec};
+use crate::queue::log::{LogArea, LogError, LogFormat, LogSpec};
 
 /// How long a message waits for the data thread, which looks into its mailbox every pass.
 const ANSWER_TIMEOUT: Duration = STOP_TIMEOUT.saturating_add(Duration::from_secs(5));
@@ -30,6 +31,7 @@ const ANSWER_TIMEOUT: Duration = STOP_TIMEOUT.saturating_add(Duration::from_secs
 pub(crate) struct Facts {
     pub(crate) features: u64,
     pub(crate) queues: u16,
+    pub(crate) queue_size_max: u16,
 }
 
 /// See the module.
@@ -41,6 +43,8 @@ pub(crate) struct Handler {
     memory: MemTable,
     /// Protocol features that the front end took.
     protocol: VhostUserProtocolFeatures,
+    /// The format of the in-flight log; it follows the rings'.
+    log_format: LogFormat,
 }
 
 impl Handler {
@@ -51,6 +55,7 @@ impl Handler {
             mailbox,
             memory: MemTable::default(),
             protocol: VhostUserProtocolFeatures::empty(),
+            log_format: LogFormat::Split,
         }
     }
 
@@ -67,6 +72,15 @@ impl Handler {
 
     fn guest_addr(&self, user_addr: u64) -> Result<u64> {
         self.memory.guest_addr(user_addr).ok_or_else(|| failed(PortError::Address(user_addr)))
+    }
+
+    /// Whether a log for so many queues and entries is one for this device.
+    fn check_log(&self, queues: u16, size: u16) -> Result<()> {
+        let Facts { queues: max_queues, queue_size_max: max_size, .. } = self.facts;
+        if queues == 0 || queues > max_queues || size == 0 || size > max_size {
+            return Err(failed(LogError::Geometry { queues, size, max_queues, max_size }));
+        }
+        Ok(())
     }
 
     /// Whether a protocol feature was negotiated.
@@ -112,11 +126,13 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_features(&mut self) -> Result<u64> {
-        Ok(self.facts.features | F_PROTOCOL_FEATURES)
+        Ok(self.facts.features | F_PROTOCOL_FEATURES | F_RING_PACKED)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        self.order(What::SetFeatures(features))
+        self.order(What::SetFeatures(features))?;
+        self.log_format = if features & F_RING_PACKED != 0 { LogFormat::Packed } else { LogFormat::Split };
+        Ok(())
     }
 
     fn set_mem_table(
@@ -218,12 +234,24 @@ impl VhostUserBackendReqHandlerMut for Handler {
         unsupported("shared objects were not offered")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        unsupported("the in-flight log was not offered")
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.check_log(inflight.num_queues, inflight.queue_size)?;
+        // With room for either format: a front end may ask before it sets features.
+        let (spec, file) =
+            LogArea::create(inflight.num_queues, inflight.queue_size, LogFormat::Packed).map_err(failed)?;
+        Ok((VhostUserInflight::new(spec.len_bytes, spec.offset, spec.queues, spec.queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported("the in-flight log was not offered")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        self.check_log(inflight.num_queues, inflight.queue_size)?;
+        let spec = LogSpec {
+            len_bytes: inflight.mmap_size,
+            offset: inflight.mmap_offset,
+            queues: inflight.num_queues,
+            queue_size: inflight.queue_size,
+        };
+        let log = LogArea::map(spec, file, self.log_format).map_err(failed)?;
+        self.order(What::SetInflight(Arc::new(log)))
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -276,4 +304,5 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }

@@ -14,10 +14,14 @@ use crate::ask::{Ask, Told, tell};
 use crate::device::RingDevice;
 use crate::mem::GuestMap;
 use crate::queue::RingError;
+use crate::queue::log::{LogArea, LogError};
 
 /// `VIRTIO_RING_F_INDIRECT_DESC` and `VIRTIO_RING_F_EVENT_IDX`.
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_RING_PACKED`: offered for every device by this server, and taken from the driver's bits before the device
+/// sees them.
+pub(crate) const F_RING_PACKED: u64 = 1 << 34;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, taken from the driver's bits before the device sees them.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
@@ -97,6 +101,9 @@ pub enum PortError {
     /// A ring address that the memory table does not have.
     #[error("front-end address {0:#x} is not in the memory table")]
     Address(u64),
+    /// The in-flight log cannot be used.
+    #[error("in-flight log")]
+    Log(#[from] LogError),
     /// The data thread ended or hangs.
     #[error("the data thread does not answer")]
     NoAnswer,
@@ -138,6 +145,7 @@ pub enum What {
     GetConfig { offset: u32, len_bytes: u32 },
     SetConfig { offset: u32, data: Vec<u8> },
     SetChannel(UnixStream),
+    SetInflight(Arc<LogArea>),
     Ask(Ask),
 }
 
@@ -218,6 +226,7 @@ impl<D: RingDevice> Port<D> {
             What::GetVringBase { queue } => return self.rings.stop(queue, reply, now),
             What::Reset => {
                 // After a reset the guest uses the memory for something else.
+                self.rings.forget_log();
                 self.reset(epoll);
                 self.resetting = Some((reply, now + STOP_TIMEOUT));
                 return;
@@ -238,13 +247,14 @@ impl<D: RingDevice> Port<D> {
                 self.rings.set_map(Arc::default());
             }
             What::SetFeatures(acked) => {
-                let device_bits = acked & !F_PROTOCOL_FEATURES;
+                let device_bits = acked & !(F_PROTOCOL_FEATURES | F_RING_PACKED);
                 if device_bits & !self.device.features() != 0 {
                     return Err(PortError::Features(device_bits & !self.device.features()));
                 }
                 self.device.set_features(device_bits);
                 let enable_all = acked & F_PROTOCOL_FEATURES == 0;
-                self.rings.set_features(acked & F_EVENT_IDX != 0, acked & F_INDIRECT != 0, enable_all);
+                let has = |feature| acked & feature != 0;
+                self.rings.set_features(has(F_RING_PACKED), has(F_EVENT_IDX), has(F_INDIRECT), enable_all);
             }
             What::SetMemory(map) => self.rings.set_map(map),
             What::SetVringNum { queue, size } => self.rings.set_size(queue, size)?,
@@ -264,6 +274,7 @@ impl<D: RingDevice> Port<D> {
                 return Ok(Answer::Config(bytes));
             }
             What::SetConfig { offset, data } => self.device.write_config(offset, &data),
+            What::SetInflight(log) => self.rings.set_log(log)?,
             What::SetChannel(stream) => self.channel = Some(stream),
             What::Ask(ask) => return Ok(Answer::Told(tell(&mut self.device, ask, now))),
         }

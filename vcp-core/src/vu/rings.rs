@@ -20,16 +20,15 @@ use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use rustix::event::epoll;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddress;
 
 use super::port::{Answer, PortError, Reply};
 use super::vring::{STOP_TIMEOUT, Vring, drop_kick, nonblocking};
 use crate::device::Rings;
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
-use crate::queue::flight::{Flight, Position};
-use crate::queue::{Chain, ChainId, RingError, SplitQueue, VirtQueue};
+use crate::queue::flight::Flight;
+use crate::queue::log::{LogArea, LogFormat};
+use crate::queue::{Chain, ChainId, Ring, RingAddresses, RingError, StartAt, VirtQueue};
 
 /// See the module.
 #[derive(Debug)]
@@ -38,8 +37,11 @@ pub struct RingSet {
     vrings: Vec<Vring>,
     map: Arc<GuestMap>,
     size_max: u16,
+    packed: bool,
     event_idx: bool,
     indirect: bool,
+    /// The in-flight log, where the front end wants one.
+    log: Option<Arc<LogArea>>,
     closing: bool,
     /// A stop ran out of time and nothing has come back since: the next one need not wait as long to learn it.
     stalled: bool,
@@ -57,6 +59,8 @@ impl RingSet {
             vrings,
             map,
             size_max,
+            packed: false,
+            log: None,
             event_idx: false,
             indirect: false,
             closing: false,
@@ -81,8 +85,9 @@ impl RingSet {
         self.closing = true;
     }
 
-    pub(crate) fn set_features(&mut self, event_idx: bool, indirect: bool, enable_all: bool) {
-        (self.event_idx, self.indirect) = (event_idx, indirect);
+    /// What the driver and the front end agreed on; for rings that start from now on.
+    pub(crate) fn set_features(&mut self, packed: bool, event_idx: bool, indirect: bool, enable_all: bool) {
+        (self.packed, self.event_idx, self.indirect) = (packed, event_idx, indirect);
         if enable_all {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
         }
@@ -90,6 +95,15 @@ impl RingSet {
 
     pub(crate) fn set_map(&mut self, map: Arc<GuestMap>) {
         self.map = map;
+    }
+
+    /// The log that rings use from their next start on.
+    pub(crate) fn set_log(&mut self, log: Arc<LogArea>) -> Result<(), PortError> {
+        if let Some(queue) = (0u32..).zip(&self.vrings).find_map(|(n, it)| it.ring.is_some().then_some(n)) {
+            return Err(PortError::Running { queue });
+        }
+        self.log = Some(log);
+        Ok(())
     }
 
     fn vring(&mut self, queue: u32) -> Result<&mut Vring, PortError> {
@@ -103,10 +117,13 @@ impl RingSet {
     }
 
     pub(crate) fn set_size(&mut self, queue: u32, size: u32) -> Result<(), PortError> {
-        let max = self.size_max;
+        let (max, packed) = (self.size_max, self.packed);
         let vring = self.stopped(queue)?;
-        let small = u16::try_from(size).map_err(|_| PortError::Size { queue, size, max })?;
-        vring.setup.try_set_size(small).map_err(|_| PortError::Size { queue, size, max })
+        // Only a split ring's has to be a power of two (2.7, 2.8.10.1).
+        let valid = |size: &u16| *size != 0 && *size <= max && (packed || size.is_power_of_two());
+        let size = u16::try_from(size).ok().filter(valid).ok_or(PortError::Size { queue, size, max })?;
+        vring.setup.size = size;
+        Ok(())
     }
 
     pub(crate) fn set_addresses(
@@ -116,24 +133,28 @@ impl RingSet {
         avail: u64,
         used: u64,
     ) -> Result<(), PortError> {
+        let packed = self.packed;
         let vring = self.vring(queue)?;
-        let misaligned = |_| PortError::Alignment { queue, desc, avail, used };
         if let Some(ring) = &vring.ring {
             // Front ends repeat the addresses to switch logging on and off; anything else needs a stop first.
-            let now = ring.queue();
-            let same = (now.desc_table(), now.avail_ring(), now.used_ring()) == (desc, avail, used);
+            let same = RingAddresses { desc, avail, used, ..ring.addresses() } == ring.addresses();
             return if same { Ok(()) } else { Err(PortError::Running { queue }) };
         }
-        vring.setup.try_set_desc_table_address(GuestAddress(desc)).map_err(misaligned)?;
-        vring.setup.try_set_avail_ring_address(GuestAddress(avail)).map_err(misaligned)?;
-        vring.setup.try_set_used_ring_address(GuestAddress(used)).map_err(misaligned)?;
+        if desc % 16 != 0 || avail % (if packed { 4 } else { 2 }) != 0 || used % 4 != 0 {
+            return Err(PortError::Alignment { queue, desc, avail, used });
+        }
+        vring.setup = RingAddresses { size: vring.setup.size, desc, avail, used };
         vring.addresses_set = true;
         Ok(())
     }
 
     pub(crate) fn set_base(&mut self, queue: u32, base: u32) -> Result<(), PortError> {
+        let packed = self.packed;
         let vring = self.stopped(queue)?;
-        vring.base = u16::try_from(base).map_err(|_| PortError::Base { queue, base })?;
+        if !packed && base > u32::from(u16::MAX) {
+            return Err(PortError::Base { queue, base });
+        }
+        vring.base = base;
         Ok(())
     }
 
@@ -143,7 +164,12 @@ impl RingSet {
     }
 
     pub(crate) fn set_call(&mut self, queue: u32, fd: Option<File>) -> Result<(), PortError> {
-        self.vring(queue)?.call = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
+        let vring = self.vring(queue)?;
+        vring.call = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
+        if vring.recovered {
+            // The interrupt for what the process before us published last may be missing. One too many is harmless.
+            vring.notify();
+        }
         Ok(())
     }
 
@@ -176,29 +202,67 @@ impl RingSet {
         Ok(())
     }
 
+    /// Starts a ring. Where it was stopped in this connection, and starts elsewhere, the log of it is old. Where it was
+    /// not, the log (if in use) knows better than the front end where it stands: the process before us crashed.
     fn start(&mut self, queue: usize) -> Result<(), PortError> {
-        let (event_idx, indirect, max) = (self.event_idx, self.indirect, self.size_max);
+        let failed = |source| PortError::Ring { queue: queue as u32, source };
         let vring = &mut self.vrings[queue];
-        let mut setup = Queue::new(max).expect("as at creation");
-        // Values that were accepted before are accepted again.
-        let _ = setup.try_set_size(vring.setup.size());
-        let _ = setup.try_set_desc_table_address(GuestAddress(vring.setup.desc_table()));
-        let _ = setup.try_set_avail_ring_address(GuestAddress(vring.setup.avail_ring()));
-        let _ = setup.try_set_used_ring_address(GuestAddress(vring.setup.used_ring()));
-        setup.set_event_idx(event_idx);
-        let mut ring = SplitQueue::start(setup, indirect, vring.base, &self.map)
-            .map_err(|source| PortError::Ring { queue: queue as u32, source })?;
+        let mut start = StartAt {
+            queue,
+            at: vring.setup,
+            base: vring.base,
+            packed: self.packed,
+            event_idx: self.event_idx,
+            indirect: self.indirect,
+            log: self.log.as_ref(),
+            forget: false,
+        };
+        let position = Ring::position_at(&start, &self.map);
+        let kept = vring.kept.take();
+        start.forget = kept.as_ref().is_some_and(|(at, _)| *at != position);
+        let (mut ring, logged) = match kept {
+            // Only the ring itself knows what a packed one had in flight.
+            Some((at, Ring::Packed(ring)))
+                if at == position
+                    && start.log.is_none()
+                    && ring.is_like(start.at, start.event_idx, start.indirect) =>
+            {
+                ring.check(&self.map).map_err(failed)?;
+                (Ring::Packed(ring), None)
+            }
+            _ => Ring::start(&start, &self.map).map_err(failed)?,
+        };
         // A running ring is armed only while the loop sleeps; one that never sleeps needs no kick at all.
-        ring.disarm(&self.map).map_err(|source| PortError::Ring { queue: queue as u32, source })?;
-        vring.flight.start(Position::of(ring.queue()));
+        ring.disarm(&self.map).map_err(failed)?;
+        vring.recovered |= logged.is_some();
+        match logged {
+            Some(heads) => {
+                if !heads.is_empty() {
+                    let inflight = heads.len();
+                    tracing::info!(device = &*self.name, queue, inflight, "taking again what was in flight");
+                }
+                self.metrics.resubmitted.add(heads.len() as u64);
+                vring.flight.start_logged(heads);
+            }
+            // It went on with requests that its new log does not have: the next crash would lose them.
+            None if start.log.is_some() && vring.flight.is_parked_at(position) => {
+                return Err(failed(RingError::Base(start.base)));
+            }
+            None => vring.flight.start(ring.position()),
+        }
         tracing::debug!(
             device = &*self.name,
             queue,
-            base = vring.base,
+            base = ring.base(),
+            packed = self.packed,
+            logged = self.log.is_some(),
             orphans = vring.flight.orphans(),
             "ring starts"
         );
         vring.ring = Some(ring);
+        if vring.recovered {
+            vring.notify();
+        }
         Ok(())
     }
 
@@ -238,15 +302,16 @@ impl RingSet {
                 );
             }
             if let Some(ring) = vring.ring.take() {
-                vring.base = ring.queue().next_avail();
+                vring.base = ring.base();
                 if !drained {
-                    vring.flight.park(Position::of(ring.queue()));
+                    vring.flight.park(ring.position());
                 }
+                vring.kept = Some((ring.position(), ring));
             }
             drop_kick(epoll, vring);
             vring.polled = false;
             vring.call = None;
-            let _ = reply.try_send(Ok(Answer::Base(u32::from(vring.base))));
+            let _ = reply.try_send(Ok(Answer::Base(vring.base)));
         }
         self.stalled |= late;
         late
@@ -261,7 +326,15 @@ impl RingSet {
             let flight = std::mem::replace(&mut vring.flight, Flight::new(0));
             *vring = Vring { flight, ..fresh };
         }
-        (self.event_idx, self.indirect) = (false, false);
+        (self.packed, self.event_idx, self.indirect) = (false, false, false);
+        self.log = None;
+    }
+
+    /// The device is reset: nothing is in flight any more, whatever the log says.
+    pub(crate) fn forget_log(&mut self) {
+        if let Some(log) = &self.log {
+            log.forget(if self.packed { LogFormat::Packed } else { LogFormat::Split });
+        }
     }
 
     /// When [`finish_stops`](Self::finish_stops) has to be called again at the latest.
@@ -289,8 +362,7 @@ impl RingSet {
         let Some(ring) = &mut vring.ring else { return };
         match ring.publish(&self.map) {
             Ok(true) => {
-                if let Some(call) = &vring.call {
-                    let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+                if vring.notify() {
                     self.metrics.notifications.add(1);
                 }
             }
@@ -333,7 +405,7 @@ impl RingSet {
     fn break_queue(&mut self, queue: usize, error: RingError) {
         let vring = &mut self.vrings[queue];
         if let Some(ring) = vring.ring.take() {
-            vring.base = ring.queue().next_avail();
+            vring.base = ring.base();
         }
         vring.flight.orphan();
         vring.unpublished = false;
@@ -373,6 +445,11 @@ impl Rings for RingSet {
             Some(Err(error)) => self.break_queue(queue, error),
             None => self.metrics.stale_completions.add(1),
         }
+    }
+
+    fn available(&self, queue: u16) -> u16 {
+        let running = self.vrings.get(usize::from(queue)).filter(|vring| vring.runs());
+        running.and_then(|vring| vring.ring.as_ref()).map_or(0, |ring| ring.available(&self.map))
     }
 
     fn wanted(&self, id: ChainId) -> bool {

@@ -140,7 +140,11 @@ pub fn serve<D: RingDevice>(
     let loop_metrics = Arc::new(LoopMetrics::default());
     let (mut entries, mut ports) = (Vec::new(), Vec::new());
     for spec in devices {
-        let facts = Facts { features: spec.device.features(), queues: spec.device.queues() };
+        let facts = Facts {
+            features: spec.device.features(),
+            queues: spec.device.queues(),
+            queue_size_max: spec.device.queue_size_max(),
+        };
         let metrics = Arc::clone(spec.device.metrics());
         let (name, socket) = (Arc::clone(&spec.name), spec.socket);
         entries.push(Entry { name, socket, facts, metrics, connection: None });

@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use rustix::fs::FileType;
-use virtio_queue::{Queue, QueueT};
 
 use super::port::{PortError, Reply};
 use crate::mem::GuestMap;
-use crate::queue::flight::Flight;
-use crate::queue::{Chain, RingError, SplitQueue, VirtQueue};
+use crate::queue::flight::{Flight, Position};
+use crate::queue::{Chain, Ring, RingAddresses, RingError, VirtQueue};
 
 /// How long `GET_VRING_BASE` waits for requests in flight. The front end (and with it the guest) stands still
 /// meanwhile, so it must be short of what a user takes for a hang; a healthy target answers in milliseconds.
@@ -22,10 +21,14 @@ pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(super) struct Vring {
     /// Size and addresses for the next start.
-    pub(super) setup: Queue,
+    pub(super) setup: RingAddresses,
     pub(super) addresses_set: bool,
-    pub(super) base: u16,
-    pub(super) ring: Option<SplitQueue>,
+    pub(super) base: u32,
+    pub(super) ring: Option<Ring>,
+    /// The ring that was stopped last, and where.
+    pub(super) kept: Option<(Position, Ring)>,
+    /// It went on after a crash: the driver may never have been told of what was published last.
+    pub(super) recovered: bool,
     pub(super) enabled: bool,
     pub(super) kick: Option<OwnedFd>,
     /// `SET_VRING_KICK` came without a descriptor: the ring has to be polled.
@@ -40,10 +43,12 @@ pub(super) struct Vring {
 impl Vring {
     pub(super) fn new(size_max: u16) -> Self {
         Self {
-            setup: Queue::new(size_max).expect("device queue size is a power of two"),
+            setup: RingAddresses { size: size_max, ..RingAddresses::default() },
             addresses_set: false,
             base: 0,
             ring: None,
+            kept: None,
+            recovered: false,
             enabled: false,
             kick: None,
             polled: false,
@@ -72,8 +77,13 @@ impl Vring {
         } else if !ring.take(map, chain)? {
             return Ok(false);
         }
-        self.flight.took(queue, chain);
+        self.flight.took(queue, chain)?;
         Ok(true)
+    }
+
+    /// Interrupts the driver.
+    pub(super) fn notify(&self) -> bool {
+        self.call.as_ref().is_some_and(|call| rustix::io::write(call, &1u64.to_ne_bytes()).is_ok())
     }
 }
 
