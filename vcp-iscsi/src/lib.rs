@@ -11,5 +11,6 @@ pub mod engine;
 pub mod info;
 pub mod limit;
 pub mod portal;
+pub mod recorder;
 pub mod serve;
 pub mod url;
