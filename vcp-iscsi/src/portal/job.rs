@@ -53,13 +53,22 @@ pub(super) struct Job {
     pub(super) refused_since: Option<Instant>,
 }
 
+/// When a job was given to the engine, and when its command was first sent; for the latency split.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(dead_code)] // Read by the engine's latency split, which comes with its multipath form.
+pub(super) struct Times {
+    pub(super) queued: Option<Instant>,
+    pub(super) sent: Option<Instant>,
+}
+
 /// The table; the index is the slot.
 #[derive(Debug)]
-pub(super) struct Jobs(Vec<Option<Job>>);
+pub(super) struct Jobs(Vec<Option<Job>>, Vec<Times>);
 
+#[allow(dead_code)] // As `Times`.
 impl Jobs {
     pub(super) fn new(slots: u16) -> Self {
-        Self((0..slots).map(|_| None).collect())
+        Self((0..slots).map(|_| None).collect(), vec![Times::default(); slots.into()])
     }
 
     pub(super) fn get(&self, slot: u16) -> Option<&Job> {
@@ -72,6 +81,30 @@ impl Jobs {
 
     pub(super) fn put(&mut self, slot: u16, job: Job) {
         self.0[usize::from(slot)] = Some(job);
+        self.1[usize::from(slot)] = Times::default();
+    }
+
+    /// The pass in which the engine first saw the slot's job is `now`; false if it saw it before.
+    pub(super) fn saw(&mut self, slot: u16, now: Instant) -> bool {
+        match self.1.get_mut(usize::from(slot)) {
+            Some(times) if times.queued.is_none() => {
+                times.queued = Some(now);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The slot's command goes out.
+    pub(super) fn sent(&mut self, slot: u16, now: Instant) {
+        if let Some(times) = self.1.get_mut(usize::from(slot)) {
+            times.sent.get_or_insert(now);
+        }
+    }
+
+    /// See [`Times`].
+    pub(super) fn times(&self, slot: u16) -> Times {
+        self.1.get(usize::from(slot)).copied().unwrap_or_default()
     }
 
     pub(super) fn take(&mut self, slot: u16) -> Option<Job> {

@@ -18,6 +18,7 @@ mod job;
 pub mod link;
 pub mod login;
 pub mod net;
+mod observe;
 pub mod options;
 pub mod probe;
 pub mod socket;

@@ -22,6 +22,8 @@ use vcp_core::sock::{Gather, IovStorage, Scatter};
 
 use super::job::{Data, Jobs};
 use super::net::Stream;
+use super::observe::observe_sent;
+use crate::recorder::Recorder;
 
 /// Bytes taken from the socket at once into private memory: the answers to a batch of 32 reads of 4 KiB fit, and half of
 /// one of 16 KiB. This and the next two were chosen by measurement, see `docs/decisions/data-path.md`.
@@ -109,6 +111,8 @@ pub struct Wire {
     long: bool,
     /// What moved so far.
     pub stats: WireStats,
+    /// The last PDUs.
+    pub(super) recorder: Recorder,
 }
 
 impl Wire {
@@ -137,6 +141,7 @@ impl Wire {
             skipped: 0,
             long: false,
             stats: WireStats::default(),
+            recorder: Recorder::default(),
         }
     }
 
@@ -218,6 +223,7 @@ impl Wire {
         while self.pieces.len() < TX_PIECES && queued_bytes < TX_BYTES {
             let Some(pdu) = self.session.next_pdu(now) else { break };
             queued_bytes += pdu.header().len() + pdu.data.map_or(0, |d| d.len_bytes as usize);
+            observe_sent(&mut self.recorder, &pdu, jobs, now);
             self.queue(&pdu, jobs);
         }
     }
@@ -366,6 +372,7 @@ impl Wire {
                     self.staged.start += self.rx.feed(staged)?;
                 }
                 Step::Header => {
+                    self.recorder.received(&self.rx.header().0, now);
                     self.place = self.session.header(self.rx.header(), now)?;
                     self.inline.clear();
                     if let Place::Task { len_bytes, .. } = self.place {
@@ -378,6 +385,7 @@ impl Wire {
                         return Ok(());
                     }
                     let bytes = &staged[..staged.len().min(len_bytes as usize)];
+                    self.recorder.received_data(bytes);
                     match self.place {
                         Place::Task { slot, offset_bytes, .. } => {
                             if let Data::Guest(guest) = jobs.data(slot) {
