@@ -13,6 +13,7 @@ mod errors;
 mod faults;
 mod guest;
 mod info;
+mod kill;
 mod lifecycle;
 mod monitor;
 mod net;

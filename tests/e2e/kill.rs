@@ -1,0 +1,267 @@
+//! `kill -9` of vcp-iscsi under a verifying load: started again on the same socket, it takes exactly what was in flight
+//! again. Nothing is lost, nothing is answered twice, no interrupt is missing, and every block reads as the newest
+//! acknowledged write.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use rustix::process::Signal;
+use vcp_tests::backend::{START, serve};
+use vcp_tests::pattern;
+use vcp_tests::proc::{Proc, Stream};
+use vcp_tests::survivor::{Answer, Ask, CHUNK, DEPTH, Event, Survivor};
+use vcp_tests::target::{self, Kind, Spec, Target};
+use vcp_tests::{Result, front::REQUEST};
+
+const QUEUES: usize = 2;
+/// Few, so that a block is written again soon after it was: an old write that came late would show.
+const CHUNKS: usize = 96;
+
+/// A `vcp-iscsi` that is started again and again on one socket.
+struct Phoenix {
+    proc: Proc,
+    socket: PathBuf,
+    url: String,
+    args: Vec<String>,
+    /// Requests that a new process said it took again.
+    taken_again: u64,
+    _dir: tempfile::TempDir,
+}
+
+impl Phoenix {
+    fn start(url: &str, args: &[&str]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("vcp-kill-").tempdir()?;
+        let socket = dir.path().join("blk.sock");
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let proc = spawn(&socket, url, &args)?;
+        Ok(Self { proc, socket, url: url.to_owned(), args, taken_again: 0, _dir: dir })
+    }
+
+    /// Reaps the dead one and starts the next.
+    fn rise(&mut self) -> Result<()> {
+        self.proc.wait(Duration::from_secs(10))?;
+        self.count();
+        self.proc = spawn(&self.socket, &self.url, &self.args)?;
+        Ok(())
+    }
+
+    fn count(&mut self) {
+        let text = self.proc.text();
+        let lines = text.lines().filter(|line| line.contains("taking again"));
+        let number = |line: &str| {
+            let digits: String =
+                line.split_once("inflight=")?.1.chars().filter(char::is_ascii_digit).collect();
+            digits.parse::<u64>().ok()
+        };
+        self.taken_again += lines.filter_map(number).sum::<u64>();
+    }
+}
+
+fn spawn(socket: &Path, url: &str, args: &[String]) -> Result<Proc> {
+    let proc = serve(socket)?.env("RUST_LOG", "info").env("NO_COLOR", "1").args(args).arg(url).spawn()?;
+    proc.wait_line(Stream::Out, "ready:", START)?;
+    Ok(proc)
+}
+
+/// What is known of the disk and of what is in flight.
+struct Load {
+    random: u64,
+    /// Version of each chunk; 0: never written.
+    versions: Vec<u32>,
+    busy: Vec<bool>,
+    /// Chunk and, for a write, its version; by queue and slot.
+    slots: Vec<Vec<Option<(usize, Option<u32>)>>>,
+    started: u32,
+    done: u64,
+}
+
+impl Load {
+    fn new(seed: u64) -> Self {
+        Self {
+            random: seed,
+            versions: vec![0; CHUNKS],
+            busy: vec![false; CHUNKS],
+            slots: vec![vec![None; DEPTH]; QUEUES],
+            started: 0,
+            done: 0,
+        }
+    }
+
+    fn next(&mut self, below: usize) -> usize {
+        // xorshift64*
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        (self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % below
+    }
+
+    /// Fills every free slot.
+    fn fill(&mut self, front: &mut Survivor) -> Result<()> {
+        for queue in 0..QUEUES {
+            for slot in 0..DEPTH {
+                if self.slots[queue][slot].is_some() {
+                    continue;
+                }
+                let chunk = self.next(CHUNKS);
+                if self.busy[chunk] {
+                    continue;
+                }
+                self.started += 1;
+                let offset = (chunk * CHUNK) as u64;
+                let (ask, version) = if self.started.is_multiple_of(64) {
+                    (Ask::Flush, None)
+                } else if self.versions[chunk] == 0 || self.next(3) != 0 {
+                    let data = pattern::make(self.started.into(), offset, CHUNK);
+                    (Ask::Write(offset, data), Some(self.started))
+                } else {
+                    (Ask::Read(offset), None)
+                };
+                front.submit(queue, slot, &ask)?;
+                self.busy[chunk] = true;
+                self.slots[queue][slot] = Some((chunk, version));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the answers that are there and checks them.
+    fn collect(&mut self, front: &mut Survivor) -> Result<()> {
+        for queue in 0..QUEUES {
+            for Answer { slot, status, data } in front.answers(queue)? {
+                let asked = self.slots[queue][slot].take();
+                let (chunk, version) = asked.with_context(|| format!("slot {slot} was answered twice"))?;
+                self.busy[chunk] = false;
+                self.done += 1;
+                ensure!(status == 0, "queue {queue}, slot {slot}: status {status}");
+                let offset = (chunk * CHUNK) as u64;
+                match version {
+                    Some(version) => self.versions[chunk] = version,
+                    None if !data.is_empty() => {
+                        let seed = u64::from(self.versions[chunk]);
+                        pattern::check(seed, offset, &data).context("read under load")?;
+                    }
+                    None => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn outstanding(&self) -> usize {
+        self.slots.iter().flatten().flatten().count()
+    }
+
+    /// Waits for all that is in flight, then reads every chunk.
+    fn finish(&mut self, front: &mut Survivor) -> Result<()> {
+        self.drain(front)?;
+        for chunk in (0..CHUNKS).filter(|&chunk| self.versions[chunk] != 0).collect::<Vec<_>>() {
+            front.submit(0, 0, &Ask::Read((chunk * CHUNK) as u64))?;
+            self.slots[0][0] = Some((chunk, None));
+            self.drain(front).with_context(|| format!("chunk {chunk} at the end"))?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, front: &mut Survivor) -> Result<()> {
+        loop {
+            self.collect(front)?;
+            if self.outstanding() == 0 {
+                return Ok(());
+            }
+            ensure!(front.wait(REQUEST)? == Event::Answers, "the backend ended by itself");
+        }
+    }
+}
+
+/// Kills at random moments until there were `kills` of them.
+fn survives(kind: Kind, packed: bool, kills: u32, args: &[&str]) -> Result<()> {
+    if !target::have(kind) {
+        return Ok(());
+    }
+    let target = Target::start(kind, &Spec::disk(16 << 20))?;
+    let queues = QUEUES.to_string();
+    let mut backend = Phoenix::start(&target.url(0), &[&["--queues", &queues], args].concat())?;
+    let mut front = Survivor::new(QUEUES, packed)?;
+    let mut load = Load::new(0x5eed + u64::from(kills) + u64::from(packed));
+    let (mut longest, started) = (Duration::ZERO, Instant::now());
+    for kill in 0..kills {
+        // From before the first message to well into the load.
+        let delay = Duration::from_micros(load.next(40_000) as u64);
+        let proc = &backend.proc;
+        let at = std::thread::scope(|scope| -> Result<Instant> {
+            let killer = scope.spawn(move || {
+                std::thread::sleep(delay);
+                proc.signal(Signal::KILL).map(|()| Instant::now())
+            });
+            let lived = live(&mut front, &backend.socket, &mut load);
+            let at = killer.join().expect("the killer does not panic")?;
+            lived.with_context(|| format!("kill {kill}, {delay:?} after the start"))?;
+            Ok(at)
+        })?;
+        backend.rise()?;
+        load.fill(&mut front).context("requests without a backend")?;
+        longest = longest.max(at.elapsed());
+    }
+    front.connect(&backend.socket)?;
+    load.finish(&mut front)?;
+    backend.count();
+    ensure!(kills < 10 || backend.taken_again > 0, "nothing was ever in flight");
+    println!(
+        "{kills} kills ({kind:?}, {} ring): {} requests verified, {} taken again, {:.1} s, away for {:.0} ms at most",
+        if packed { "packed" } else { "split" },
+        load.done,
+        backend.taken_again,
+        started.elapsed().as_secs_f64(),
+        longest.as_secs_f64() * 1e3,
+    );
+    Ok(())
+}
+
+/// One life of the backend, from the first message to its end.
+fn live(front: &mut Survivor, socket: &Path, load: &mut Load) -> Result<()> {
+    // It may be dead before it answered all messages.
+    if front.connect(socket).is_err() {
+        return Ok(());
+    }
+    loop {
+        load.fill(front)?;
+        let event = front.wait(REQUEST)?;
+        load.collect(front)?;
+        if event == Event::Gone {
+            return Ok(());
+        }
+    }
+}
+
+#[test]
+fn a_killed_backend_of_split_rings_loses_nothing() -> Result<()> {
+    survives(Kind::Ours, false, 20, &[])
+}
+
+#[test]
+fn a_killed_backend_of_packed_rings_loses_nothing() -> Result<()> {
+    survives(Kind::Ours, true, 20, &["--poll-us", "0"])
+}
+
+#[test]
+fn a_killed_backend_of_tgtd_loses_nothing() -> Result<()> {
+    survives(Kind::Tgtd, false, 8, &[])
+}
+
+#[test]
+fn a_killed_backend_of_istgt_loses_nothing() -> Result<()> {
+    survives(Kind::Istgt, true, 8, &[])
+}
+
+/// `cargo xtask soak kill`.
+#[test]
+#[ignore = "takes long; run by cargo xtask soak kill"]
+fn soak() -> Result<()> {
+    let kills = std::env::var("VCP_SOAK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(100);
+    for packed in [false, true] {
+        survives(Kind::Ours, packed, kills, &[])?;
+        survives(Kind::Tgtd, packed, kills / 4, &["--poll-us", "0"])?;
+    }
+    Ok(())
+}
