@@ -77,6 +77,16 @@ pub trait RingDevice: Send + 'static {
     /// What to wait for.
     fn wait(&self) -> Wait<'_>;
 
+    /// What the runner knows of the descriptor in [`wait`](Self::wait): it is readable or may be (`ready`), or it is not
+    /// and need not be looked at. A runner that never calls this knows nothing, and the device looks every time.
+    fn readiness(&mut self, _ready: bool) {}
+
+    /// Whether it moves long transfers: looking for what is next while several are in flight then only takes the
+    /// pieces one by one.
+    fn moves_long(&self) -> bool {
+        false
+    }
+
     /// Whether the configuration space changed by itself since the last call.
     fn take_config_change(&mut self) -> bool {
         false

@@ -138,6 +138,14 @@ pub trait Engine {
     /// Returns whether anything moved.
     fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) -> bool;
 
+    /// See [`RingDevice::readiness`](vcp_core::device::RingDevice::readiness).
+    fn readiness(&mut self, _ready: bool) {}
+
+    /// See [`RingDevice::moves_long`](vcp_core::device::RingDevice::moves_long).
+    fn moves_long(&self) -> bool {
+        false
+    }
+
     /// What to wait for before the next `poll`.
     fn wait(&self) -> Wait<'_>;
 

@@ -8,7 +8,7 @@ mod cpu;
 pub mod spin;
 
 pub use cpu::{CpuError, check_cpu, pin_to};
-pub use spin::{PollMode, Spin};
+pub use spin::{Load, PollMode, Spin};
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -76,11 +76,12 @@ impl<D: RingDevice> DataLoop<D> {
                 continue;
             }
             let since = *idle_since.get_or_insert(now);
-            let inflight = self.inflight();
-            if self.spin.keeps_looking(now - since, inflight)
+            let load = self.load();
+            if self.spin.keeps_looking(now - since, load)
                 || self.ports.iter().any(|port| port.rings.must_poll())
             {
                 std::hint::spin_loop();
+                self.readiness(true);
                 continue;
             }
             if self.arm() || self.mailbox.has_mail() {
@@ -90,7 +91,7 @@ impl<D: RingDevice> DataLoop<D> {
             }
             self.sleep(now)?;
             self.disarm();
-            self.spin.slept(since.elapsed(), inflight);
+            self.spin.slept(since.elapsed(), load);
             self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
             idle_since = None;
         }
@@ -103,6 +104,17 @@ impl<D: RingDevice> DataLoop<D> {
     /// Requests under way in all devices.
     fn inflight(&self) -> u32 {
         self.ports.iter().map(|port| port.rings.inflight()).sum()
+    }
+
+    /// What the decision between looking on and sleeping goes by.
+    fn load(&self) -> Load {
+        let moves_long = self.ports.iter().any(|port| port.rings.inflight() != 0 && port.device.moves_long());
+        Load { inflight: self.inflight(), moves_long }
+    }
+
+    /// Tells all devices whether their descriptors may be readable.
+    fn readiness(&mut self, ready: bool) {
+        self.ports.iter_mut().for_each(|port| port.device.readiness(ready));
     }
 
     /// One pass over mailbox and devices; whether anything moved.
@@ -151,7 +163,7 @@ impl<D: RingDevice> DataLoop<D> {
             wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
         });
         let own = || PollFd::new(&self.epoll, PollFlags::IN);
-        let result = if self.ports.len() <= INLINE_FDS {
+        let (result, ready) = if self.ports.len() <= INLINE_FDS {
             let mut inline: [PollFd<'_>; INLINE_FDS + 1] = std::array::from_fn(|_| own());
             let used = 1 + inline[1..].iter_mut().zip(fds).map(|(place, fd)| *place = fd).count();
             wait_for(&mut inline[..used], timeout.as_ref())
@@ -160,6 +172,7 @@ impl<D: RingDevice> DataLoop<D> {
             wait_for(&mut all, timeout.as_ref())
         };
         self.metrics.sleeping.set(0);
+        self.readiness(ready);
         let woken = result?;
         if woken {
             // Takes the edges; which ring it was does not matter, all of them are looked at.
@@ -179,6 +192,7 @@ impl<D: RingDevice> DataLoop<D> {
         self.ports.iter_mut().for_each(|port| port.rings.close());
         loop {
             let now = Instant::now();
+            self.readiness(true);
             let moved = self.pass(now);
             let inflight = self.inflight();
             if inflight == 0 {
@@ -195,18 +209,21 @@ impl<D: RingDevice> DataLoop<D> {
                 let timeout = timespec(Duration::from_millis(10).min(deadline - now));
                 let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
                 let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-                wait_for(&mut fds, Some(&timeout))?;
+                wait_for(&mut fds, Some(&timeout)).0?;
             }
         }
     }
 }
 
-/// Polls; true if the first descriptor is ready.
-fn wait_for(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> rustix::io::Result<bool> {
+/// Polls; whether the first descriptor is ready, and whether any other is.
+fn wait_for(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> (rustix::io::Result<bool>, bool) {
     match rustix::event::poll(fds, timeout) {
-        Ok(_) => Ok(fds.first().is_some_and(|fd| !fd.revents().is_empty())),
-        Err(rustix::io::Errno::INTR) => Ok(false),
-        Err(error) => Err(error),
+        Ok(_) => {
+            let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+            (Ok(ready.next().unwrap_or(false)), ready.any(|ready| ready))
+        }
+        Err(rustix::io::Errno::INTR) => (Ok(false), true),
+        Err(error) => (Err(error), true),
     }
 }
 

@@ -29,22 +29,31 @@ impl FromStr for PollMode {
     }
 }
 
-/// Longest learned budget. A sleep and wake-up cost about 5 us on current hardware and up to 50 us from a deep idle
-/// state; to look for longer than the latter never pays.
-const MAX: Duration = Duration::from_micros(50);
+/// Longest learned budget. What looking saves is the sleep, the wake-up, and the signals of everybody who would have to
+/// wake this thread: 10 us of CPU time each where a virtual machine sends an interrupt to a thread that halted, and the
+/// time until it runs. Measured with `cargo xtask bench blk`, see `docs/decisions/when-to-look.md`.
+const MAX: Duration = Duration::from_micros(100);
 /// First budget after it had been given up.
 const FIRST: Duration = Duration::from_micros(4);
-/// With this many requests in flight the adaptive rule does not look but sleeps. What arrives meanwhile is then taken as
-/// one batch by one call; looking takes each piece by itself and gets in the way of whoever brings it. Measured with
-/// `cargo xtask bench blk`, see `docs/decisions/when-to-look.md`.
-const BATCHES_FROM: u32 = 2;
+/// With this many requests in flight of which the device moves long transfers, the adaptive rule does not look but
+/// sleeps. What arrives meanwhile is then taken by one call; looking takes each piece by itself, gets in the way of
+/// whoever brings it, and there is enough to do to keep everybody awake.
+const LONG_FROM: u32 = 2;
+
+/// What is under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Requests in flight.
+    pub inflight: u32,
+    /// Long transfers are among them.
+    pub moves_long: bool,
+}
 
 /// Decides between looking on and sleeping.
 ///
 /// The adaptive rule is the one QEMU's event loop uses: if the next event came soon after the thread stopped looking,
 /// looking a little longer would have caught it, so the budget doubles; if it came much later, looking was wasted, so
-/// the budget is given up. It holds for a device that is used one request at a time; deeper queues are better served by
-/// sleeping.
+/// the budget is halved, and in the end given up. Long transfers with several in flight are better served by sleeping.
 #[derive(Debug)]
 pub struct Spin {
     mode: PollMode,
@@ -63,28 +72,28 @@ impl Spin {
         Self { mode, budget }
     }
 
-    /// Whether to keep looking after being idle for `idle` with `inflight` requests under way.
+    /// Whether to keep looking after being idle for `idle` under `load`.
     #[inline]
     #[must_use]
-    pub fn keeps_looking(&self, idle: Duration, inflight: u32) -> bool {
-        idle < self.budget && !self.batches(inflight)
+    pub fn keeps_looking(&self, idle: Duration, load: Load) -> bool {
+        idle < self.budget && !self.batches(load)
     }
 
-    /// Learns from a sleep that began with `inflight` requests under way: `idle` from the last thing that moved to the
-    /// wake-up.
-    pub fn slept(&mut self, idle: Duration, inflight: u32) {
-        if self.mode != PollMode::Adaptive || self.batches(inflight) {
+    /// Learns from a sleep that began under `load`: `idle` from the last thing that moved to the wake-up.
+    pub fn slept(&mut self, idle: Duration, load: Load) {
+        if self.mode != PollMode::Adaptive || self.batches(load) {
             return;
         }
         if idle > MAX {
-            self.budget = Duration::ZERO;
+            // A single late event among many, because somebody else had the hardware thread, is not the end of it.
+            self.budget = if self.budget > FIRST { self.budget / 2 } else { Duration::ZERO };
         } else if idle > self.budget {
             self.budget = (self.budget * 2).clamp(FIRST, MAX);
         }
     }
 
-    fn batches(&self, inflight: u32) -> bool {
-        self.mode == PollMode::Adaptive && inflight >= BATCHES_FROM
+    fn batches(&self, load: Load) -> bool {
+        self.mode == PollMode::Adaptive && load.moves_long && load.inflight >= LONG_FROM
     }
 
     /// The budget now.
@@ -100,35 +109,44 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
+    const ONE: Load = Load { inflight: 1, moves_long: false };
+    const MANY: Load = Load { inflight: 32, moves_long: false };
+    const LONG: Load = Load { inflight: 2, moves_long: true };
+
     #[test]
     fn frequent_events_grow_the_budget_and_rare_ones_end_it() {
         let mut spin = Spin::new(PollMode::Adaptive);
-        assert!(!spin.keeps_looking(Duration::ZERO, 1));
-        for _ in 0..4 {
-            spin.slept(30 * US, 1);
+        assert!(!spin.keeps_looking(Duration::ZERO, ONE));
+        for _ in 0..6 {
+            spin.slept(90 * US, MANY);
         }
-        assert!(spin.keeps_looking(31 * US, 1));
-        spin.slept(1000 * US, 1);
-        assert!(!spin.keeps_looking(US, 1));
+        assert!(spin.keeps_looking(91 * US, ONE) && spin.keeps_looking(91 * US, MANY));
+        spin.slept(1000 * US, ONE);
+        assert!(spin.keeps_looking(49 * US, ONE) && !spin.keeps_looking(50 * US, ONE));
+        for _ in 0..5 {
+            spin.slept(1000 * US, ONE);
+        }
+        assert!(!spin.keeps_looking(Duration::ZERO, ONE));
     }
 
     #[test]
-    fn deep_queues_sleep_and_teach_nothing() {
+    fn several_long_transfers_sleep_and_teach_nothing() {
         let mut spin = Spin::new(PollMode::Adaptive);
-        spin.slept(30 * US, 1);
-        assert!(spin.keeps_looking(US, 1) && !spin.keeps_looking(US, 2));
-        spin.slept(1000 * US, 32);
-        assert!(spin.keeps_looking(US, 0));
-        assert!(Spin::new(PollMode::Fixed(20 * US)).keeps_looking(US, 32));
+        spin.slept(30 * US, ONE);
+        assert!(spin.keeps_looking(US, ONE) && !spin.keeps_looking(US, LONG));
+        assert!(spin.keeps_looking(US, Load { inflight: 1, ..LONG }));
+        spin.slept(1000 * US, LONG);
+        assert!(spin.keeps_looking(US, Load::default()));
+        assert!(Spin::new(PollMode::Fixed(20 * US)).keeps_looking(US, LONG));
     }
 
     #[test]
     fn fixed_budgets_do_not_learn() {
         let mut spin = Spin::new(PollMode::Fixed(20 * US));
-        spin.slept(1000 * US, 1);
-        assert!(spin.keeps_looking(19 * US, 1) && !spin.keeps_looking(20 * US, 1));
-        assert!(!Spin::new(PollMode::Fixed(Duration::ZERO)).keeps_looking(Duration::ZERO, 1));
-        assert!(Spin::new(PollMode::Always).keeps_looking(Duration::from_secs(1 << 40), 1));
+        spin.slept(1000 * US, ONE);
+        assert!(spin.keeps_looking(19 * US, ONE) && !spin.keeps_looking(20 * US, ONE));
+        assert!(!Spin::new(PollMode::Fixed(Duration::ZERO)).keeps_looking(Duration::ZERO, ONE));
+        assert!(Spin::new(PollMode::Always).keeps_looking(Duration::from_secs(1 << 40), ONE));
     }
 
     #[test]

@@ -503,6 +503,14 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
         moved
     }
 
+    fn readiness(&mut self, ready: bool) {
+        self.engine.readiness(ready);
+    }
+
+    fn moves_long(&self) -> bool {
+        self.engine.moves_long()
+    }
+
     fn has_room(&self) -> bool {
         self.takes_more()
     }
