@@ -10,11 +10,14 @@ use rustix::process::Signal;
 use vcp_tests::backend::{START, serve};
 use vcp_tests::pattern;
 use vcp_tests::proc::{Proc, Stream};
+use vcp_tests::proxy::Proxy;
 use vcp_tests::survivor::{Answer, Ask, CHUNK, DEPTH, Event, Survivor};
 use vcp_tests::target::{self, Kind, Spec, Target};
 use vcp_tests::{Result, front::REQUEST};
 
 const QUEUES: usize = 2;
+/// A new connection is there within this.
+const BACK: Duration = Duration::from_secs(30);
 /// Few, so that a block is written again soon after it was: an old write that came late would show.
 const CHUNKS: usize = 96;
 
@@ -264,4 +267,70 @@ fn soak() -> Result<()> {
         survives(Kind::Tgtd, packed, kills / 4, &["--poll-us", "0"])?;
     }
     Ok(())
+}
+
+/// The process is killed while its write is on the way. The next one repeats it and is answered, and so is a newer write to
+/// the same place. Then the network delivers what the dead process sent. It must find its session gone: the new process
+/// logged in under the same name (RFC 7143 6.3.5), or the old data would overwrite the newer.
+fn late_write_of_a_killed_process_is_void(kind: Kind) -> Result<()> {
+    if !target::have(kind) {
+        return Ok(());
+    }
+    let target = Target::start(kind, &Spec::disk(16 << 20))?;
+    let proxy = Proxy::start(target.portal())?;
+    let mut backend = Phoenix::start(&target.url_at(proxy.addr(), 0), &["--queues", "2"])?;
+    let mut front = Survivor::new(QUEUES, false)?;
+    front.connect(&backend.socket)?;
+    write(&mut front, 0, 1)?;
+    let connections = proxy.accepted();
+    let arrived = proxy.arrived();
+    proxy.hold(true);
+    front.submit(0, 0, &Ask::Write(0, pattern::make(2, 0, CHUNK)))?;
+    // A command at least; its data with it if the target takes immediate data.
+    proxy.wait_arrived(arrived + 48, BACK).context("the write is on its way")?;
+    backend.proc.kill()?;
+    backend.rise()?;
+    proxy.wait_accepted(connections + 1, BACK)?;
+    front.connect(&backend.socket)?;
+    answer(&mut front).context("the repeated write")?;
+    write(&mut front, 0, 3)?;
+    proxy.hold(false);
+    proxy.wait_finished(connections, BACK).context("the old connection")?;
+    front.submit(0, 1, &Ask::Flush)?;
+    answer(&mut front)?;
+    front.submit(0, 1, &Ask::Read(0))?;
+    let data = answer(&mut front)?;
+    pattern::check(3, 0, &data).context("a write of the dead process came after a newer one was answered")?;
+    Ok(())
+}
+
+fn write(front: &mut Survivor, offset: u64, seed: u64) -> Result<()> {
+    front.submit(0, 0, &Ask::Write(offset, pattern::make(seed, offset, CHUNK)))?;
+    answer(front).map(drop)
+}
+
+/// Waits for the only request in flight.
+fn answer(front: &mut Survivor) -> Result<Vec<u8>> {
+    loop {
+        if let Some(Answer { status, data, .. }) = front.answers(0)?.pop() {
+            ensure!(status == 0, "status {status}");
+            return Ok(data);
+        }
+        ensure!(front.wait(REQUEST)? == Event::Answers, "the backend ended by itself");
+    }
+}
+
+#[test]
+fn late_write_of_a_killed_process_to_our_target_is_void() -> Result<()> {
+    late_write_of_a_killed_process_is_void(Kind::Ours)
+}
+
+#[test]
+fn late_write_of_a_killed_process_to_tgtd_is_void() -> Result<()> {
+    late_write_of_a_killed_process_is_void(Kind::Tgtd)
+}
+
+#[test]
+fn late_write_of_a_killed_process_to_istgt_is_void() -> Result<()> {
+    late_write_of_a_killed_process_is_void(Kind::Istgt)
 }

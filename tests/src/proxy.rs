@@ -73,6 +73,8 @@ struct State {
     records: Vec<Record>,
     /// Ways that ended, two for each connection.
     finished: usize,
+    /// Bytes that came, passed on or not.
+    arrived: u64,
     bytes: u64,
     rewrite: Option<Rewrite>,
     stop: bool,
@@ -174,6 +176,16 @@ impl Proxy {
     pub fn wait_bytes(&self, bytes: u64, deadline: Duration) -> Result<()> {
         let until = self.shared.lock().bytes + bytes;
         self.wait(deadline, &format!("{bytes} bytes"), |s| s.bytes >= until)
+    }
+
+    /// Bytes that came from either side, held back or passed on.
+    pub fn arrived(&self) -> u64 {
+        self.shared.lock().arrived
+    }
+
+    /// Waits until [`Proxy::arrived`] is `bytes` at least.
+    pub fn wait_arrived(&self, bytes: u64, deadline: Duration) -> Result<()> {
+        self.wait(deadline, &format!("{bytes} bytes come"), |s| s.arrived >= bytes)
     }
 
     /// Cuts all open connections; with `reset`, by RST in place of FIN.
@@ -295,6 +307,7 @@ fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpSt
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             Err(_) => break,
         };
+        shared.update(|s| s.arrived += n as u64);
         if rewriting {
             part.extend_from_slice(&buf[..n]);
             let changed = shared.update(|s| change_pdus(&mut part, s.rewrite.as_mut()));
