@@ -24,6 +24,8 @@ use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
 use crate::ask::{Ask, Told};
+use crate::handover::Fds;
+use crate::handover::state::{BadState, PageState, SocketState};
 use crate::http::{Endpoint, HttpServer};
 use crate::metrics::{DeviceMetrics, LoopMetrics, Samples, families, page};
 use crate::vu::listen::{ListenError, SocketFile};
@@ -48,6 +50,8 @@ struct Client {
     input: Vec<u8>,
     output: Vec<u8>,
     last: Instant,
+    /// It wants to take over; with this `keep_pid`.
+    successor: Option<bool>,
 }
 
 /// Where the set-up thread listens for people and their tools.
@@ -65,6 +69,17 @@ pub struct Control {
     clients: Vec<Client>,
     http: Option<HttpServer>,
     state: State,
+    take_over: bool,
+    wanted: Option<Wanted>,
+}
+
+/// A process that wants to take over ([`crate::handover`]). It was told that it may try.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The connection to it.
+    pub(crate) stream: UnixStream,
+    /// Whether this process is to stay as the anchor.
+    pub(crate) keep_pid: bool,
 }
 
 /// What answers are made of.
@@ -85,10 +100,21 @@ impl Control {
         loop_metrics: Arc<LoopMetrics>,
         devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
         ask: AskSource,
-        mut extra: StatusSource,
+        extra: StatusSource,
     ) -> Result<Self, ListenError> {
         let socket = options.socket.map(SocketFile::bind).transpose()?;
         let http = options.metrics.map(HttpServer::bind).transpose()?;
+        Ok(Self::over(socket, http, loop_metrics, devices, ask, extra))
+    }
+
+    fn over(
+        socket: Option<SocketFile>,
+        http: Option<HttpServer>,
+        loop_metrics: Arc<LoopMetrics>,
+        devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
+        ask: AskSource,
+        mut extra: StatusSource,
+    ) -> Self {
         if let Some(http) = &http {
             let endpoint = http.endpoint().to_string();
             tracing::info!(at = endpoint, "metrics are served");
@@ -98,7 +124,52 @@ impl Control {
                 fields
             });
         }
-        Ok(Self { socket, clients: Vec::new(), http, state: State { loop_metrics, devices, ask, extra } })
+        let state = State { loop_metrics, devices, ask, extra };
+        Self { socket, clients: Vec::new(), http, state, take_over: false, wanted: None }
+    }
+
+    /// For another process: the sockets. Clients come again.
+    pub(crate) fn export(&self, fds: &mut Fds) -> io::Result<(Option<SocketState>, Option<PageState>)> {
+        let socket = self.socket.as_ref().map(|socket| socket.export(fds)).transpose()?;
+        Ok((socket, self.http.as_ref().map(|http| http.export(fds)).transpose()?))
+    }
+
+    /// From another process, which goes on serving until it ends.
+    pub(crate) fn import(
+        (socket, page): (Option<SocketState>, Option<PageState>),
+        fds: &mut Fds,
+        loop_metrics: Arc<LoopMetrics>,
+        devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
+        ask: AskSource,
+        extra: StatusSource,
+    ) -> Result<Self, BadState> {
+        let socket = socket.map(|socket| SocketFile::import(socket, fds)).transpose()?;
+        let http = page.map(|page| HttpServer::import(page, fds)).transpose()?;
+        Ok(Self::over(socket, http, loop_metrics, devices, ask, extra))
+    }
+
+    fn files(&mut self) -> impl Iterator<Item = &mut SocketFile> {
+        self.socket.iter_mut().chain(self.http.as_mut().and_then(HttpServer::socket))
+    }
+
+    /// Socket files stay: another process serves them.
+    pub(crate) fn release(&mut self) {
+        self.files().for_each(SocketFile::release);
+    }
+
+    /// Socket files are this process's, which took over.
+    pub(crate) fn own(&mut self) {
+        self.files().for_each(SocketFile::own);
+    }
+
+    /// Whether another process may ask to take over.
+    pub(crate) fn allow_take_over(&mut self, allowed: bool) {
+        self.take_over = allowed;
+    }
+
+    /// The connection to a process that wants to take over, once.
+    pub(crate) fn take_successor(&mut self) -> Option<Wanted> {
+        self.wanted.take()
     }
 
     /// Descriptors to wait for.
@@ -127,11 +198,16 @@ impl Control {
         while let Some(Ok(Some(stream))) = self.socket.as_ref().map(SocketFile::accept) {
             if self.clients.len() < MAX_CLIENTS && stream.set_nonblocking(true).is_ok() {
                 let (input, output) = (Vec::new(), Vec::new());
-                self.clients.push(Client { stream, input, output, last: Instant::now() });
+                self.clients.push(Client { stream, input, output, last: Instant::now(), successor: None });
             }
         }
         let mut clients = std::mem::take(&mut self.clients);
         clients.retain_mut(|client| self.serve_client(client).is_ok());
+        let told = |client: &Client| client.successor.is_some() && client.output.is_empty();
+        if let Some(at) = clients.iter().position(told) {
+            let Client { stream, successor, .. } = clients.swap_remove(at);
+            self.wanted = Some(Wanted { stream, keep_pid: successor == Some(true) });
+        }
         self.clients = clients;
         if let Some(http) = &mut self.http {
             let state = &mut self.state;
@@ -154,7 +230,17 @@ impl Control {
                     client.input.extend_from_slice(&chunk[..len]);
                     while let Some(end) = client.input.iter().position(|&byte| byte == b'\n') {
                         let line: Vec<u8> = client.input.drain(..=end).collect();
-                        let answer = self.state.answer(&line);
+                        let answer = match take_over_request(&line) {
+                            Some(_) if !self.take_over => refused("this process cannot be taken over"),
+                            Some(_) if !is_trusted(&client.stream) => {
+                                refused("only root and the user of this process may take over")
+                            }
+                            Some(keep_pid) => {
+                                client.successor = Some(keep_pid);
+                                json!({"ok": true})
+                            }
+                            None => self.state.answer(&line),
+                        };
                         serde_json::to_writer(&mut client.output, &answer)?;
                         client.output.push(b'\n');
                     }
@@ -182,15 +268,37 @@ impl Control {
     }
 }
 
+fn refused(error: &str) -> Value {
+    json!({"ok": false, "error": error})
+}
+
+/// `{"cmd":"take-over","keep_pid":true}`: what follows on this connection is a hand-over. Its `keep_pid`.
+fn take_over_request(line: &[u8]) -> Option<bool> {
+    #[derive(serde::Deserialize)]
+    #[serde(tag = "cmd", rename_all = "kebab-case", deny_unknown_fields)]
+    enum Request {
+        TakeOver {
+            #[serde(default)]
+            keep_pid: bool,
+        },
+    }
+    serde_json::from_slice(line).ok().map(|Request::TakeOver { keep_pid }| keep_pid)
+}
+
+/// Whether the process behind a connection may have everything that this one has.
+fn is_trusted(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid();
+    rustix::net::sockopt::socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
+}
+
 impl State {
     fn answer(&mut self, line: &[u8]) -> Value {
-        let refused = |error: String| json!({"ok": false, "error": error});
         let mut request: Map<String, Value> = match serde_json::from_slice(line) {
             Ok(request) => request,
-            Err(error) => return refused(format!("not a request: {error}")),
+            Err(error) => return refused(&format!("not a request: {error}")),
         };
         let Some(Value::String(cmd)) = request.remove("cmd") else {
-            return refused("not a request: `cmd` is missing".into());
+            return refused("not a request: `cmd` is missing");
         };
         let answered = match cmd.as_str() {
             "status" => Ok(self.status()),
@@ -207,7 +315,7 @@ impl State {
                 answer.insert("ok".into(), true.into());
                 answer.into()
             }
-            Err(error) => refused(error),
+            Err(error) => refused(&error),
         }
     }
 

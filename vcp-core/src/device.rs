@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ask::Rest;
+use crate::handover::Fds;
+use crate::handover::state::{BadState, NotNow};
 use crate::metrics::{DeviceMetrics, Samples};
 use crate::queue::{Chain, ChainId, RingError};
 
@@ -116,6 +118,28 @@ pub trait RingDevice: Send + 'static {
         _now: Instant,
     ) -> Option<Result<Rest, String>> {
         None
+    }
+
+    /// Its state for another process, if nothing is under way. Changes nothing: this process may go on all the same.
+    ///
+    /// # Errors
+    /// Something is under way, or it cannot be handed over at all.
+    fn export(&self, _fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
+        Err(NotNow::Never("this device cannot be handed over".into()))
+    }
+
+    /// Goes on where the device of another process stopped. It is not used otherwise before or after an error; the
+    /// other one may still be the owner, so nothing outside is touched.
+    ///
+    /// # Errors
+    /// The state is not understood.
+    fn import(
+        &mut self,
+        _state: serde_json::Value,
+        _fds: &mut Fds,
+        _now: Instant,
+    ) -> Result<(), BadState> {
+        Err(BadState::Text("this device cannot be taken over".into()))
     }
 
     /// Bytes of memory it can take at most, all of it taken at start.

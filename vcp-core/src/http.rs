@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
+use crate::handover::Fds;
+use crate::handover::state::{BadState, PageState};
 use crate::vu::listen::{ListenError, SocketFile};
 
 /// Most clients at a time.
@@ -120,6 +122,41 @@ impl HttpServer {
             }
         };
         Ok(Self { listener, endpoint, clients: Vec::new() })
+    }
+
+    /// For another process.
+    pub(crate) fn export(&self, fds: &mut Fds) -> io::Result<PageState> {
+        Ok(match &self.listener {
+            Listener::Tcp(listener) => PageState::Tcp(fds.put_copy(listener)?),
+            Listener::Unix(socket) => PageState::Unix(socket.export(fds)?),
+        })
+    }
+
+    /// From another process, which goes on serving until it ends.
+    pub(crate) fn import(state: PageState, fds: &mut Fds) -> Result<Self, BadState> {
+        let failed = |source| BadState::System { what: "use a listening socket", source };
+        let (listener, endpoint) = match state {
+            PageState::Tcp(fd) => {
+                let listener = TcpListener::from(fds.take(fd)?);
+                listener.set_nonblocking(true).map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?;
+                (Listener::Tcp(listener), Endpoint::Tcp(address))
+            }
+            PageState::Unix(state) => {
+                let socket = SocketFile::import(state, fds)?;
+                let path = socket.path().to_owned();
+                (Listener::Unix(socket), Endpoint::Unix(path))
+            }
+        };
+        Ok(Self { listener, endpoint, clients: Vec::new() })
+    }
+
+    /// The socket file, if it has one.
+    pub(crate) fn socket(&mut self) -> Option<&mut SocketFile> {
+        match &mut self.listener {
+            Listener::Unix(socket) => Some(socket),
+            Listener::Tcp(_) => None,
+        }
     }
 
     /// Where it listens; with the port that the system chose, if that was left to it.

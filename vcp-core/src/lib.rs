@@ -13,6 +13,7 @@ pub mod ask;
 pub mod control;
 pub mod device;
 pub mod epoll;
+pub mod handover;
 pub mod http;
 pub mod mailbox;
 pub mod mem;

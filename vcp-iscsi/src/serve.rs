@@ -72,6 +72,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         poll: args.poll_us,
         control: args.control.clone(),
         metrics: args.metrics.clone(),
+        giving: None,
     };
     let extra = Box::new(serde_json::Map::new);
     let announce = move || {
@@ -79,7 +80,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
     };
     match args.server {
-        ServerKind::Poll => vcp_core::vu::serve(devices, &options, signals, extra, announce)?,
+        ServerKind::Poll => drop(vcp_core::vu::serve(devices, &options, signals, extra, announce)?),
         ServerKind::Epoll => vcp_core::epoll::serve(devices, &options, signals, extra, announce)?,
     }
     Ok(())

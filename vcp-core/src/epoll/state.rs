@@ -87,8 +87,7 @@ impl Rings for EpollRings<'_> {
             None => take_split(state.get_queue_mut(), self.indirect, map, chain),
         };
         drop(state);
-        match taken.and_then(|taken| if taken { flight.took(queue, chain).map(|()| true) } else { Ok(false) })
-        {
+        match taken.and_then(|taken| if taken { flight.took(queue, chain).map(|()| true) } else { Ok(false) }) {
             Ok(taken) => taken,
             Err(error) => {
                 self.break_queue(at, error);

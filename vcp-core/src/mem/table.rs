@@ -9,7 +9,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, SealFlags};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use serde::{Deserialize, Serialize};
+use vm_memory::{FileOffset, GuestMemoryRegion, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::GuestMap;
 
@@ -79,7 +80,8 @@ pub enum MemError {
 }
 
 /// One region as the front end describes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RegionSpec {
     /// Guest physical address of the first byte.
     pub guest_addr: u64,
@@ -188,6 +190,11 @@ impl MemTable {
         let regions = self.regions.iter().map(|region| Arc::clone(&region.mapped)).collect();
         // Sorted and free of overlaps by construction; an empty table is the empty map.
         Arc::new(GuestMap::from_arc_regions(regions).unwrap_or_default())
+    }
+
+    /// The regions and the files behind them, in the order of their guest addresses.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionSpec, &File)> {
+        self.regions.iter().filter_map(|region| Some((region.spec, region.mapped.file_offset()?.file())))
     }
 
     /// Number of regions.

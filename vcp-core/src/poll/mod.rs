@@ -5,6 +5,7 @@
 //! ([`crate::queue::notify`]), and sleeps until a kick, an engine's socket, the mailbox or a deadline.
 
 mod cpu;
+mod handover;
 pub mod spin;
 
 pub use cpu::{CpuError, check_cpu, pin_to};
@@ -20,7 +21,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 use crate::device::RingDevice;
 use crate::mailbox::Mailbox;
 use crate::metrics::LoopMetrics;
-use crate::vu::port::{Command, Port};
+use crate::vu::give::StopOrder;
+use crate::vu::port::{Command, Port, What};
 
 /// How long the loop waits at its end for requests in flight. A target that is gone must not hold up a SIGTERM.
 const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
@@ -42,6 +44,10 @@ pub struct DataLoop<D> {
     spin: Spin,
     stop: Arc<AtomicBool>,
     metrics: Arc<LoopMetrics>,
+    /// A hand-over is wanted.
+    order: Option<Box<StopOrder>>,
+    /// This loop goes on where another process stopped, and has completed nothing yet.
+    resumed: Option<handover::Resumed>,
 }
 
 impl<D: RingDevice> DataLoop<D> {
@@ -59,7 +65,7 @@ impl<D: RingDevice> DataLoop<D> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &*mailbox, epoll::EventData::new_u64(1), flags)?;
-        Ok(Self { ports, mailbox, epoll, spin: Spin::new(mode), stop, metrics })
+        Ok(Self { ports, mailbox, epoll, spin: Spin::new(mode), stop, metrics, order: None, resumed: None })
     }
 
     /// Runs until told to stop, then gives what is in flight a moment to end.
@@ -68,9 +74,20 @@ impl<D: RingDevice> DataLoop<D> {
     /// Waiting failed, which it does only when the system is out of memory.
     pub fn run(&mut self) -> rustix::io::Result<()> {
         let mut idle_since: Option<Instant> = None;
+        self.first_look();
         while !self.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
-            if self.pass(now) {
+            let moved = self.pass(now);
+            if let Some(order) = self.order.take()
+                && self.hand_over(&order)?
+            {
+                // Another process is the owner: nothing is drained, closed or logged out.
+                return Ok(());
+            }
+            if moved {
+                if self.resumed.is_some() {
+                    self.look_for_completion();
+                }
                 idle_since = None;
                 self.metrics.busy_passes.add(1);
                 continue;
@@ -101,6 +118,11 @@ impl<D: RingDevice> DataLoop<D> {
         result
     }
 
+    /// What ends the loop once it is set (and the mailbox woken).
+    pub(crate) fn stop_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
     /// Requests under way in all devices.
     fn inflight(&self) -> u32 {
         self.ports.iter().map(|port| port.rings.inflight()).sum()
@@ -124,6 +146,10 @@ impl<D: RingDevice> DataLoop<D> {
             moved = true;
             for _ in 0..COMMANDS_PER_PASS {
                 let Some(command) = self.mailbox.take() else { break };
+                if let What::Stop(order) = command.what {
+                    self.order = Some(order);
+                    continue;
+                }
                 match self.ports.get_mut(command.device) {
                     Some(port) => port.command(&self.epoll, command.what, command.reply, now),
                     None => {

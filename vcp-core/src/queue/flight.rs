@@ -72,6 +72,11 @@ impl Flight {
         self.orphans
     }
 
+    /// How many chains have come back, modulo 2^64.
+    pub(crate) fn ended_count(&self) -> u64 {
+        self.taken_count.wrapping_sub((self.inflight + self.orphans).into())
+    }
+
     /// Whether nothing is under way, of this life or another.
     pub(crate) fn is_quiet(&self) -> bool {
         self.inflight == 0 && self.orphans == 0

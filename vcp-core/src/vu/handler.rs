@@ -19,6 +19,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use super::port::{Answer, Command, F_PROTOCOL_FEATURES, F_RING_PACKED, PortError, What};
 use super::vring::{STOP_TIMEOUT, eventfd};
+use crate::device::RingDevice;
 use crate::mailbox::Mailbox;
 use crate::mem::{MAX_REGIONS, MemTable, RegionSpec};
 use crate::queue::log::{LogArea, LogError, LogFormat, LogSpec};
@@ -34,6 +35,16 @@ pub(crate) struct Facts {
     pub(crate) queue_size_max: u16,
 }
 
+impl Facts {
+    pub(crate) fn of<D: RingDevice>(device: &D) -> Self {
+        Self {
+            features: device.features(),
+            queues: device.queues(),
+            queue_size_max: device.queue_size_max(),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Handler {
@@ -43,6 +54,8 @@ pub(crate) struct Handler {
     memory: MemTable,
     /// Protocol features that the front end took.
     protocol: VhostUserProtocolFeatures,
+    /// Messages are noted, not carried out: they only tell the crate what was before.
+    pub(super) silent: bool,
     /// The format of the in-flight log; it follows the rings'.
     log_format: LogFormat,
 }
@@ -55,8 +68,29 @@ impl Handler {
             mailbox,
             memory: MemTable::default(),
             protocol: VhostUserProtocolFeatures::empty(),
+            silent: false,
             log_format: LogFormat::Split,
         }
+    }
+
+    /// Goes on with the memory table of another process; its other settings come as messages.
+    pub(crate) fn resume(
+        device: usize,
+        facts: Facts,
+        mailbox: Arc<Mailbox<Command>>,
+        memory: MemTable,
+    ) -> Self {
+        Self { memory, ..Self::new(device, facts, mailbox) }
+    }
+
+    /// The memory table.
+    pub(crate) fn memory(&self) -> &MemTable {
+        &self.memory
+    }
+
+    /// Protocol features that the front end took.
+    pub(crate) fn protocol(&self) -> VhostUserProtocolFeatures {
+        self.protocol
     }
 
     /// Has the data thread carry out `what`.
@@ -67,6 +101,9 @@ impl Handler {
     }
 
     fn order(&self, what: What) -> Result<()> {
+        if self.silent {
+            return Ok(());
+        }
         self.ask(what).map(drop).map_err(failed)
     }
 
@@ -237,8 +274,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         self.check_log(inflight.num_queues, inflight.queue_size)?;
         // With room for either format: a front end may ask before it sets features.
-        let (spec, file) =
-            LogArea::create(inflight.num_queues, inflight.queue_size, LogFormat::Packed).map_err(failed)?;
+        let (spec, file) = LogArea::create(inflight.num_queues, inflight.queue_size, LogFormat::Packed).map_err(failed)?;
         Ok((VhostUserInflight::new(spec.len_bytes, spec.offset, spec.queues, spec.queue_size), file))
     }
 

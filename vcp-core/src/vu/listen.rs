@@ -6,6 +6,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use crate::handover::Fds;
+use crate::handover::state::{BadState, SocketState};
+
 /// Why a socket file cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -33,6 +36,8 @@ pub struct SocketFile {
     path: PathBuf,
     /// Device and inode of the file that we made.
     identity: (u64, u64),
+    /// Another process goes on listening: the file stays.
+    released: bool,
 }
 
 impl SocketFile {
@@ -51,7 +56,7 @@ impl SocketFile {
         };
         listener.set_nonblocking(true).map_err(failed)?;
         let meta = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self { listener, path: path.into(), identity: (meta.dev(), meta.ino()) })
+        Ok(Self { listener, path: path.into(), identity: (meta.dev(), meta.ino()), released: false })
     }
 
     /// The next connection, if one waits.
@@ -80,6 +85,38 @@ impl SocketFile {
         self.listener.try_clone().map(Into::into)
     }
 
+    /// For another process.
+    pub(crate) fn export(&self, fds: &mut Fds) -> io::Result<SocketState> {
+        Ok(SocketState {
+            path: std::path::absolute(&self.path)?,
+            identity: self.identity,
+            fd: fds.put_copy(&self.listener)?,
+        })
+    }
+
+    /// From another process. The file stays until this one is the owner and [says so](Self::own).
+    pub(crate) fn import(state: SocketState, fds: &mut Fds) -> Result<Self, BadState> {
+        let SocketState { path, identity, fd } = state;
+        let listener = UnixListener::from(fds.take(fd)?);
+        let listens = rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false);
+        if !listens {
+            return Err(BadState::Text(format!("what is to listen on {} does not listen", path.display())));
+        }
+        let failed = |source| BadState::System { what: "use a listening socket", source };
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener, path, identity, released: true })
+    }
+
+    /// The file stays when this is dropped.
+    pub(crate) fn release(&mut self) {
+        self.released = true;
+    }
+
+    /// The file goes when this is dropped.
+    pub(crate) fn own(&mut self) {
+        self.released = false;
+    }
+
     /// The socket file.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -95,6 +132,9 @@ impl AsFd for SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if self.released {
+            return;
+        }
         let ours =
             std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
         if ours {

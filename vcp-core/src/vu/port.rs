@@ -1,5 +1,7 @@
 //! [`Port`]: one device on the data thread, and the commands by which the set-up thread changes it.
 
+mod export;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -9,6 +11,7 @@ use std::time::Instant;
 
 use super::RingSet;
 use super::channel::notify_config_change;
+use super::give::StopOrder;
 use super::vring::STOP_TIMEOUT;
 use crate::ask::{Ask, Told, tell};
 use crate::device::RingDevice;
@@ -145,6 +148,8 @@ pub enum What {
     GetConfig { offset: u32, len_bytes: u32 },
     SetConfig { offset: u32, data: Vec<u8> },
     SetChannel(UnixStream),
+    /// For the data thread as a whole, not for the device.
+    Stop(Box<StopOrder>),
     SetInflight(Arc<LogArea>),
     Ask(Ask),
 }
@@ -165,6 +170,8 @@ pub struct Command {
 pub struct Port<D> {
     pub(crate) device: D,
     pub(crate) rings: RingSet,
+    /// Features as the front end acknowledged them.
+    acked: u64,
     /// The back-end channel, for configuration changes.
     channel: Option<UnixStream>,
     /// The configuration changed and the front end does not know yet.
@@ -180,7 +187,7 @@ impl<D: RingDevice> Port<D> {
     pub fn new(name: Arc<str>, device: D) -> Self {
         let metrics = Arc::clone(device.metrics());
         let rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
-        Self { device, rings, channel: None, changed: false, left_behind: false, resetting: None }
+        Self { device, rings, acked: 0, channel: None, changed: false, left_behind: false, resetting: None }
     }
 
     /// One pass: device, engine, used rings, notifications. Returns whether anything moved.
@@ -252,6 +259,7 @@ impl<D: RingDevice> Port<D> {
                     return Err(PortError::Features(device_bits & !self.device.features()));
                 }
                 self.device.set_features(device_bits);
+                self.acked = acked;
                 let enable_all = acked & F_PROTOCOL_FEATURES == 0;
                 let has = |feature| acked & feature != 0;
                 self.rings.set_features(has(F_RING_PACKED), has(F_EVENT_IDX), has(F_INDIRECT), enable_all);
@@ -262,7 +270,7 @@ impl<D: RingDevice> Port<D> {
                 self.rings.set_addresses(queue, desc, avail, used)?;
             }
             What::SetVringBase { queue, base } => self.rings.set_base(queue, base)?,
-            What::Reset | What::GetVringBase { .. } => unreachable!("answered by `pass`"),
+            What::Reset | What::GetVringBase { .. } | What::Stop(_) => unreachable!("answered elsewhere"),
             What::SetVringKick { queue, fd } => self.rings.set_kick(epoll, queue, fd)?,
             What::SetVringCall { queue, fd } => self.rings.set_call(queue, fd)?,
             What::SetVringErr { queue, fd } => self.rings.set_err(queue, fd)?,
@@ -289,5 +297,6 @@ impl<D: RingDevice> Port<D> {
             self.device.abandon();
         }
         self.device.set_features(0);
+        self.acked = 0;
     }
 }

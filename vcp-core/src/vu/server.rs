@@ -5,23 +5,26 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-use super::channel::{Peeked, peek};
+use super::connection::{Connection, hung_up, wait_finished};
+use super::give::{Give, Progress};
 use super::handler::{Facts, Handler};
 use super::listen::{ListenError, SocketFile};
-use super::port::{Answer, Command, Port, PortError, What};
+use super::port::{Answer, Command, Port, What};
 use crate::ask::Ask;
 use crate::control::{AskSource, Control, ControlOptions, StatusSource};
 use crate::device::RingDevice;
+use crate::handover::anchor::Lifeline;
+use crate::handover::giver::Giving;
+use crate::handover::state::BadState;
+use crate::handover::taker::TakeError;
 use crate::http::Endpoint;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
@@ -61,6 +64,8 @@ pub struct ServeOptions {
     pub control: Option<PathBuf>,
     /// Page of metrics.
     pub metrics: Option<Endpoint>,
+    /// What another process is offered that wants to take over; without it none can.
+    pub giving: Option<Giving>,
 }
 
 /// Why a VCP cannot serve, or no longer.
@@ -81,6 +86,12 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// Nothing was taken over: the old process said or did something else.
+    #[error("cannot take over")]
+    Take(#[from] TakeError),
+    /// Nothing was taken over: the state cannot be gone on from.
+    #[error("cannot take over")]
+    State(#[from] BadState),
     /// The data thread ended by itself.
     #[error("the data thread ended: {0}")]
     DataThread(String),
@@ -90,34 +101,23 @@ pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -
     move |source| ServeError::System { what, source: source.into() }
 }
 
-/// A connected front end.
-struct Connection {
-    stream: UnixStream,
-    thread: JoinHandle<()>,
-}
-
-impl Connection {
-    /// Whether the front end closed its side.
-    fn is_dead(&self) -> bool {
-        self.thread.is_finished() || hung_up(&self.stream)
-    }
-}
-
-/// Whether the peer closed its side.
-fn hung_up(stream: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::event::poll(&mut fds, Some(&now)).is_ok()
-        && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
-}
-
 /// A device as the set-up thread sees it.
-struct Entry {
-    name: Arc<str>,
-    socket: SocketFile,
-    facts: Facts,
-    metrics: Arc<DeviceMetrics>,
-    connection: Option<Connection>,
+pub(super) struct Entry {
+    pub(super) name: Arc<str>,
+    pub(super) socket: SocketFile,
+    pub(super) facts: Facts,
+    pub(super) metrics: Arc<DeviceMetrics>,
+    pub(super) connection: Option<Connection>,
+}
+
+/// Why a server ended without an error.
+#[derive(Debug)]
+#[must_use]
+pub enum End {
+    /// A signal asked for it.
+    Signal,
+    /// Another process is the owner. With a lifeline, this one has to stay as its [`anchor`](crate::handover::anchor).
+    HandedOver(Option<UnixStream>),
 }
 
 /// Serves `devices` until a signal asks to end. `ready` is called once, when front ends can connect; `extra` adds the
@@ -131,20 +131,15 @@ pub fn serve<D: RingDevice>(
     signals: &Signals,
     extra: StatusSource,
     ready: impl FnOnce(),
-) -> Result<(), ServeError> {
+) -> Result<End, ServeError> {
     if let Some(cpu) = options.cpu {
         check_cpu(cpu)?;
     }
     let mailbox = Arc::new(Mailbox::new().map_err(system("create an event descriptor"))?);
-    let stop = Arc::new(AtomicBool::new(false));
     let loop_metrics = Arc::new(LoopMetrics::default());
     let (mut entries, mut ports) = (Vec::new(), Vec::new());
     for spec in devices {
-        let facts = Facts {
-            features: spec.device.features(),
-            queues: spec.device.queues(),
-            queue_size_max: spec.device.queue_size_max(),
-        };
+        let facts = Facts::of(&spec.device);
         let metrics = Arc::clone(spec.device.metrics());
         let (name, socket) = (Arc::clone(&spec.name), spec.socket);
         entries.push(Entry { name, socket, facts, metrics, connection: None });
@@ -152,25 +147,132 @@ pub fn serve<D: RingDevice>(
     }
     let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
     let ask = ask_device(Arc::clone(&mailbox));
-    let mut control =
-        Control::new(&options.control_options(), Arc::clone(&loop_metrics), parts, ask, extra)?;
-
-    let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::clone(&stop), loop_metrics)
+    let control = Control::new(&options.control_options(), Arc::clone(&loop_metrics), parts, ask, extra)?;
+    let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
         .map_err(system("create an epoll instance"))?;
-    let data = DataThread::start(data, options.cpu, &mailbox, &stop)?;
+    let server = Server::start(entries, control, data, mailbox, options)?;
     ready();
+    server.run(signals)
+}
 
-    let result = accept_loop(&mut entries, &mut control, signals, &mailbox, &data);
-    // The data thread first: it lets what is in flight end while the front ends are still there.
-    let ended = data.end();
-    for entry in &mut entries {
-        if let Some(connection) = entry.connection.take() {
-            let _ = connection.stream.shutdown(Shutdown::Both);
-            // It may wait for an answer of the data thread that never comes; the process ends without it.
-            let _ = wait_finished(&connection.thread, Duration::from_millis(100));
+/// Everything that runs.
+pub(super) struct Server {
+    pub(super) entries: Vec<Entry>,
+    control: Control,
+    mailbox: Arc<Mailbox<Command>>,
+    data: DataThread,
+    giving: Option<Giving>,
+    give: Option<Give>,
+    /// The connection to the anchor, in a process that took over.
+    pub(super) lifeline: Option<Lifeline>,
+}
+
+impl Server {
+    /// Starts the data thread.
+    pub(super) fn start<D: RingDevice>(
+        entries: Vec<Entry>,
+        mut control: Control,
+        data: DataLoop<D>,
+        mailbox: Arc<Mailbox<Command>>,
+        options: &ServeOptions,
+    ) -> Result<Self, ServeError> {
+        control.allow_take_over(options.giving.is_some());
+        let data = DataThread::start(data, options.cpu, &mailbox)?;
+        let giving = options.giving.clone();
+        Ok(Self { entries, control, mailbox, data, giving, give: None, lifeline: None })
+    }
+
+    /// Serves until it is over, and ends everything in order.
+    pub(super) fn run(mut self, signals: &Signals) -> Result<End, ServeError> {
+        let result = self.accept_loop(signals);
+        let Self { mut entries, mut control, data, lifeline, .. } = self;
+        let given = matches!(result, Ok(End::HandedOver(_)));
+        // The data thread first: it lets what is in flight end while the front ends are still there.
+        let ended = data.end();
+        for entry in &mut entries {
+            if given {
+                entry.socket.release();
+            }
+            if let Some(connection) = entry.connection.take() {
+                if !given {
+                    let _ = connection.stream.shutdown(Shutdown::Both);
+                }
+                // It may wait for an answer of the data thread that never comes; the process ends without it.
+                let _ = wait_finished(&connection.thread, Duration::from_millis(100));
+            }
+        }
+        if given {
+            control.release();
+        } else if let Some(lifeline) = lifeline
+            && result.is_ok()
+            && ended.is_ok()
+        {
+            lifeline.finish();
+        }
+        ended.and(result)
+    }
+
+    /// Accepts until a signal comes, the data thread ends, or another process has taken over.
+    fn accept_loop(&mut self, signals: &Signals) -> Result<End, ServeError> {
+        loop {
+            let mut fds = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(&self.data, PollFlags::IN)];
+            fds.extend(self.entries.iter().map(|entry| PollFd::new(&entry.socket, PollFlags::IN)));
+            fds.extend(self.control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            let give = self.give.as_ref().map(Give::fd);
+            fds.extend(give.map(|(fd, flags)| PollFd::new(fd, flags)));
+            let give = self.give.as_ref().and_then(|give| give.timeout(Instant::now()));
+            let timeout = [give, self.control.timeout()].into_iter().flatten().min();
+            match rustix::event::poll(&mut fds, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(system("wait for connections")(error)),
+            }
+            let fired: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            drop(fds);
+            if fired[0]
+                && let Some(signal) = signals.take()
+            {
+                tracing::info!(signal, "ending");
+                return Ok(End::Signal);
+            }
+            if fired[1] {
+                return Ok(End::Signal);
+            }
+            for (index, entry) in self.entries.iter_mut().enumerate() {
+                if fired[2 + index] {
+                    accept(index, entry, &self.mailbox);
+                }
+            }
+            self.control.serve();
+            if let Some(anchor) = self.hand_over() {
+                return Ok(End::HandedOver(anchor));
+            }
         }
     }
-    result.and(ended)
+
+    /// Moves a hand-over on, if one is wanted; what it left here once it is done.
+    fn hand_over(&mut self) -> Option<Option<UnixStream>> {
+        let now = Instant::now();
+        if let (Some(wanted), Some(giving)) = (self.control.take_successor(), &self.giving) {
+            match Give::start(wanted.stream, wanted.keep_pid, giving.clone(), now) {
+                Ok(give) if self.give.is_none() => self.give = Some(give),
+                Ok(_) => tracing::warn!("a hand-over was refused: another one is under way"),
+                Err(error) => tracing::warn!(%error, "a hand-over was refused"),
+            }
+        }
+        let give = self.give.as_mut()?;
+        match give.poll(&mut self.entries, &mut self.control, &self.mailbox, self.lifeline.as_ref(), now) {
+            Progress::Pending => None,
+            Progress::Failed(why) => {
+                self.give = None;
+                tracing::warn!(why, "the hand-over came to nothing; this process goes on");
+                None
+            }
+            Progress::Given(anchor) => {
+                self.give = None;
+                Some(anchor)
+            }
+        }
+    }
 }
 
 impl ServeOptions {
@@ -180,7 +282,7 @@ impl ServeOptions {
 }
 
 /// Asks a device on the data thread.
-fn ask_device(mailbox: Arc<Mailbox<Command>>) -> AskSource {
+pub(super) fn ask_device(mailbox: Arc<Mailbox<Command>>) -> AskSource {
     Box::new(move |device, ask: Ask| {
         let (reply, answer) = sync_channel(1);
         mailbox.send(Command { device, what: What::Ask(ask), reply });
@@ -189,42 +291,6 @@ fn ask_device(mailbox: Arc<Mailbox<Command>>) -> AskSource {
             _ => None,
         }
     })
-}
-
-/// Accepts until a signal comes or the data thread ends.
-fn accept_loop(
-    entries: &mut [Entry],
-    control: &mut Control,
-    signals: &Signals,
-    mailbox: &Arc<Mailbox<Command>>,
-    data: &DataThread,
-) -> Result<(), ServeError> {
-    loop {
-        let mut fds = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(data, PollFlags::IN)];
-        fds.extend(entries.iter().map(|entry| PollFd::new(&entry.socket, PollFlags::IN)));
-        fds.extend(control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        match rustix::event::poll(&mut fds, control.timeout().as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(system("wait for connections")(error)),
-        }
-        let fired: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        drop(fds);
-        if fired[0]
-            && let Some(signal) = signals.take()
-        {
-            tracing::info!(signal, "ending");
-            return Ok(());
-        }
-        if fired[1] {
-            return Ok(());
-        }
-        for (index, entry) in entries.iter_mut().enumerate() {
-            if fired[2 + index] {
-                accept(index, entry, mailbox);
-            }
-        }
-        control.serve();
-    }
 }
 
 /// Accepts or refuses one front end.
@@ -256,92 +322,14 @@ fn accept(index: usize, entry: &mut Entry, mailbox: &Arc<Mailbox<Command>>) {
         }
         entry.connection = None;
     }
-    match connect(index, entry, stream, Arc::clone(mailbox)) {
+    let handler = Handler::new(index, entry.facts, Arc::clone(mailbox));
+    match Connection::start(Arc::clone(&entry.name), stream, handler) {
         Ok(connection) => {
             entry.metrics.connections.add(1);
             entry.connection = Some(connection);
         }
         Err(error) => tracing::warn!(device = &*entry.name, %error, "cannot serve a front end"),
     }
-}
-
-fn connect(
-    index: usize,
-    entry: &Entry,
-    stream: UnixStream,
-    mailbox: Arc<Mailbox<Command>>,
-) -> io::Result<Connection> {
-    let keep = stream.try_clone()?;
-    let peeker = stream.try_clone()?;
-    let (name, facts) = (Arc::clone(&entry.name), entry.facts);
-    let thread = std::thread::Builder::new().name(format!("vu-{index}")).spawn(move || {
-        let handler = Arc::new(Mutex::new(Handler::new(index, facts, mailbox)));
-        tracing::info!(device = &*name, "front end connected");
-        let end = converse(stream, &peeker, &handler);
-        let handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = handler.ask(What::Detach) {
-            tracing::error!(device = &*name, %error, "cannot detach the front end");
-        }
-        let _ = peeker.shutdown(Shutdown::Both);
-        match end {
-            VhostError::Disconnected | VhostError::SocketBroken(_) | VhostError::PartialMessage => {
-                tracing::info!(device = &*name, "front end disconnected");
-            }
-            error => tracing::warn!(device = &*name, %error, "front end disconnected after a bad message"),
-        }
-    })?;
-    Ok(Connection { stream: keep, thread })
-}
-
-/// Handles messages until the connection ends; returns why it did.
-fn converse(stream: UnixStream, peeker: &UnixStream, handler: &Arc<Mutex<Handler>>) -> VhostError {
-    let lock = || handler.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(error) = lock().ask(What::Attach) {
-        return port_error(&error);
-    }
-    let mut connection = BackendReqHandler::from_stream(stream, Arc::clone(handler));
-    loop {
-        match peek(peeker) {
-            Ok(Peeked::Other) => {}
-            // Before the crate acknowledges the message: from then on the front end counts on being told.
-            Ok(Peeked::Channel(channel)) => {
-                let handler = lock();
-                if handler.has(VhostUserProtocolFeatures::BACKEND_REQ)
-                    && let Err(error) = handler.ask(What::SetChannel(channel))
-                {
-                    return port_error(&error);
-                }
-            }
-            Err(error) => return VhostError::SocketBroken(error),
-        }
-        match connection.handle_request() {
-            Ok(()) => {}
-            // The message was whole and understood, and the front end was told that it failed.
-            Err(error @ (VhostError::ReqHandlerError(_) | VhostError::InvalidOperation(_)))
-                if lock().has(VhostUserProtocolFeatures::REPLY_ACK) =>
-            {
-                tracing::warn!(%error, "message from the front end refused");
-            }
-            Err(error) => return error,
-        }
-    }
-}
-
-fn port_error(error: &PortError) -> VhostError {
-    VhostError::ReqHandlerError(io::Error::other(crate::process::chain(error)))
-}
-
-/// Waits for a thread to end; false if it did not in time.
-fn wait_finished<T>(thread: &JoinHandle<T>, timeout: Duration) -> bool {
-    let deadline = Instant::now() + timeout;
-    while !thread.is_finished() {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        // There is no way to wait for a thread with a deadline; this happens once per reconnect.
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    true
 }
 
 /// The running data thread.
@@ -358,8 +346,8 @@ impl DataThread {
         mut data: DataLoop<D>,
         cpu: Option<usize>,
         mailbox: &Arc<Mailbox<Command>>,
-        stop: &Arc<AtomicBool>,
     ) -> Result<Self, ServeError> {
+        let stop = data.stop_flag();
         let (ended, guard) = UnixStream::pair().map_err(system("create a socket pair"))?;
         let thread = std::thread::Builder::new()
             .name("vcp-data".into())
@@ -372,7 +360,7 @@ impl DataThread {
                 data.run().map_err(|error| format!("waiting failed: {error}"))
             })
             .map_err(system("start the data thread"))?;
-        Ok(Self { thread, stop: Arc::clone(stop), mailbox: Arc::clone(mailbox), ended })
+        Ok(Self { thread, stop, mailbox: Arc::clone(mailbox), ended })
     }
 
     /// Asks the thread to end and waits for it, for [`END_TIMEOUT`] at most.

@@ -30,6 +30,7 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub const MEMORY_BYTES: u64 = 16 << 20;
 /// Where the front end claims to have the guest's memory.
 const USER_BASE: u64 = 0x7f12_0000_0000;
+const RING_PACKED: u64 = 1 << 34;
 const PROTOCOL: u64 = 1 << 30;
 const EVENT_IDX: u64 = 1 << 29;
 
@@ -63,7 +64,7 @@ impl Server {
             let extra = Box::new(serde_json::Map::new);
             let ready = move || ready.send(()).unwrap();
             match kind {
-                Kind::Poll(_) => vcp_core::vu::serve(specs, &options, &signals, extra, ready),
+                Kind::Poll(_) => vcp_core::vu::serve(specs, &options, &signals, extra, ready).map(drop),
                 Kind::Epoll => vcp_core::epoll::serve(specs, &options, &signals, extra, ready),
             }
         });
@@ -167,7 +168,8 @@ impl Front {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut frontend = Frontend::from_stream(stream, queues.into());
         frontend.set_owner().unwrap();
-        let features = frontend.get_features().unwrap();
+        // It drives split rings.
+        let features = frontend.get_features().unwrap() & !RING_PACKED;
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {

@@ -1,0 +1,92 @@
+//! What is left of the first process after a hand-over: its process number.
+//!
+//! Whoever started it - a monitor, systemd, a script - watches that number, signals it and waits for it. Unless that one
+//! arranged the hand-over itself and knows the new number, the old process stays as an *anchor*, and does nothing but
+//! pass signals on and end as its successor ends. It holds no guest memory and no socket of a target or front end.
+//!
+//! Anchor and successor are joined by a *lifeline*, a socket pair whose other end each successor hands to the next, so that
+//! there is one anchor however often there was a hand-over. A byte to the successor is the number of a signal to act
+//! on; a byte to the anchor says that the successor ended well. The end of the anchor is the end of the successor, at once:
+//! whoever killed the anchor meant the disk, and is about to start it again.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Signal, getpid, kill_process};
+
+use crate::process::Signals;
+
+/// Stays as the anchor of whoever holds the other end of `lifeline`, until that one ends. Returns whether it ended well.
+///
+/// # Errors
+/// The system refused; the successor ends then.
+pub fn hold(mut lifeline: UnixStream, signals: &Signals) -> io::Result<bool> {
+    lifeline.set_nonblocking(true)?;
+    loop {
+        let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::new(&lifeline, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [signal, spoke] = fds.map(|fd| !fd.revents().is_empty());
+        if signal && let Some(signal) = signals.take() {
+            // A successor that is gone needs none.
+            let _ = lifeline.write_all(&[u8::try_from(signal).unwrap_or_default()]);
+        }
+        if spoke {
+            match lifeline.read(&mut [0]) {
+                Ok(len) => return Ok(len != 0),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(_) => return Ok(false),
+            }
+        }
+    }
+}
+
+/// The successor's end of a lifeline.
+#[derive(Debug)]
+pub struct Lifeline(UnixStream);
+
+impl Lifeline {
+    /// Holds on to `fd`: the anchor's signals reach this process from now on, and its end is this process's end.
+    ///
+    /// # Errors
+    /// The system refused.
+    pub fn follow(fd: OwnedFd) -> io::Result<Self> {
+        let stream = UnixStream::from(fd);
+        // Shared with the predecessor, which is about to end.
+        stream.set_nonblocking(false)?;
+        let mut listen = stream.try_clone()?;
+        let follow = move || {
+            let mut byte = [0];
+            loop {
+                match listen.read(&mut byte) {
+                    Ok(0) => break,
+                    Ok(_) => {
+                        let signal = Signal::from_named_raw(byte[0].into()).unwrap_or(Signal::TERM);
+                        let _ = kill_process(getpid(), signal);
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(_) => break,
+                }
+            }
+            // The anchor was killed; so is this.
+            let _ = kill_process(getpid(), Signal::KILL);
+        };
+        std::thread::Builder::new().name("lifeline".into()).spawn(follow)?;
+        Ok(Self(stream))
+    }
+
+    /// The descriptor, for the next successor.
+    #[must_use]
+    pub fn stream(&self) -> &UnixStream {
+        &self.0
+    }
+
+    /// This process ends well.
+    pub fn finish(mut self) {
+        let _ = self.0.write_all(&[0]);
+    }
+}

@@ -1,0 +1,117 @@
+//! The data thread's part of a hand-over: stopping between two requests, and going on where another process stopped.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::{DataLoop, timespec, wait_for};
+use crate::device::RingDevice;
+use crate::handover::state::{BadState, NotNow, PortState};
+use crate::handover::{Fds, monotonic_ns};
+use crate::mem::GuestMap;
+use crate::vu::give::{StopOrder, Stopped, Verdict};
+use crate::vu::port::Port;
+
+/// Where another process stopped.
+#[derive(Debug)]
+pub(super) struct Resumed {
+    stopped_ns: u64,
+    completed_ns: u64,
+    /// Completions when this loop began.
+    completions: u64,
+}
+
+impl<D: RingDevice> DataLoop<D> {
+    /// Stops as ordered; true if another process is the owner now. The mailbox is not looked into meanwhile: the
+    /// connections stand still as well.
+    pub(super) fn hand_over(&mut self, order: &StopOrder) -> rustix::io::Result<bool> {
+        self.ports.iter_mut().for_each(|port| port.rings.hold(true));
+        let stopped = self.stop_and_export(order.limit)?;
+        let given = stopped.is_ok();
+        let asked = order.answer.send(stopped).is_ok();
+        // The asker says something in the end, or is gone, which says the same as `Stay`.
+        let gone = given && asked && order.verdict.recv() == Ok(Verdict::Gone);
+        if !gone {
+            self.ports.iter_mut().for_each(|port| port.rings.hold(false));
+        }
+        Ok(gone)
+    }
+
+    fn stop_and_export(&mut self, limit: Duration) -> rustix::io::Result<Result<Stopped, NotNow>> {
+        let stopped_ns = monotonic_ns();
+        let mut completed_ns = stopped_ns;
+        let mut completions = self.completions();
+        let deadline = Instant::now() + limit;
+        loop {
+            let now = Instant::now();
+            self.readiness(true);
+            let moved = self.ports.iter_mut().fold(false, |moved, port| port.pass(&self.epoll, now) | moved);
+            self.metrics.passes.add(1);
+            if std::mem::replace(&mut completions, self.completions()) != completions {
+                completed_ns = monotonic_ns();
+            }
+            let mut fds = Fds::default();
+            let ports: Result<Vec<PortState>, NotNow> =
+                self.ports.iter().map(|port| port.export(&mut fds, now)).collect();
+            match ports {
+                Ok(ports) => {
+                    let metrics = serde_json::to_value(&*self.metrics).unwrap_or_default();
+                    return Ok(Ok(Stopped { ports, fds, stopped_ns, completed_ns, metrics }));
+                }
+                Err(why) if !why.passes() || now >= deadline => return Ok(Err(why)),
+                Err(_) if moved => {}
+                Err(_) => {
+                    let timeout = timespec(Duration::from_millis(1).min(deadline - now));
+                    let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
+                    let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+                    wait_for(&mut fds, Some(&timeout)).0?;
+                }
+            }
+        }
+    }
+
+    fn completions(&self) -> u64 {
+        self.ports.iter().map(|port| port.rings.completions()).fold(0, u64::wrapping_add)
+    }
+
+    /// Brings the state of another process's device into `port`, which is to be [added](Self::add).
+    pub(crate) fn import(
+        &self,
+        port: &mut Port<D>,
+        state: PortState,
+        map: Arc<GuestMap>,
+        fds: &mut Fds,
+        now: Instant,
+    ) -> Result<(), BadState> {
+        port.import(&self.epoll, state, map, fds, now)
+    }
+
+    /// Appends a device.
+    pub(crate) fn add(&mut self, port: Port<D>) {
+        self.ports.push(port);
+    }
+
+    /// This loop goes on where another process stopped.
+    pub(crate) fn resume_from(&mut self, stopped_ns: u64, completed_ns: u64) {
+        self.resumed = Some(Resumed { stopped_ns, completed_ns, completions: 0 });
+    }
+
+    /// The first look at a ring of a loop that goes on.
+    pub(super) fn first_look(&mut self) {
+        let completions = self.completions();
+        let Some(resumed) = &mut self.resumed else { return };
+        resumed.completions = completions;
+        self.metrics.take_overs.add(1);
+        self.metrics.take_over_stopped_ns.set(monotonic_ns().saturating_sub(resumed.stopped_ns));
+        self.metrics.take_over_gap_ns.set(0);
+    }
+
+    /// Whether the first request was completed; says how long that took since the other process's last one.
+    pub(super) fn look_for_completion(&mut self) {
+        let completions = self.completions();
+        if let Some(resumed) = self.resumed.take_if(|resumed| resumed.completions != completions) {
+            self.metrics.take_over_gap_ns.set(monotonic_ns().saturating_sub(resumed.completed_ns));
+        }
+    }
+}
