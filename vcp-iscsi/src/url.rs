@@ -124,6 +124,11 @@ pub enum UrlError {
 }
 
 impl Url {
+    /// Portal, target and unit: where it leads, whoever asks.
+    pub fn without_secrets(&self) -> (&Portal, Option<&str>, Option<Lun>) {
+        (&self.portal, self.target.as_deref(), self.lun)
+    }
+
     /// The target name.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iscsi::initiator::{Command, Direction, Event, Outcome, SessionError};
+use iscsi::scsi::alua::AccessState;
 use iscsi::scsi::lun::ReportLuns;
 use iscsi::scsi::{self, Cdb, Sense, SenseKey, Status};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,6 +24,8 @@ pub use super::login::Negotiated;
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a command is repeated after a unit attention.
 const MAX_RETRIES: u32 = 16;
+/// Pause before a unit in transition is looked at again.
+const TRANSITION_PAUSE: Duration = Duration::from_millis(250);
 
 /// How a command ended, with the data that came.
 #[derive(Clone, Debug)]
@@ -51,8 +54,8 @@ impl Client {
     ///
     /// # Errors
     /// The portal cannot be reached or refuses us.
-    pub fn connect(options: Options, purpose: Purpose) -> Result<Self, PortalError> {
-        let options = Arc::new(options);
+    pub fn connect(options: impl Into<Arc<Options>>, purpose: Purpose) -> Result<Self, PortalError> {
+        let options = options.into();
         let logged_in = dial(&options, purpose)?;
         let own_slot = options.queue_depth;
         Ok(Self {
@@ -188,6 +191,20 @@ impl Client {
     /// # Errors
     /// The session broke off (outer), or the unit cannot be used (inner).
     pub fn probe(&mut self, lun: scsi::Lun) -> Result<Result<Found, ProbeError>, PortalError> {
+        let mut tries = 0;
+        loop {
+            match self.probe_once(lun)? {
+                // Between two states it does not stay long.
+                Err(ProbeError::NoAccess(AccessState::Transitioning)) if tries < MAX_RETRIES => {
+                    tries += 1;
+                    std::thread::sleep(TRANSITION_PAUSE);
+                }
+                ended => return Ok(ended),
+            }
+        }
+    }
+
+    fn probe_once(&mut self, lun: scsi::Lun) -> Result<Result<Found, ProbeError>, PortalError> {
         let mut probe = Probe::new(lun);
         loop {
             let answer = self.command(probe.next())?;

@@ -103,17 +103,17 @@ pub enum PortalError {
         /// Why.
         source: ProbeError,
     },
-    /// It is not the unit that it was before the connection was lost.
-    #[error("LUN {lun} of {target} is another unit now ({now}) than before ({before}); not touching it")]
+    /// It is not the unit that it was before the connection was lost, or that the other paths lead to.
+    #[error("LUN {lun} of {target} at {portal} is another unit: {why}; not touching it")]
     OtherUnit {
         /// The target.
         target: String,
         /// The LUN.
         lun: String,
-        /// Identification before.
-        before: String,
-        /// Identification now.
-        now: String,
+        /// The portal.
+        portal: String,
+        /// Which unit is there, and which one should be.
+        why: String,
     },
     /// The URL leaves something out.
     #[error(transparent)]

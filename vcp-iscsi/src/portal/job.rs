@@ -41,6 +41,8 @@ pub(super) struct Job {
     pub(super) op: Op,
     pub(super) data: GuestBuf,
     pub(super) payload: Payload,
+    /// Path that its command took last.
+    pub(super) path: u8,
     /// PDUs handed to the wire whose data is not sent yet: the memory must stay.
     pub(super) unsent: u32,
     /// How it ended, if only `unsent` keeps it.

@@ -12,6 +12,7 @@ use iscsi::params::{DigestPolicy, ParamError, Params};
 use iscsi::pdu::framing::{Limits, Receiver, Step};
 use iscsi::pdu::{Isid, Opcode};
 
+use super::engine::MAX_PATHS;
 use super::net::Stream;
 use super::options::{Credentials, DigestChoice};
 use super::wire::Wire;
@@ -121,8 +122,8 @@ impl LoggedIn {
     pub fn into_wire(self, options: &Options, now: Instant) -> Wire {
         let (n, nexus, timeouts) = (&self.agreed.negotiated, &self.agreed.nexus, &options.timeouts);
         let config = SessionConfig {
-            // One more for commands of our own.
-            slots: options.queue_depth + 1,
+            // The rest for commands of our own, one for each path.
+            slots: options.queue_depth + MAX_PATHS as u16,
             cmd_sn: nexus.cmd_sn,
             exp_stat_sn: nexus.stat_sn,
             max_cmd_sn: nexus.max_cmd_sn,

@@ -25,7 +25,7 @@ pub mod socket;
 pub mod wire;
 
 pub use client::Client;
-pub use engine::{IscsiEngine, Stats};
+pub use engine::{IscsiEngine, MAX_PATHS, PathStats, Stats};
 pub use error::PortalError;
 pub use net::{Network, Stream};
 pub use options::{Options, SessionArgs};

@@ -9,7 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 
+use super::engine::MAX_PATHS;
 use super::net::{Network, Tcp};
+use super::probe::UnitId;
 use crate::url::{Secret, Url, is_iscsi_name};
 
 /// Initiator name of last resort: the part behind the colon names this program.
@@ -25,6 +27,16 @@ pub enum DigestChoice {
     /// No digest if the target agrees, CRC32C if it insists.
     #[default]
     None,
+}
+
+/// How commands are spread over paths that are equally good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum)]
+pub enum PathPolicy {
+    /// A few commands to each in turn
+    RoundRobin,
+    /// Each command to the path with the fewest underway
+    #[default]
+    LeastQueue,
 }
 
 /// A CHAP name and secret.
@@ -106,6 +118,16 @@ pub struct Options {
     /// beside a running device. It is part of the ISID: a session with the same one *replaces* the other
     /// (RFC 7143 6.3.5), which is what a restarted program wants and nobody else does.
     pub instance: String,
+    /// This ISID instead of the derived one ([`isid`](Self::isid)): to log in by another portal in the name of a session.
+    pub fixed_isid: Option<[u8; 6]>,
+    /// Further ways to the unit, besides `url`.
+    pub paths: Vec<Url>,
+    /// Sessions with each portal, at least 1.
+    pub sessions: u16,
+    /// How commands are spread over paths that are equally good.
+    pub path_policy: PathPolicy,
+    /// The unit that it must be.
+    pub unit_id: Option<UnitId>,
     /// What connections are made of.
     pub network: Arc<dyn Network>,
     /// Seeds the jitter of pauses, nothing else: any number that differs between programs will do, and the same one
@@ -129,14 +151,49 @@ impl Options {
             queue_depth: 128,
             read_only: false,
             instance: String::new(),
+            fixed_isid: None,
+            paths: Vec::new(),
+            sessions: 1,
+            path_policy: PathPolicy::default(),
+            unit_id: None,
             network: Arc::new(Tcp),
             jitter_seed: u64::from(std::process::id()),
         }
     }
 
+    /// The options of each path: those of this unit with the path's own URL, and credentials if it has any. Several
+    /// sessions with the same portal have instance names of their own, so that the ISID of every path differs from the
+    /// others', and is the same after every restart, whatever the order. At most [`MAX_PATHS`].
+    pub fn each_path(&self) -> Vec<Arc<Self>> {
+        let mut paths: Vec<Arc<Self>> = Vec::new();
+        for url in std::iter::once(&self.url).chain(&self.paths) {
+            for _ in 0..self.sessions.max(1) {
+                if paths.len() >= MAX_PATHS {
+                    tracing::warn!(url = %self.url, "only the first {MAX_PATHS} paths are used");
+                    return paths;
+                }
+                let same = |other: &&Arc<Self>| other.url.without_secrets() == url.without_secrets();
+                let session = paths.iter().filter(same).count();
+                let mut path = self.clone();
+                path.instance = session_instance(&self.instance, session);
+                if let Some((user, password)) = url.user.clone().zip(url.password.clone()) {
+                    path.chap = Some(Credentials { user, secret: password });
+                }
+                path.url = url.clone();
+                path.paths.clear();
+                path.sessions = 1;
+                paths.push(Arc::new(path));
+            }
+        }
+        paths
+    }
+
     /// The initiator session identifier's six bytes: of the random format (RFC 7143 11.12.5), but derived from who
     /// talks to what, so that it is the same after every restart.
     pub fn isid(&self) -> [u8; 6] {
+        if let Some(isid) = self.fixed_isid {
+            return isid;
+        }
         let lun = self.url.lun.unwrap_or_default();
         // FNV-1a: stable for ever, and nobody gains by a collision but the owner of these names.
         let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
@@ -156,6 +213,12 @@ impl Options {
         let h = (hash ^ hash >> 40).to_be_bytes();
         [0x80, h[3], h[4], h[5], h[6], h[7]]
     }
+}
+
+/// The name of one session of several with the same portal.
+fn session_instance(instance: &str, session: usize) -> String {
+    // The first one has the name that it would have alone.
+    if session == 0 { instance.to_owned() } else { format!("{instance}#{session}") }
 }
 
 /// The `InitiatorName=` of the host, if it has one.

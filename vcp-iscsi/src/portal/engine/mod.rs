@@ -3,32 +3,45 @@
 //! What it promises: a request is answered once and with the truth. Whatever goes wrong on the way - a lost
 //! connection, a unit attention, a busy target, a command that takes too long, an answer that does not account for every
 //! byte - is dealt with here by repetition, as often as [`MAX_FAILURES`] and the time limits allow; the device model
-//! only hears of what repetition will not cure. After a lost connection nothing is repeated before a new login *with the
-//! same ISID* has succeeded: the target then has ended the old session and with it every command of it (RFC 7143
-//! 6.3.5), so that none can act later and overwrite newer data. Where that does not hold, because another portal group
-//! answers now, the unit is reset first.
+//! only hears of what repetition will not cure.
+//!
+//! The engine is a *unit* - the table of requests underway ([`Jobs`], whose index is the slot and the task tag), the
+//! queue of those that wait, what to do about sense data (`outcomes`) - over one or several *paths* (`path`), each a
+//! session with a portal. `choose` gives commands to paths, `sessions` loses sessions and gets them back, `look` makes
+//! sure that the same unit is at the end of each and reads its access state, `doubt` sees to it that a write that a lost
+//! session may still carry out is repeated only when it cannot any more. With one path, all of it comes down to: log in
+//! again with the same ISID, which ends the old session and its commands (RFC 7143 6.3.5), look at the unit, repeat.
 
+mod choose;
 mod close;
+mod doubt;
+mod look;
 mod outcomes;
-mod recovery;
+mod path;
+mod sessions;
+mod status;
+mod waits;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use iscsi::initiator::{Command, Counters, Event};
+use iscsi::initiator::{Command, Event};
 use iscsi::scsi;
 use vcp_core::mem::GuestBuf;
 
 use super::client::{Client, Negotiated};
 use super::job::{Job, Jobs, Payload};
-use super::link::Dial;
 use super::login::Purpose;
-use super::probe::{Found, PROBE_BUFFER_BYTES, Probe};
-use super::wire::{RX_STAGING_BYTES, Wire, WireError, WireStats};
+use super::probe::{Found, PROBE_BUFFER_BYTES};
+use super::wire::{RX_STAGING_BYTES, Wire, WireError};
 use super::{Options, PortalError};
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request, Wait};
+use path::{Doubt, Path, Phase, Place};
+pub use path::{MAX_PATHS, PathStats};
+pub use status::Stats;
+use waits::Waits;
 
 /// Failures of one request that lead to repetition; the next one is told.
 pub const MAX_FAILURES: u32 = 4;
@@ -40,61 +53,8 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 const SETTLED: Duration = Duration::from_secs(10);
 /// At most one line of the same kind in the log in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
-
-/// What happened so far.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct Stats {
-    /// Requests that ended well.
-    pub completed: u64,
-    /// Requests that ended with an error.
-    pub failed: u64,
-    /// Repetitions of commands on the same session.
-    pub retries: u64,
-    /// Commands repeated on a new session.
-    pub repeated: u64,
-    /// Sessions lost.
-    pub sessions_lost: u64,
-    /// Sessions gained after the first.
-    pub sessions_regained: u64,
-    /// BUSY and TASK SET FULL.
-    pub busy: u64,
-    /// Unit attentions.
-    pub unit_attentions: u64,
-    /// Task management functions sent.
-    pub task_management: u64,
-    /// What the target did against RFC 7143: description and count.
-    pub violations: Vec<(String, u64)>,
-    /// Traffic.
-    pub wire: WireStats,
-}
-
-#[derive(Debug)]
-enum Phase {
-    /// The session is up.
-    Up,
-    /// The session is up, but the unit is being looked at again before commands go out.
-    Probing { probe: Box<Probe>, later: Option<Instant> },
-    /// No session; the next attempt comes then.
-    Waiting { until: Instant },
-    /// An attempt is underway.
-    Dialing(Box<Dial>),
-    /// Logged out; nothing comes any more.
-    Closed,
-}
-
-/// What a login with the same ISID must come to so that it ends the earlier session (RFC 7143 6.3.5): the portal group,
-/// or of a target that does not name it, the portal.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
-    Group(u16),
-    Portal(String),
-}
-
-impl From<&Negotiated> for Place {
-    fn from(session: &Negotiated) -> Self {
-        session.portal_group_tag.map_or_else(|| Self::Portal(session.portal.clone()), Self::Group)
-    }
-}
+/// With several paths, a former process's session on one that is not reached within this time is made sure of by a reset.
+const START_PATIENCE: Duration = Duration::from_secs(1);
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -103,58 +63,96 @@ pub struct IscsiEngine {
     lun_address: scsi::Lun,
     found: Found,
     lun: Lun,
-    negotiated: Negotiated,
-    wire: Option<Wire>,
-    phase: Phase,
+    paths: Vec<Path>,
+    /// The paths to use: those of the best class.
+    active: Vec<usize>,
+    /// That class.
+    class: Option<u8>,
+    /// `active` is up to date.
+    ranked: bool,
+    /// Position in `active` that has its turn, and commands that it got in a row.
+    turn: usize,
+    run: u32,
     jobs: Jobs,
     free: Vec<u16>,
-    /// Slot of the commands that are the engine's own.
-    own_slot: u16,
     waiting: VecDeque<u16>,
     backoff: Vec<(Instant, u16)>,
-    /// Slots that ended but whose data the wire still has to send.
+    /// Slots that ended but whose data a wire still has to send.
     pinned: Vec<u16>,
     ready: Vec<Completion>,
     scratch: Vec<u16>,
-    /// Commands at once, as the target's TASK SET FULL taught; grows again with successes.
-    window: usize,
-    window_credit: usize,
-    rescan: bool,
     changed: bool,
     /// [`Engine::close`] was called.
     closing: bool,
     /// [`Engine::abandon`] was called: nobody waits for what is underway, so nothing of it is repeated.
     abandoned: bool,
-    /// Where the last session was lost with commands underway, until it is certain that they are dead.
-    in_doubt: Option<Place>,
-    /// Since when no session was fit for commands.
+    /// Some path is in doubt; see `doubt`.
+    in_doubt: bool,
+    /// Nothing is written before doubts are settled.
+    barrier: bool,
+    reset: Option<doubt::Reset>,
+    reset_not_before: Option<Instant>,
+    reset_failures: u32,
+    /// Since when no path was fit for commands.
     away_since: Option<Instant>,
-    attempts: u32,
-    up_since: Instant,
+    /// With several paths: what they wait for.
+    waits: Option<Waits>,
+    /// When silent paths were looked for last.
+    watched: Option<Instant>,
+    wait_serial: u64,
     jitter: u64,
     log: LogLimit,
     stats: Stats,
-    counters: Counters,
 }
 
 impl IscsiEngine {
-    /// Opens the unit that the options name; blocks for the connect and login time limits at most. For the time before
-    /// `ready`.
+    /// Opens the unit that the options name; blocks for the connect and login time limits of each path at most, until one
+    /// works. For the time before `ready`; the other paths follow.
     ///
     /// # Errors
-    /// It cannot be reached, refuses us, or is not a disk.
+    /// It cannot be reached, refuses us, or is not a disk: what was found on the first path.
     pub fn open(options: Options) -> Result<Self, PortalError> {
         options.url.require_target()?;
-        let lun_address = options.url.require_lun()?;
-        let mut client = Client::connect(options, Purpose::Normal)?;
-        let (lun_address, found) = client.find_lun(lun_address)?;
+        let options = Arc::new(options);
+        let mut first = None;
+        for (index, path) in options.each_path().into_iter().enumerate() {
+            match Self::open_by(&options, index, path) {
+                Ok(engine) => return Ok(engine),
+                Err(error) => {
+                    if options.paths.len() + usize::from(options.sessions) > 1 {
+                        tracing::warn!(path = index, error = chain(&error), "not by this path");
+                    }
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        Err(first.unwrap_or(PortalError::Url(crate::url::UrlError::Missing("a target"))))
+    }
+
+    fn open_by(options: &Arc<Options>, index: usize, path: Arc<Options>) -> Result<Self, PortalError> {
+        let wanted = path.url.require_lun()?;
+        let mut client = Client::connect(path, Purpose::Normal)?;
+        let (lun_address, found) = client.find_lun(wanted)?;
+        let identity = found.identity();
+        if let Some(wanted) = options.unit_id.as_ref().filter(|wanted| !wanted.names(&identity)) {
+            let error = PortalError::OtherUnit {
+                target: client.options().url.target.clone().unwrap_or_default(),
+                lun: lun_address.to_string(),
+                portal: client.options().url.portal.to_string(),
+                why: format!("{identity}, not {wanted}"),
+            };
+            client.logout();
+            return Err(error);
+        }
         let now = Instant::now();
-        let (options, wire, _, negotiated) = client.into_parts();
-        let mut engine = Self::detached(options, lun_address, found, now);
-        engine.negotiated = negotiated;
-        engine.wire = Some(wire);
-        engine.phase = Phase::Up;
-        engine.away_since = None;
+        let (_, wire, _, negotiated) = client.into_parts();
+        let mut engine = Self::detached(Arc::clone(options), lun_address, found, now);
+        if let Some(path) = engine.paths.get_mut(index) {
+            let fresh = Path::new(Arc::clone(&path.options), lun_address, path.own_slot, now);
+            *path = fresh.with_session(wire, negotiated, &engine.found);
+        }
+        engine.doubts_changed();
+        engine.rank(now);
         Ok(engine)
     }
 
@@ -162,40 +160,65 @@ impl IscsiEngine {
     /// first [`Engine::poll`] at `now` or later begins to log in; requests wait until the unit is there and is the same.
     pub fn detached(options: Arc<Options>, lun_address: scsi::Lun, found: Found, now: Instant) -> Self {
         let depth = options.queue_depth;
-        let jobs = Jobs::new(depth + 1);
         let lun = found.lun(options.read_only);
         let jitter = options.jitter_seed << 32 ^ u64::from(options.isid()[5]) | 1;
-        Self {
+        let url_lun = options.url.lun.unwrap_or_default();
+        let mut paths: Vec<_> = options
+            .each_path()
+            .into_iter()
+            .zip(depth..)
+            .map(|(path, own_slot)| {
+                let lun = look::address_at(path.url.lun.unwrap_or_default(), url_lun, lun_address);
+                Path::new(path, lun, own_slot, now)
+            })
+            .collect();
+        if paths.len() > 1 {
+            // A process before this one may have left sessions with writes underway. The login of each path ends its own.
+            for path in &mut paths {
+                path.doubt = Some(Doubt::of_a_former_process(now + START_PATIENCE));
+            }
+        }
+        let mut engine = Self {
+            jobs: Jobs::new(depth + paths.len() as u16),
+            waits: if paths.len() > 1 { Waits::new() } else { None },
+            wait_serial: 0,
+            watched: None,
+            active: Vec::with_capacity(paths.len()),
+            paths,
             options,
             lun_address,
             found,
             lun,
-            negotiated: Negotiated::default(),
-            wire: None,
-            phase: Phase::Waiting { until: now },
-            jobs,
+            class: None,
+            ranked: false,
+            turn: 0,
+            run: 0,
             free: (0..depth).rev().collect(),
-            own_slot: depth,
             waiting: VecDeque::with_capacity(usize::from(depth)),
             backoff: Vec::with_capacity(usize::from(depth)),
             pinned: Vec::with_capacity(usize::from(depth)),
             ready: Vec::new(),
             scratch: Vec::with_capacity(usize::from(depth)),
-            window: usize::from(depth),
-            window_credit: 0,
-            rescan: false,
             changed: false,
             closing: false,
             abandoned: false,
-            in_doubt: None,
+            in_doubt: false,
+            barrier: false,
+            reset: None,
+            reset_not_before: None,
+            reset_failures: 0,
             away_since: Some(now),
-            attempts: 0,
-            up_since: now,
             jitter,
             log: LogLimit::default(),
             stats: Stats::default(),
-            counters: Counters::default(),
-        }
+        };
+        engine.doubts_changed();
+        engine
+    }
+
+    /// Requests at once; slots from here on are the paths' own.
+    fn depth(&self) -> u16 {
+        self.options.queue_depth
     }
 
     /// What was found out about the unit.
@@ -203,9 +226,15 @@ impl IscsiEngine {
         &self.found
     }
 
-    /// What the login agreed on.
+    /// Its address at the target of the options' URL.
+    pub fn lun_address(&self) -> scsi::Lun {
+        self.lun_address
+    }
+
+    /// What the login agreed on, on the first path in use.
     pub fn negotiated(&self) -> &Negotiated {
-        &self.negotiated
+        let first = self.active.first().copied().unwrap_or_default();
+        &self.paths[first].negotiated
     }
 
     /// What the session was opened with.
@@ -215,60 +244,43 @@ impl IscsiEngine {
 
     /// Whether there is a session at the moment.
     pub fn is_connected(&self) -> bool {
-        matches!(self.phase, Phase::Up | Phase::Probing { .. })
+        self.paths.iter().any(|path| path.wire.is_some())
     }
 
-    /// What happened so far.
-    pub fn stats(&self) -> Stats {
-        let mut stats = self.stats.clone();
-        let mut counters = self.counters.clone();
-        if let Some(wire) = &self.wire {
-            counters.add(wire.session.counters());
-            add_wire(&mut stats.wire, wire.stats);
-        }
-        stats.violations = counters.seen().map(|(v, n)| (v.to_string(), n)).collect();
-        stats
+    /// How many paths commands take now.
+    pub fn paths_in_use(&self) -> usize {
+        self.paths.iter().filter(|path| path.class().is_some() && path.class() == self.class).count()
     }
 
     /// Most memory that the engine takes, all of it at the start but for what a target makes it keep of a text.
     pub fn memory_bound_bytes(&self) -> u64 {
-        let slots = u64::from(self.own_slot) + 1;
-        let digests = self.wire.as_ref().is_some_and(|w| w.session.config().data_digest);
+        let slots = u64::from(self.depth()) + self.paths.len() as u64;
+        let digests = self
+            .paths
+            .iter()
+            .any(|path| path.wire.as_ref().is_some_and(|wire| wire.session.config().data_digest));
         let arena = if digests { 4 << 20 } else { 64 << 10 };
-        slots * 1024 + RX_STAGING_BYTES as u64 + PROBE_BUFFER_BYTES as u64 + arena + (64 << 10)
+        let session = slots * 1024 + RX_STAGING_BYTES as u64 + PROBE_BUFFER_BYTES as u64 + arena;
+        session * self.paths.len() as u64 + (64 << 10)
     }
 
-    /// Moves commands to the session, as many as it should have at once.
-    fn feed(&mut self, now: Instant) {
-        if !matches!(self.phase, Phase::Up) {
-            return;
-        }
-        let Some(wire) = &mut self.wire else { return };
-        while wire.session.outstanding() < self.window
-            && let Some(slot) = self.waiting.pop_front()
-        {
-            if let Some(job) = self.jobs.get(slot) {
-                wire.session.submit(slot, job.command, now);
-            }
-        }
-    }
-
-    fn exchange(&mut self, now: Instant) -> Result<bool, WireError> {
-        let Some(wire) = &mut self.wire else { return Ok(false) };
+    fn exchange(&mut self, index: usize, now: Instant) -> Result<bool, WireError> {
+        let Some(wire) = &mut self.paths[index].wire else { return Ok(false) };
         wire.session.timers(now)?;
         let mut moved = wire.send(&mut self.jobs, now)?;
         moved |= wire.receive(&mut self.jobs, now)?;
         Ok(moved)
     }
 
-    fn events(&mut self, now: Instant) {
-        while let Some(event) = self.wire.as_mut().and_then(|w| w.session.next_event()) {
+    fn events(&mut self, index: usize, now: Instant) {
+        let own_slot = self.paths[index].own_slot;
+        while let Some(event) = self.paths[index].wire.as_mut().and_then(|w| w.session.next_event()) {
             match event {
-                Event::Done { slot, outcome } if slot == self.own_slot => self.own_ended(outcome, now),
-                Event::Done { slot, outcome } => self.ended(slot, outcome, now),
+                Event::Done { slot, outcome } if slot == own_slot => self.own_ended(index, outcome, now),
+                Event::Done { slot, outcome } => self.ended(index, slot, outcome, now),
                 Event::UnitEvent { sense, .. } => {
                     tracing::info!(url = %self.options.url, ?sense, "the target reports an event of the unit");
-                    self.rescan = true;
+                    self.paths[index].rescan = true;
                 }
                 Event::Rejected { reason } => {
                     if self.log.allow(now) {
@@ -280,12 +292,71 @@ impl IscsiEngine {
                     let command = self.jobs.get(slot).map_or("", |j| j.command.cdb.name());
                     tracing::warn!(url = %self.options.url, step, command, "a command takes too long");
                 }
-                Event::UnitReset { .. } => self.unit_reset(now),
+                Event::UnitReset { .. } => self.unit_reset(index, now),
                 Event::LogoutWanted => {
                     tracing::info!(url = %self.options.url, "the target asks for a logout");
                 }
-                Event::LoggedOut { time2wait_s } => self.lost(&LoggedOut, time2wait_s, None, now),
+                Event::LoggedOut { time2wait_s } => self.lost(index, &LoggedOut, time2wait_s, None, now),
             }
+        }
+    }
+
+    /// Moves every session.
+    fn exchange_all(&mut self, now: Instant) -> bool {
+        let mut moved = false;
+        for index in 0..self.paths.len() {
+            match self.exchange(index, now) {
+                Ok(any) => moved |= any,
+                Err(error) => {
+                    // What was answered before the connection broke counts.
+                    self.events(index, now);
+                    self.wire_lost(index, &error, now);
+                    moved = true;
+                }
+            }
+            self.events(index, now);
+        }
+        moved
+    }
+
+    /// Sends what came up since.
+    fn send_all(&mut self, now: Instant) -> bool {
+        let mut moved = false;
+        for index in 0..self.paths.len() {
+            let Some(wire) = &mut self.paths[index].wire else { continue };
+            match wire.send(&mut self.jobs, now) {
+                Ok(any) => moved |= any,
+                Err(error) => {
+                    self.wire_lost(index, &error, now);
+                    moved = true;
+                }
+            }
+        }
+        moved
+    }
+
+    /// Tells `waits` which sockets there are.
+    fn update_waits(&mut self) {
+        let Some(waits) = &mut self.waits else { return };
+        for (index, path) in self.paths.iter().enumerate() {
+            let wanted = match (&path.wire, &path.phase) {
+                (Some(wire), _) => {
+                    Some((wire.stream().as_fd(), path.stats.sessions_gained, wire.wants_write()))
+                }
+                (None, Phase::Dialing(dial)) => {
+                    // It may go from one socket to the next by itself.
+                    self.wait_serial += 1;
+                    dial.fd().map(|fd| (fd, self.wait_serial | 1 << 63, dial.wants_write()))
+                }
+                _ => None,
+            };
+            waits.set(index, wanted);
+            let dial = path.doubt.as_ref().and_then(|doubt| doubt.dial.as_ref());
+            let wanted = dial.and_then(|dial| {
+                self.wait_serial += 1;
+                dial.fd().map(|fd| (fd, self.wait_serial | 1 << 63, dial.wants_write()))
+            });
+            waits.set(MAX_PATHS + index, wanted);
         }
     }
 }
@@ -322,6 +393,7 @@ impl Engine for IscsiEngine {
             op: request.op,
             data: request.data,
             payload,
+            path: 0,
             unsent: 0,
             ended: None,
             failures: 0,
@@ -344,76 +416,85 @@ impl Engine for IscsiEngine {
             }
         }
         moved |= self.reconnect(now);
+        if self.in_doubt || self.reset.is_some() {
+            moved |= self.settle(now);
+        }
+        if !self.ranked {
+            self.rank(now);
+        }
         self.give_up(now);
-        if self.rescan && matches!(self.phase, Phase::Up) {
-            self.start_probe(now);
-        }
-        self.drive_probe(now);
+        self.look_again(now);
         self.feed(now);
-        match self.exchange(now) {
-            Ok(any) => moved |= any,
-            Err(error) => {
-                // What was answered before the connection broke counts.
-                self.events(now);
-                self.wire_lost(&error, now);
-                moved = true;
-            }
-        }
-        self.events(now);
+        moved |= self.exchange_all(now);
         self.release_pinned();
-        if self.rescan && matches!(self.phase, Phase::Up) {
-            self.start_probe(now);
+        if self.paths.len() > 1 {
+            self.watch(now);
         }
-        // What the answers led to (R2Ts, repetitions, the probe's next command) goes out now, not with the next wake-up.
-        self.drive_probe(now);
+        // What the answers led to (R2Ts, repetitions, the look's next command) goes out now, not with the next wake-up.
+        self.look_again(now);
         self.feed(now);
-        if let Some(wire) = &mut self.wire {
-            match wire.send(&mut self.jobs, now) {
-                Ok(any) => moved |= any,
-                Err(error) => {
-                    self.wire_lost(&error, now);
-                    moved = true;
-                }
-            }
-            self.release_pinned();
-        }
+        moved |= self.send_all(now);
+        self.release_pinned();
+        self.update_waits();
         moved |= !self.ready.is_empty();
         done.append(&mut self.ready);
         moved
     }
 
     fn readiness(&mut self, ready: bool) {
-        if let Some(wire) = &mut self.wire {
-            wire.readiness(ready);
+        let set = match &self.waits {
+            Some(waits) if ready => waits.ready(),
+            _ => 0,
+        };
+        let many = self.waits.is_some();
+        for (index, path) in self.paths.iter_mut().enumerate() {
+            if let Some(wire) = &mut path.wire {
+                wire.readiness(if many { set >> index & 1 != 0 } else { ready });
+            }
         }
     }
 
     fn moves_long(&self) -> bool {
-        self.wire.as_ref().is_some_and(Wire::receives_long)
+        self.paths.iter().any(|path| path.wire.as_ref().is_some_and(Wire::receives_long))
     }
 
     fn wait(&self) -> Wait<'_> {
-        let backoff = self.backoff.iter().map(|&(at, _)| at).min();
-        let (fd, writable, deadline) = match &self.phase {
-            Phase::Up => (self.wire.as_ref().map(|w| w.stream().as_fd()), false, None),
-            Phase::Probing { later, .. } => (self.wire.as_ref().map(|w| w.stream().as_fd()), false, *later),
-            Phase::Waiting { until } => (None, false, Some(*until)),
-            Phase::Dialing(dial) => (dial.fd(), dial.wants_write(), Some(dial.deadline())),
-            Phase::Closed => (None, false, None),
-        };
-        let session = self.wire.as_ref().and_then(|w| w.session.deadline());
-        let give_up = self.give_up_at().filter(|_| !self.waiting.is_empty());
-        Wait {
-            fd,
-            writable: writable || self.wire.as_ref().is_some_and(Wire::wants_write),
-            deadline: [backoff, deadline, session, give_up].into_iter().flatten().min(),
+        let mut deadline = self.backoff.iter().map(|&(at, _)| at).min();
+        let mut sooner = |at: Option<Instant>| deadline = [deadline, at].into_iter().flatten().min();
+        for path in &self.paths {
+            sooner(match &path.phase {
+                Phase::Waiting { until } => Some(*until),
+                Phase::Dialing(dial) => Some(dial.deadline()),
+                Phase::Up | Phase::Probing | Phase::Closed => None,
+            });
+            sooner(path.wire.as_ref().and_then(|wire| wire.session.deadline()));
         }
+        sooner(self.look_at());
+        sooner(self.watch_at());
+        if self.in_doubt || self.reset.is_some() {
+            sooner(self.settle_at());
+        }
+        sooner(self.give_up_at().filter(|_| self.someone_waits()));
+        let (fd, writable) = match (&self.waits, &self.paths[..]) {
+            (Some(waits), _) => (Some(waits.fd()), false),
+            (None, [path, ..]) => match (&path.wire, &path.phase) {
+                (Some(wire), _) => (Some(wire.stream().as_fd()), wire.wants_write()),
+                (None, Phase::Dialing(dial)) => (dial.fd(), dial.wants_write()),
+                _ => (None, false),
+            },
+            (None, []) => (None, false),
+        };
+        Wait { fd, writable, deadline }
     }
 
     fn abandon(&mut self) {
         self.abandoned = true;
-        if !matches!(self.phase, Phase::Up) {
+        if self.active.is_empty() {
             self.drop_waiting();
+        } else {
+            for slot in self.take_held() {
+                self.finish(slot, Outcome::IoError);
+            }
         }
     }
 
@@ -422,19 +503,7 @@ impl Engine for IscsiEngine {
     }
 
     fn status(&self) -> serde_json::Value {
-        let state = match self.phase {
-            Phase::Up => "up",
-            Phase::Probing { .. } => "looking at the unit",
-            Phase::Waiting { .. } => "lost, pause before the next attempt",
-            Phase::Dialing(_) => "lost, logging in",
-            Phase::Closed => "closed",
-        };
-        serde_json::json!({
-            "url": self.options.url.to_string(),
-            "state": state,
-            "session": self.negotiated,
-            "stats": self.stats(),
-        })
+        self.describe()
     }
 
     fn take_change(&mut self) -> bool {
@@ -450,6 +519,7 @@ pub(in crate::portal) fn own_job(command: Command) -> Job {
         op: Op::Read,
         data: GuestBuf::for_test(PROBE_BUFFER_BYTES),
         payload: Payload::Guest,
+        path: 0,
         unsent: 0,
         ended: None,
         failures: 0,
@@ -472,15 +542,6 @@ pub(in crate::portal) fn chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
-}
-
-fn add_wire(sum: &mut WireStats, more: WireStats) {
-    sum.sends += more.sends;
-    sum.receives += more.receives;
-    sum.sent_bytes += more.sent_bytes;
-    sum.received_bytes += more.received_bytes;
-    sum.copied_bytes += more.copied_bytes;
-    sum.direct_bytes += more.direct_bytes;
 }
 
 /// Keeps a broken target from filling the log.

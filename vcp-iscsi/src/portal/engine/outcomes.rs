@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use iscsi::initiator::{Command, Direction, Outcome as TaskOutcome, Violation};
-use iscsi::scsi::sense::Action;
+use iscsi::scsi::alua::AccessState;
+use iscsi::scsi::sense::{Action, asc};
 use iscsi::scsi::{self, Cdb, SenseKey, Status, unmap};
 
 use super::{IscsiEngine, MAX_FAILURES, RETRY_MAX, RETRY_MIN, SETTLED};
@@ -176,7 +177,7 @@ impl IscsiEngine {
     }
 
     /// A command of a request ended.
-    pub(super) fn ended(&mut self, slot: u16, outcome: TaskOutcome, now: Instant) {
+    pub(super) fn ended(&mut self, index: usize, slot: u16, outcome: TaskOutcome, now: Instant) {
         let (status, sense, transferred_bytes) = match outcome {
             TaskOutcome::Status { status, sense, transferred_bytes } => (status, sense, transferred_bytes),
             TaskOutcome::TargetFailure { response } => {
@@ -192,17 +193,17 @@ impl IscsiEngine {
         match status {
             // Claimed for data that is still here: it cannot be stored, and what refers to it must not change.
             Status::GOOD if self.jobs.get(slot).is_some_and(|j| j.unsent > 0) => {
-                self.counters.count(Violation::Unfetched);
+                self.paths[index].counters.count(Violation::Unfetched);
                 return self.retry_failed(slot, &Violation::Unfetched.to_string(), now);
             }
-            Status::GOOD => return self.good(slot, now),
+            Status::GOOD => return self.good(index, slot, now),
             Status::BUSY | Status::TASK_SET_FULL => {
                 self.stats.busy += 1;
                 if status == Status::TASK_SET_FULL {
                     // Half of what was too much; a success for each command of the window adds one again.
-                    let underway = self.wire.as_ref().map_or(1, |w| w.session.outstanding());
-                    self.window = (underway / 2).max(1);
-                    self.window_credit = 0;
+                    let path = &mut self.paths[index];
+                    path.window = (path.outstanding() / 2).max(1);
+                    path.window_credit = 0;
                 }
                 return self.retry_refused(slot, false, &status.to_string(), now);
             }
@@ -224,12 +225,24 @@ impl IscsiEngine {
             if self.log.allow(now) {
                 tracing::info!(url = %self.options.url, %sense, "unit attention");
             }
+            if sense.code == asc::ALUA_STATE_CHANGED {
+                self.access_changed(now);
+            }
+        }
+        if sense.key == SenseKey::NotReady
+            && let Some(state) = AccessState::from_sense(sense.code)
+        {
+            // Not the unit's fault but the path's: the next one that is open takes it, or this one when it opens.
+            self.access_lost(index, state, now);
+            self.stats.retries += 1;
+            self.waiting.push_front(slot);
+            return;
         }
         match sense.action() {
             Action::Retry if sense.key == SenseKey::AbortedCommand => self.retry_failed(slot, &why, now),
             Action::Retry => self.retry_refused(slot, sense.key == SenseKey::UnitAttention, &why, now),
             Action::Rescan => {
-                self.rescan = true;
+                self.paths[index].rescan = true;
                 self.retry_refused(slot, true, &why, now);
             }
             Action::Log => {
@@ -238,7 +251,7 @@ impl IscsiEngine {
                     if self.log.allow(now) {
                         tracing::warn!(url = %self.options.url, %sense, "done with a remark");
                     }
-                    self.good(slot, now);
+                    self.good(index, slot, now);
                 } else {
                     self.retry_failed(slot, &why, now);
                 }
@@ -269,15 +282,17 @@ impl IscsiEngine {
         }
     }
 
-    pub(super) fn good(&mut self, slot: u16, now: Instant) {
-        self.window_credit += 1;
-        if self.window_credit >= self.window {
-            self.window_credit = 0;
-            self.window = (self.window + 1).min(usize::from(self.own_slot));
+    pub(super) fn good(&mut self, index: usize, slot: u16, now: Instant) {
+        let depth = usize::from(self.depth());
+        let path = &mut self.paths[index];
+        path.window_credit += 1;
+        if path.window_credit >= path.window {
+            path.window_credit = 0;
+            path.window = (path.window + 1).min(depth);
         }
         // A session that gets something done is worth having again soon; one that lasts, at once.
-        let settled = now.saturating_duration_since(self.up_since) >= SETTLED;
-        self.attempts = self.attempts.min(if settled { 0 } else { 1 });
+        let settled = now.saturating_duration_since(path.up_since) >= SETTLED;
+        path.attempts = path.attempts.min(if settled { 0 } else { 1 });
         if let Some(job) = self.jobs.get_mut(slot)
             && job.op == (Op::Write { fua: true })
             && !self.lun.fua

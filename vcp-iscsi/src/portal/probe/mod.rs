@@ -109,6 +109,8 @@ pub enum Next {
 #[derive(Debug)]
 pub struct Probe {
     lun: scsi::Lun,
+    /// Only REPORT TARGET PORT GROUPS.
+    brief: bool,
     step: Step,
     retries: u32,
     wanted: Vec<u8>,
@@ -131,6 +133,7 @@ impl Probe {
     pub fn new(lun: scsi::Lun) -> Self {
         Self {
             lun,
+            brief: false,
             step: Step::Inquiry,
             retries: 0,
             wanted: Vec::new(),
@@ -146,6 +149,12 @@ impl Probe {
             capacity: None,
             mode: ModeData::default(),
         }
+    }
+
+    /// Only a look at the access state of the port that is named in `names`; `before` is what it was, and stays if the
+    /// unit does not tell. Ends with [`access`](Self::access), not with [`finish`](Self::finish).
+    pub fn of_access(lun: scsi::Lun, names: Designators, before: Option<Access>) -> Self {
+        Self { brief: true, step: Step::Groups, names, access: before, ..Self::new(lun) }
     }
 
     /// The command to send now; its data goes to a buffer of [`PROBE_BUFFER_BYTES`].
@@ -225,6 +234,7 @@ impl Probe {
             }
             Step::Pages => self.after_pages(),
             Step::Vpd(_) => self.next_page(),
+            Step::Groups if self.brief => Step::Done,
             Step::Groups => Step::Ready,
             Step::Capacity16 => Step::Capacity10,
             Step::Mode6 => Step::Mode10,
@@ -295,8 +305,9 @@ impl Probe {
             }
             Step::Groups => {
                 let groups = alua::parse_groups(data).unwrap_or_default();
-                self.access = Access::find(&groups, &self.names);
+                self.access = Access::find(&groups, &self.names).or(self.access);
                 match &self.access {
+                    _ if self.brief => Step::Done,
                     Some(access) if !access.state.is_active() => Step::Done,
                     _ => Step::Ready,
                 }
@@ -333,6 +344,11 @@ impl Probe {
     /// What tells the unit from others, after [`Next::Done`]; known for a port without access as well.
     pub fn identity(&self) -> Identity {
         Identity { serial: self.serial.clone(), names: self.names.unit.clone() }
+    }
+
+    /// VPD page 83h, after [`Next::Done`].
+    pub fn names(&self) -> &Designators {
+        &self.names
     }
 
     /// The group of the port and its state, after [`Next::Done`]; `None`: the unit has one way for all.
