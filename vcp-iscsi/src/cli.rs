@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 
+use crate::capabilities;
 use crate::discover::DiscoverArgs;
 use crate::info::InfoArgs;
 use crate::limit::{Limits, Rate, parse_size};
@@ -27,6 +28,9 @@ pub struct Cli {
     /// What to log on standard error: error, warn, info, debug, trace, or a filter [default: $RUST_LOG, else warn]
     #[arg(long, global = true, value_name = "LEVEL", value_parser = NonEmptyStringValueParser::new())]
     pub log: Option<String>,
+    /// Print what this program can as a vhost-user backend, in JSON, and end; everything else is ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
     /// The command.
     #[command(subcommand)]
     pub command: Command,
@@ -43,10 +47,17 @@ pub enum Command {
     Info(InfoArgs),
 }
 
-/// Reads the command line; ends the process on wrong usage, `--help` and `--version`.
+/// Reads the command line; ends the process on wrong usage, `--help`, `--version` and `--print-capabilities`.
 #[must_use]
 pub fn parse() -> Cli {
-    Cli::try_parse().unwrap_or_else(|error| without_secret(error).exit())
+    let args: Vec<_> = std::env::args_os().collect();
+    // Before anything is checked: the conventions want whatever else is given to be ignored.
+    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+        println!("{}", capabilities::text());
+        std::process::exit(0);
+    }
+    let args = capabilities::with_command(args);
+    Cli::try_parse_from(args).unwrap_or_else(|error| without_secret(error).exit())
 }
 
 /// `clap` repeats a value that it refuses; one that is a URL may hold a password.
@@ -83,14 +94,18 @@ pub enum ServerKind {
 )]
 pub struct ServeArgs {
     /// The unit: `iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN`
-    #[arg(value_name = "URL", conflicts_with_all = ["url_file", "disk"], requires = "socket_path")]
+    #[arg(value_name = "URL", conflicts_with_all = ["url_file", "disk"], requires = "front")]
     pub url: Option<Private>,
     /// Read the URL from this file (or /dev/fd/N), so that a secret in it stays out of the process list
-    #[arg(long, value_name = "FILE", conflicts_with = "disk", requires = "socket_path")]
+    #[arg(long, value_name = "FILE", conflicts_with = "disk", requires = "front")]
     pub url_file: Option<PathBuf>,
     /// Unix socket to listen on for the monitor
-    #[arg(long, value_name = "SOCKET", conflicts_with = "disk")]
+    #[arg(long, value_name = "SOCKET", group = "front", conflicts_with = "disk")]
     pub socket_path: Option<PathBuf>,
+    /// The descriptor that this process was started with is the socket: one that listens, or one that the monitor is
+    /// connected to (the process then ends with that connection)
+    #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "socket_path"])]
+    pub fd: Option<i32>,
     /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:
     /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`
     #[arg(long, value_name = "SPEC", required_unless_present_any = ["url", "url_file"])]
@@ -166,13 +181,23 @@ impl Private {
 }
 
 impl ServeArgs {
+    /// Where the front end of the only device comes from: a path, or what stands for one, and a descriptor.
+    #[must_use]
+    pub fn front(&self) -> Option<(PathBuf, Option<i32>)> {
+        match (&self.socket_path, self.fd) {
+            (Some(path), _) => Some((path.clone(), None)),
+            (None, Some(fd)) => Some((format!("fd:{fd}").into(), Some(fd))),
+            (None, None) => None,
+        }
+    }
+
     /// The devices named on the command line itself (not by `--url-file`).
     ///
     /// # Errors
     /// Wrong usage, in words for the user.
     pub fn disks(&self) -> Result<Vec<DiskSpec>, String> {
-        match (&self.url, &self.socket_path) {
-            (Some(url), Some(socket)) => Ok(vec![DiskSpec::new(socket.clone(), url.url()?)]),
+        match (&self.url, self.front()) {
+            (Some(url), Some((socket, fd))) => Ok(vec![DiskSpec { fd, ..DiskSpec::new(socket, url.url()?) }]),
             _ => {
                 let spec = |text: &Private| text.0.parse().map_err(|error| format!("--disk: {error}"));
                 self.disk.iter().map(spec).collect()
@@ -186,6 +211,8 @@ impl ServeArgs {
 pub struct DiskSpec {
     /// Socket to listen on.
     pub socket: PathBuf,
+    /// The descriptor that is the socket, in place of a path.
+    pub fd: Option<i32>,
     /// The unit.
     pub url: Url,
     /// Refuse all writes.
@@ -200,7 +227,7 @@ impl DiskSpec {
     /// A device with what the other options say.
     #[must_use]
     pub fn new(socket: PathBuf, url: Url) -> Self {
-        Self { socket, url, read_only: false, queues: None, limits: Limits::default() }
+        Self { socket, fd: None, url, read_only: false, queues: None, limits: Limits::default() }
     }
 }
 
@@ -270,7 +297,7 @@ impl FromStr for DiskSpec {
         }
         let limits = Limits { iops: iops.build("limit-iops")?, bps: bps.build("limit-bps")? };
         match (socket, url) {
-            (Some(socket), Some(url)) => Ok(Self { socket, url, read_only, queues, limits }),
+            (Some(socket), Some(url)) => Ok(Self { fd: None, socket, url, read_only, queues, limits }),
             (None, _) => Err("socket=SOCKET is missing".into()),
             (_, None) => Err("url=URL is missing".into()),
         }
@@ -321,6 +348,13 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_takes_the_place_of_the_path() {
+        let disks = serve(&["--fd=3", URL]).unwrap().disks().unwrap();
+        assert_eq!((disks[0].fd, disks[0].socket.to_str()), (Some(3), Some("fd:3")));
+        assert!(serve(&["--fd", "3", "--url-file", "/f"]).is_ok());
+    }
+
+    #[test]
     fn limits_are_for_all_devices_or_for_one() {
         let args =
             serve(&["--socket-path", "/s", URL, "--limit-iops", "1000", "--limit-bps=10M,burst=1G"]).unwrap();
@@ -353,6 +387,10 @@ mod tests {
             &["--disk", &format!("{disk},limit-iops=1,limit-iops=2")],
             &["--disk", &format!("{disk},limit-bps-burst=1M")],
             &["--disk", &format!("{disk},limit-bps=fast")],
+            &["--socket-path", "/s", "--fd", "3", URL],
+            &["--fd", "three", URL],
+            &["--fd", "3"],
+            &["--fd", "3", "--disk", &disk],
             &["--socket-path", "/s", URL, "--limit-iops", "0"],
             &["--socket-path", "/s", URL, "--limit-bps", "1M,burst"],
             &["--socket-path", "/s", URL, "--metrics", "9100"],

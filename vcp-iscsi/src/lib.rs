@@ -5,11 +5,13 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod capabilities;
 pub mod cli;
 pub mod discover;
 pub mod engine;
 pub mod info;
 pub mod limit;
+pub mod notify;
 pub mod portal;
 pub mod recorder;
 pub mod serve;

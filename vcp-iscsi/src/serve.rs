@@ -17,6 +17,7 @@ use crate::blk::BlkDevice;
 use crate::cli::{DiskSpec, ServeArgs, ServerKind};
 use crate::engine::{Engine, Lun};
 use crate::limit::Limits;
+use crate::notify::notify;
 use crate::portal::{IscsiEngine, Options};
 use crate::url::Url;
 
@@ -43,11 +44,11 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         // Before anything is opened: this is the user's to correct.
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
-    if let (Some(file), Some(socket)) = (&args.url_file, &args.socket_path) {
+    if let (Some(file), Some((socket, fd))) = (&args.url_file, args.front()) {
         // It may be a pipe that nobody has written to yet.
         let file = file.clone();
         let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(()) };
-        disks.push(DiskSpec::new(socket.clone(), url));
+        disks.push(DiskSpec { fd, ..DiskSpec::new(socket, url) });
     }
     let plans = plans(args, disks)?;
     let options = plans.iter().map(|plan| plan.options.clone()).collect();
@@ -78,6 +79,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
     let announce = move || {
         // A reader that went away is no reason to end.
         let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
+        notify("READY=1");
     };
     match args.server {
         ServerKind::Poll => drop(vcp_core::vu::serve(devices, &options, signals, extra, announce)?),
@@ -105,13 +107,19 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         }
         // Before the unit is opened: a second process for the same socket must fail without taking the session of the
         // first one over. A front end that connects early waits.
-        let socket = SocketFile::bind(&disk.socket)?;
+        let socket = match disk.fd {
+            Some(fd) => SocketFile::adopt(fd)?,
+            None => SocketFile::bind(&disk.socket)?,
+        };
+        if socket.is_one_connection() && args.server == ServerKind::Epoll {
+            bail!("--fd with a connected socket needs --server poll");
+        }
         let mut options = args.session.options(disk.url)?;
         options.timeouts.give_up = args.give_up_s.map(std::time::Duration::from_secs);
         options.read_only = args.read_only || disk.read_only;
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.
-        options.instance = args.instance.clone().unwrap_or_else(|| disk.socket.display().to_string());
+        options.instance = args.instance.clone().unwrap_or_else(|| socket.path().display().to_string());
         let limits =
             Limits { iops: disk.limits.iops.or(args.limit_iops), bps: disk.limits.bps.or(args.limit_bps) };
         plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, limits });

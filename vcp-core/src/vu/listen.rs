@@ -1,10 +1,15 @@
 //! [`SocketFile`]: a listening Unix socket in the file system that cleans up after itself.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, Signal, getpid, kill_process, pidfd_getfd, pidfd_open};
 
 use crate::handover::Fds;
 use crate::handover::state::{BadState, SocketState};
@@ -18,6 +23,14 @@ pub enum ListenError {
     /// Something that is no socket is in the way.
     #[error("{0} exists and is not a socket")]
     NotASocket(PathBuf),
+    /// A descriptor that was to be the socket is none.
+    #[error("descriptor {fd} is not a vhost-user socket: {why}")]
+    Descriptor {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        why: String,
+    },
     /// The system refused.
     #[error("cannot listen on {path}")]
     Io {
@@ -38,6 +51,9 @@ pub struct SocketFile {
     identity: (u64, u64),
     /// Another process goes on listening: the file stays.
     released: bool,
+    /// The connection that was given in place of a socket to listen on, until it is taken. `listener` is then an eventfd
+    /// that is readable so long.
+    given: Mutex<Option<UnixStream>>,
 }
 
 impl SocketFile {
@@ -56,7 +72,64 @@ impl SocketFile {
         };
         listener.set_nonblocking(true).map_err(failed)?;
         let meta = std::fs::symlink_metadata(path).map_err(failed)?;
-        Ok(Self { listener, path: path.into(), identity: (meta.dev(), meta.ino()), released: false })
+        Ok(Self {
+            listener,
+            path: path.into(),
+            identity: (meta.dev(), meta.ino()),
+            given: Mutex::default(),
+            released: false,
+        })
+    }
+
+    /// The socket that this process was started with as descriptor `fd` (`--fd`): one that listens, as service managers
+    /// pass it, or one that a front end is connected to. In the second case there will be no other front end, and
+    /// SIGTERM is sent to this process when that one is gone. The socket file, if there is one, stays at the end.
+    ///
+    /// # Errors
+    /// [`ListenError::Descriptor`].
+    pub fn adopt(fd: i32) -> Result<Self, ListenError> {
+        let refused = |why: &str| ListenError::Descriptor { fd, why: why.into() };
+        let failed = |error: &dyn std::fmt::Display| ListenError::Descriptor { fd, why: error.to_string() };
+        if fd < 0 {
+            return Err(refused("numbers start at 0"));
+        }
+        let this = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|e| failed(&e))?;
+        // A copy of it under a number that nothing else owns.
+        let socket: OwnedFd = pidfd_getfd(&this, fd, PidfdGetfdFlags::empty()).map_err(|e| failed(&e))?;
+        if sockopt::socket_domain(&socket).map_err(|e| failed(&e))? != AddressFamily::UNIX {
+            return Err(refused("it is no Unix socket"));
+        }
+        if sockopt::socket_type(&socket).map_err(|e| failed(&e))? != SocketType::STREAM {
+            return Err(refused("it is no stream socket"));
+        }
+        let mut path = PathBuf::from(format!("fd:{fd}"));
+        if sockopt::socket_acceptconn(&socket).map_err(|e| failed(&e))? {
+            let listener = UnixListener::from(socket);
+            listener.set_nonblocking(true).map_err(|e| failed(&e))?;
+            if let Some(name) =
+                listener.local_addr().ok().and_then(|addr| addr.as_pathname().map(Path::to_owned))
+            {
+                path = name;
+            }
+            return Ok(Self { listener, path, identity: (0, 0), given: Mutex::default(), released: true });
+        }
+        let stream = UnixStream::from(socket);
+        stream.peer_addr().map_err(|_| refused("it neither listens nor is connected"))?;
+        stream.set_nonblocking(false).map_err(|e| failed(&e))?;
+        let watched = stream.try_clone().map_err(|e| failed(&e))?;
+        std::thread::Builder::new()
+            .name("fd-watch".into())
+            .spawn(move || end_with(&watched))
+            .map_err(|e| failed(&e))?;
+        let ready = eventfd(1, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(|e| failed(&e))?;
+        let given = Mutex::new(Some(stream));
+        Ok(Self { listener: ready.into(), path, identity: (0, 0), given, released: true })
+    }
+
+    /// Whether it is one connection and not a socket that listens.
+    #[must_use]
+    pub fn is_one_connection(&self) -> bool {
+        !sockopt::socket_acceptconn(&self.listener).unwrap_or(false)
     }
 
     /// The next connection, if one waits.
@@ -64,6 +137,10 @@ impl SocketFile {
     /// # Errors
     /// What `accept` reports, except that nobody waits.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        if let Some(stream) = self.given.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = rustix::io::read(&self.listener, &mut [0; 8]);
+            return Ok(Some(stream));
+        }
         match self.listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
@@ -104,7 +181,7 @@ impl SocketFile {
         }
         let failed = |source| BadState::System { what: "use a listening socket", source };
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { listener, path, identity, released: true })
+        Ok(Self { listener, path, identity, released: true, given: Mutex::default() })
     }
 
     /// The file stays when this is dropped.
@@ -140,6 +217,16 @@ impl Drop for SocketFile {
         if ours {
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+/// Waits until the peer of a connection is gone, then asks this process to end.
+fn end_with(stream: &UnixStream) {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    while let Err(rustix::io::Errno::INTR) = poll(&mut fds, None) {}
+    tracing::info!("the front end of --fd is gone");
+    if kill_process(getpid(), Signal::TERM).is_err() {
+        std::process::exit(0);
     }
 }
 
@@ -181,6 +268,51 @@ mod tests {
         std::fs::write(&path, b"precious").unwrap();
         assert!(matches!(SocketFile::bind(&path), Err(ListenError::NotASocket(_))));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_listening_descriptor_is_adopted_and_its_file_stays() {
+        use std::os::fd::AsRawFd;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let socket = SocketFile::adopt(listener.as_raw_fd()).unwrap();
+        assert_eq!(socket.path(), path);
+        assert!(!socket.is_one_connection());
+        assert!(socket.accept().unwrap().is_none());
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(socket.accept().unwrap().is_some());
+        drop(socket);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_connected_descriptor_is_adopted_once() {
+        use std::os::fd::AsRawFd;
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let socket = SocketFile::adopt(ours.as_raw_fd()).unwrap();
+        assert!(socket.is_one_connection());
+        let ready = || {
+            let mut fds = [PollFd::new(&socket, PollFlags::IN)];
+            poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() == 1
+        };
+        assert!(ready());
+        assert!(socket.accept().unwrap().is_some());
+        assert!(!ready(), "nobody else will come");
+        // The watching thread lives as long as the test's process: `_theirs` must, too, or it would end it.
+        std::mem::forget(_theirs);
+    }
+
+    #[test]
+    fn other_descriptors_are_refused_by_number() {
+        use std::os::fd::AsRawFd;
+        let file = tempfile::tempfile().unwrap();
+        let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for fd in [file.as_raw_fd(), datagram.as_raw_fd(), tcp.as_raw_fd(), 99_999, -1] {
+            let error = SocketFile::adopt(fd).unwrap_err().to_string();
+            assert!(error.contains(&format!("descriptor {fd} ")), "{error}");
+        }
     }
 
     #[test]
