@@ -8,6 +8,8 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use vcp_core::ask::Rest;
+use vcp_core::handover::Fds;
+use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::Samples;
 
@@ -70,7 +72,7 @@ pub struct Completion {
 }
 
 /// The logical unit as the engine found it: nothing here is a constant of ours.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Lun {
     /// Number of logical blocks.
     pub blocks: u64,
@@ -174,6 +176,22 @@ pub trait Engine {
         _now: Instant,
     ) -> Option<Result<Rest, String>> {
         None
+    }
+
+    /// See [`RingDevice::export`](vcp_core::device::RingDevice::export).
+    ///
+    /// # Errors
+    /// Something is under way, or it cannot be handed over at all.
+    fn export(&self, _fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
+        Err(NotNow::Never("this engine cannot be handed over".into()))
+    }
+
+    /// See [`RingDevice::import`](vcp_core::device::RingDevice::import).
+    ///
+    /// # Errors
+    /// The state is not understood.
+    fn import(&mut self, _state: serde_json::Value, _fds: &mut Fds, _now: Instant) -> Result<(), BadState> {
+        Err(BadState::Text("this engine cannot be taken over".into()))
     }
 
     /// The unit changed (capacity, limits) since the last call: the device model tells its driver.

@@ -25,7 +25,8 @@ const REST: Duration = Duration::from_millis(1);
 pub const MAX_RATE: u64 = 1 << 60;
 
 /// A rate and how much may come at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rate {
     /// Tokens per second, at least 1.
     pub per_second: u64,
@@ -183,8 +184,26 @@ pub struct Limiter {
     stats: LimitStats,
 }
 
+/// A limit and what is left of it, for another process.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BucketState {
+    rate: Rate,
+    /// Whole tokens; negative: debt.
+    level: i64,
+}
+
+/// A [`Limiter`] for another process.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimiterState {
+    iops: Option<BucketState>,
+    bps: Option<BucketState>,
+    stats: LimitStats,
+}
+
 /// What limits did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct LimitStats {
     /// Times a disk stopped taking requests because a limit was reached.
     pub closed: u64,
@@ -205,6 +224,36 @@ impl Limiter {
             closed_at: now,
             stats: LimitStats::default(),
         }
+    }
+
+    /// As it is now, for another process: no burst is granted anew.
+    #[must_use]
+    pub fn export(&self, now: Instant) -> LimiterState {
+        let bucket = |bucket: &Option<Bucket>| {
+            let mut bucket = bucket.clone()?;
+            bucket.refill(self.ns(now));
+            let level = i64::try_from(bucket.level.div_euclid(PARTS)).unwrap_or(i64::MIN);
+            Some(BucketState { rate: bucket.rate, level })
+        };
+        LimiterState { iops: bucket(&self.iops), bps: bucket(&self.bps), stats: self.stats }
+    }
+
+    /// Goes on from there.
+    ///
+    /// # Errors
+    /// A rate that there cannot be.
+    pub fn import(state: LimiterState, now: Instant) -> Result<Self, String> {
+        let bucket = |state: Option<BucketState>| {
+            state.map(|BucketState { rate, level }| {
+                let rate = Rate::new(rate.per_second, Some(rate.burst))?;
+                let level = (i128::from(level) * PARTS).min(i128::from(rate.burst) * PARTS);
+                Ok::<_, String>(Bucket { rate, level, at_ns: 0 })
+            })
+        };
+        let (iops, bps) = (bucket(state.iops).transpose()?, bucket(state.bps).transpose()?);
+        let mut limiter = Self { iops, bps, stats: state.stats, ..Self::new(Limits::default(), now) };
+        limiter.look(now);
+        Ok(limiter)
     }
 
     /// The limits now.

@@ -90,6 +90,8 @@ pub struct ServerState {
     /// The connection by which the process that the user started is told apart from one that ended; see
     /// [`anchor`](super::anchor).
     pub lifeline: Option<FdIndex>,
+    /// Standard error of the old process, for one that takes its place: the log goes on where it was.
+    pub log: Option<FdIndex>,
 }
 
 /// Where the page of metrics is served.

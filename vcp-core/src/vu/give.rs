@@ -212,8 +212,10 @@ fn attempt(
         }
         None => None,
     };
+    // Whoever reads the log of this process reads that of the next one, if that takes its place.
+    let log = if lifeline.is_some() { Some(fds.put_copy(std::io::stderr())?) } else { None };
     let (control, page) = control.export(&mut fds)?;
-    let state = ServerState { stopped_ns, completed_ns, metrics, control, page, devices, lifeline };
+    let state = ServerState { stopped_ns, completed_ns, metrics, control, page, devices, lifeline, log };
     successor.give(state, &fds).map_err(Failed::Give)?;
     // From here on it is the other one's. The thread ends; it cannot be told otherwise any more.
     let _ = verdict.send(Verdict::Gone);

@@ -1,5 +1,6 @@
 //! Takes everything over from an old process: the new one's steps.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -66,7 +67,8 @@ struct Built<D> {
     control: Control,
     data: DataLoop<D>,
     mailbox: Arc<Mailbox<Command>>,
-    lifeline: Option<std::os::fd::OwnedFd>,
+    lifeline: Option<OwnedFd>,
+    log: Option<OwnedFd>,
 }
 
 struct FrontEnd {
@@ -153,8 +155,9 @@ impl Parts {
         let ask = ask_device(Arc::clone(&self.mailbox));
         let control = Control::import((state.control, state.page), &mut fds, metrics, names, ask, extra)?;
         let lifeline = fds.take_if(state.lifeline)?;
+        let log = fds.take_if(state.log)?;
         fds.finish()?;
-        Ok(Built { entries, front_ends, control, data, mailbox: self.mailbox, lifeline })
+        Ok(Built { entries, front_ends, control, data, mailbox: self.mailbox, lifeline, log })
     }
 }
 
@@ -167,6 +170,9 @@ impl<D: RingDevice> Built<D> {
         self.control.own();
         let mut server = Server::start(self.entries, self.control, self.data, self.mailbox, options)?;
         server.lifeline = lifeline;
+        if let Some(log) = self.log {
+            rustix::stdio::dup2_stderr(log).map_err(system("go on with the log"))?;
+        }
         for (entry, front_end) in server.entries.iter_mut().zip(self.front_ends.drain(..)) {
             let Some(FrontEnd { stream, handler, requests }) = front_end else { continue };
             let connection = Connection::resume(Arc::clone(&entry.name), stream, handler, requests);

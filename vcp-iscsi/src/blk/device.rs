@@ -9,12 +9,16 @@
 //! Slots and all their storage are taken at start. A chain stays in the ring until there is a slot for it and the
 //! engine has room: the ring is the queue, and nothing is buffered twice.
 
+mod export;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vcp_core::ask::Rest;
 use vcp_core::device::{RingDevice, Rings, Wait};
+use vcp_core::handover::Fds;
+use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::{DeviceMetrics, OpMetrics, Samples};
 use vcp_core::queue::{Chain, MAX_CHAIN_DESCRIPTORS, RingError};
@@ -524,6 +528,14 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
 
     fn take_config_change(&mut self) -> bool {
         std::mem::take(&mut self.config_changed)
+    }
+
+    fn export(&self, fds: &mut Fds, now: Instant) -> Result<serde_json::Value, NotNow> {
+        self.to_state(fds, now)
+    }
+
+    fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+        self.from_state(state, fds, now)
     }
 
     fn abandon(&mut self) {
