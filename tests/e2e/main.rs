@@ -16,6 +16,7 @@ mod info;
 mod kill;
 mod lifecycle;
 mod monitor;
+mod monitor_kill;
 mod net;
 mod recovery;
 mod servers;

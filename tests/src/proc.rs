@@ -6,7 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -39,6 +39,7 @@ pub struct Cmd {
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
     stdin: Vec<u8>,
+    keep_stdin: bool,
     user: Option<u32>,
 }
 
@@ -52,7 +53,15 @@ impl Cmd {
         if std::env::var_os("RUST_BACKTRACE").is_none() {
             env.push(("RUST_BACKTRACE".into(), "1".into()));
         }
-        Self { name, program: program.to_owned(), args: Vec::new(), env, stdin: Vec::new(), user: None }
+        Self {
+            name,
+            program: program.to_owned(),
+            args: Vec::new(),
+            env,
+            stdin: Vec::new(),
+            keep_stdin: false,
+            user: None,
+        }
     }
 
     /// Adds an argument.
@@ -83,6 +92,13 @@ impl Cmd {
         self
     }
 
+    /// Keeps its standard input open, for [`Proc::say`].
+    #[must_use]
+    pub fn keep_stdin(mut self) -> Self {
+        self.keep_stdin = true;
+        self
+    }
+
     /// Runs it under this user and group number, without supplementary groups and capabilities.
     #[must_use]
     pub fn user(mut self, uid: u32) -> Self {
@@ -105,10 +121,12 @@ impl Cmd {
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let mut child = fork(command).with_context(|| format!("start {}", self.name))?;
         let log = Arc::new(Log::default());
-        if let Some(mut stdin) = child.stdin.take() {
+        let mut stdin = child.stdin.take();
+        if let Some(stdin) = &mut stdin {
             // A process that does not read its input closes the pipe; that is its right.
             let _ = stdin.write_all(&self.stdin);
         }
+        let stdin = Mutex::new(stdin.filter(|_| self.keep_stdin));
         if let Some(out) = child.stdout.take() {
             pump(Stream::Out, out, Arc::clone(&log));
         }
@@ -123,7 +141,7 @@ impl Cmd {
             while matches!(waitid(WaitId::Pid(pid), options), Err(rustix::io::Errno::INTR)) {}
             watch.update(|s| s.exited = Some(Instant::now()));
         });
-        Ok(Proc { name: self.name, child: Mutex::new(child), pid, log, started: Instant::now() })
+        Ok(Proc { name: self.name, child: Mutex::new(child), stdin, pid, log, started: Instant::now() })
     }
 
     /// Starts it and waits for its end.
@@ -167,12 +185,20 @@ pub struct Output {
 pub struct Proc {
     name: String,
     child: Mutex<Child>,
+    stdin: Mutex<Option<ChildStdin>>,
     pid: Pid,
     log: Arc<Log>,
     started: Instant,
 }
 
 impl Proc {
+    /// Writes to its standard input, which [`Cmd::keep_stdin`] has kept open.
+    pub fn say(&self, bytes: &[u8]) -> Result<()> {
+        let mut stdin = self.stdin.lock().unwrap_or_else(PoisonError::into_inner);
+        let stdin = stdin.as_mut().context("its standard input is closed")?;
+        stdin.write_all(bytes).with_context(|| format!("write to {}", self.name))
+    }
+
     /// Returns its process id.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()

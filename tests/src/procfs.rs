@@ -25,9 +25,35 @@ pub fn cmdline(pid: u32) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).replace('\0', " "))
 }
 
-/// Returns the children of a process (of its main thread).
+/// Returns the children of a process, whichever of its threads has started them.
 pub fn children(pid: u32) -> Result<Vec<u32>> {
-    let path = format!("/proc/{pid}/task/{pid}/children");
+    let path = format!("/proc/{pid}/task");
+    let mut children = Vec::new();
+    for task in fs::read_dir(&path).with_context(|| format!("read {path}"))? {
+        // A thread may end meanwhile.
+        let text = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
+        children.extend(text.split_whitespace().filter_map(|p| p.parse::<u32>().ok()));
+    }
+    Ok(children)
+}
+
+/// Returns how many descriptors a process has open.
+pub fn descriptors(pid: u32) -> Result<usize> {
+    let path = format!("/proc/{pid}/fd");
+    Ok(fs::read_dir(&path).with_context(|| format!("read {path}"))?.count())
+}
+
+/// Returns how many threads a process has.
+pub fn threads(pid: u32) -> Result<usize> {
+    let path = format!("/proc/{pid}/task");
+    Ok(fs::read_dir(&path).with_context(|| format!("read {path}"))?.count())
+}
+
+/// Returns the private memory of a process in KiB: what it has for itself, without what it shares with others (the guest's
+/// memory, say).
+pub fn private_kib(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    Ok(text.split_whitespace().filter_map(|p| p.parse().ok()).collect())
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+    line.trim().trim_end_matches(" kB").parse().with_context(|| format!("RssAnon: {line}"))
 }

@@ -146,11 +146,7 @@ impl Disk {
         if !transport.get_status().contains(DeviceStatus::FEATURES_OK) {
             return Err(Error::Device("it refuses a subset of the features that it offers"));
         }
-        // In halves: the configuration space is aligned to 4 bytes.
-        let half = |at| transport.read_config_space::<u32>(at).map(u64::from);
-        let capacity = transport
-            .read_consistent(|| Ok(half(0)? | half(4)? << 32))
-            .map_err(|_| Error::Device("its configuration space has no capacity"))?;
+        let capacity = capacity(&transport)?;
         let has = |feature: Feature| features & feature.bits() != 0;
         let ring = Ring::new(&mut transport, has(Feature::RING_INDIRECT_DESC), has(Feature::RING_EVENT_IDX))?;
         transport.set_status(so_far | DeviceStatus::DRIVER_OK);
@@ -257,6 +253,13 @@ impl Disk {
         self.capacity.saturating_mul(SECTOR)
     }
 
+    /// Reads the capacity anew; returns the number of sectors if it is another one than before.
+    pub fn capacity_change(&mut self) -> Result<Option<u64>, Error> {
+        let now = capacity(&self.transport)?;
+        let before = core::mem::replace(&mut self.capacity, now);
+        Ok((now != before).then_some(now))
+    }
+
     /// Returns the number of slots.
     pub fn depth(&self) -> u16 {
         self.slots.len() as u16
@@ -359,6 +362,14 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// The capacity in sectors, in halves: the configuration space is aligned to 4 bytes.
+fn capacity(transport: &MmioTransport<'static>) -> Result<u64, Error> {
+    let half = |at| transport.read_config_space::<u32>(at).map(u64::from);
+    transport
+        .read_consistent(|| Ok(half(0)? | half(4)? << 32))
+        .map_err(|_| Error::Device("its configuration space has no capacity"))
 }
 
 struct Features(u64);

@@ -6,11 +6,13 @@
 use crate::blk::{Disk, Done, Error, Op, SECTOR};
 use crate::config::Config;
 use crate::memory;
-use crate::runtime::println;
+use crate::runtime::{key_pressed, println};
 use crate::verify::{fill, random};
 
-/// Nothing completed for so long is a pause, milliseconds.
-const PAUSE_MS: u64 = 5;
+/// Nothing completed for so long is a pause, milliseconds. On a busy host the scheduler makes many shorter ones.
+const PAUSE_MS: u64 = 20;
+/// Completions between two looks at the keyboard and the disk's size.
+const LOOK_EVERY: u64 = 256;
 /// One request of so many is a flush.
 const FLUSH_EVERY: u64 = 64;
 /// What a buffer holds before it is read into.
@@ -41,7 +43,7 @@ struct Churn<'a> {
 
 const BUSY: u32 = 1 << 31;
 
-/// Runs until the time is over; an error is the first thing that was wrong.
+/// Runs until the time is over or somebody types something; an error is the first thing that was wrong.
 pub fn run(disk: &mut Disk, config: &Config) -> Result<(), Error> {
     let len = config.block_bytes;
     let count = config.region_bytes.min(disk.len_bytes()) / len as u64;
@@ -119,7 +121,17 @@ impl Churn<'_> {
             let job = self.pick();
             self.start(slot, job)?;
         }
+        let mut look = LOOK_EVERY;
         while self.disk.clock.now() < end {
+            if self.done.iter().sum::<u64>() >= look {
+                look += LOOK_EVERY;
+                if key_pressed() {
+                    break;
+                }
+                if let Some(sectors) = self.disk.capacity_change()? {
+                    println!("churn: the disk has {sectors} sectors now");
+                }
+            }
             let mut completed = Some(self.next()?);
             while let Some(Done { slot, .. }) = completed {
                 let job = self.pick();

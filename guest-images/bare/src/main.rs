@@ -6,7 +6,7 @@
 //!
 //! | word | meaning | default |
 //! | --- | --- | --- |
-//! | `job=` | `identify`, `verify`, `bench`, `all` (of those) or `churn` (reads and writes at random, each checked) | `all` |
+//! | `job=` | `identify`, `verify`, `bench`, `all` (of those) or `churn` (reads and writes at random, each checked, until a key is pressed) | `all` |
 //! | `rw=` | loads of `bench`, with commas: `randread`, `randwrite`, `read`, `write` | all four |
 //! | `qd=` | requests in flight | 32 |
 //! | `bs=`, `seqbs=` | bytes per request, random and sequential | 4K, 128K |

@@ -30,6 +30,18 @@ fn out(port: u16, byte: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack)) }
 }
 
+/// Returns whether somebody has typed something. An exit to the monitor.
+pub fn key_pressed() -> bool {
+    const LINE_STATUS: u16 = 5;
+    const DATA_READY: u8 = 1;
+    let status: u8;
+    // SAFETY: IOPL is 3; reading the status of the serial port has no effect on memory.
+    unsafe {
+        asm!("in al, dx", in("dx") SERIAL_PORT + LINE_STATUS, out("al") status, options(nomem, nostack));
+    }
+    status & DATA_READY != 0
+}
+
 /// Ends the guest with this status.
 pub fn exit(status: u8) -> ! {
     loop {

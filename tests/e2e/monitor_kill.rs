@@ -1,0 +1,269 @@
+//! Backends that die under `vcp run` while the guest works: nothing is lost, nothing is answered twice, the data is right,
+//! and the monitor keeps nothing of the dead. The bare-metal guest verifies natively; a stock Debian guest does in the
+//! helper VM.
+
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use guest_images::bare;
+use rustix::process::{Pid, Signal, kill_process};
+use vcp_tests::backend;
+use vcp_tests::bad_target::BadTarget;
+use vcp_tests::proc::{Proc, Stream};
+use vcp_tests::target::{Kind, Spec, Target};
+use vcp_tests::{Result, procfs};
+
+use crate::monitor::ring3;
+use crate::support::vcp;
+
+/// How long one step may take: a start, a recovery, an end.
+const STEP: Duration = Duration::from_secs(60);
+/// What the guest does until it is told to stop.
+const CHURN: &str = "job=churn secs=3600 region=8M qd=32 timeout=60";
+/// Kills without being asked for more.
+const KILLS: usize = 5;
+/// Private memory that the monitor may have more at the end than after its first restarts, KiB.
+const GROWTH_KIB: u64 = 1024;
+
+/// A running `vcp run` with the churning guest.
+struct Run {
+    proc: Proc,
+}
+
+impl Run {
+    /// Starts it with these disks, and waits until the guest is at work.
+    fn start(disk: &str, cmdline: &str) -> Result<Self> {
+        let proc = vcp(["run", "--log", "info", "--cmdline", cmdline, "--disk", disk, "--kernel"])?
+            .arg(bare::build()?)
+            .keep_stdin()
+            .spawn()?;
+        proc.wait_line(Stream::Out, "churn: ", STEP)?;
+        Ok(Self { proc })
+    }
+
+    /// The `vcp-iscsi` that serves now.
+    fn backend(&self) -> Result<u32> {
+        let children = procfs::children(self.proc.pid())?;
+        let is_vcp = |pid: &&u32| procfs::cmdline(**pid).is_ok_and(|line| line.contains("vcp-iscsi"));
+        children.iter().find(is_vcp).copied().context("there is no vcp-iscsi")
+    }
+
+    /// Waits until the monitor has said something so many times.
+    fn said(&self, what: &str, times: usize) -> Result<()> {
+        let end = Instant::now() + STEP;
+        while self.proc.stream(Stream::Err).matches(what).count() < times {
+            ensure!(Instant::now() < end, "not said {times} times: {what}\n{}", self.proc.tail());
+            ensure!(self.proc.is_running(), "the run has ended:\n{}", self.proc.tail());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn back(&self, times: usize) -> Result<()> {
+        self.said("the backend is back", times)
+    }
+
+    /// Has the guest compare everything, and demands that all is right; returns what it said last.
+    fn finish(self) -> Result<String> {
+        let children = procfs::children(self.proc.pid())?;
+        self.proc.say(b"q")?;
+        let status = self.proc.wait(STEP)?;
+        let out = self.proc.stream(Stream::Out);
+        ensure!(status.success(), "{status}: {}", self.proc.tail());
+        for child in children {
+            ensure!(procfs::cmdline(child).map_or(true, |c| c.is_empty()), "process {child} is left behind");
+        }
+        let line = out.lines().find(|line| line.starts_with("churn: ok"));
+        Ok(line.with_context(|| format!("no result in {out}"))?.to_owned())
+    }
+
+    /// The numbers behind `key` in what the monitor or the guest has said.
+    fn numbers(&self, stream: Stream, key: &str) -> Vec<f64> {
+        let text = self.proc.stream(stream);
+        let number = |rest: &str| {
+            let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+            rest[..end].parse().ok()
+        };
+        text.split(key).skip(1).filter_map(number).collect()
+    }
+}
+
+fn kill(pid: u32) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process id")?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
+/// What the monitor holds.
+#[derive(Debug)]
+struct Held {
+    descriptors: usize,
+    threads: usize,
+    private_kib: u64,
+}
+
+impl Held {
+    fn by(pid: u32) -> Result<Self> {
+        Ok(Self {
+            descriptors: procfs::descriptors(pid)?,
+            threads: procfs::threads(pid)?,
+            private_kib: procfs::private_kib(pid)?,
+        })
+    }
+}
+
+/// The middle and the largest of some numbers.
+fn spread(mut numbers: Vec<f64>) -> String {
+    numbers.sort_by(f64::total_cmp);
+    let at = |part: usize| numbers.get((numbers.len() * part / 100).min(numbers.len().saturating_sub(1)));
+    let mut text = format!("{} times", numbers.len());
+    for (name, part) in [("median", 50), ("p95", 95), ("largest", 100)] {
+        if let Some(number) = at(part) {
+            let _ = write!(text, ", {name} {number:.1} ms");
+        }
+    }
+    text
+}
+
+/// Kills the `vcp-iscsi` of a disk so many times under the churning guest; returns a report.
+fn killed_under_the_bare_guest(kills: usize, options: &str, cmdline: &str) -> Result<String> {
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let run = Run::start(&format!("url={},cpu=1{options}", target.url(0)), &format!("{CHURN} {cmdline}"))?;
+    run.proc.wait_line(Stream::Out, "blocks of", STEP)?;
+    let mut early = None;
+    for n in 0..kills {
+        // Well for long enough to be started again at once, and then any moment of the load.
+        std::thread::sleep(Duration::from_millis(1050 + (n as u64 * 37) % 250));
+        kill(run.backend()?)?;
+        run.back(n + 1)?;
+        if n == 2 {
+            early = Some(Held::by(run.proc.pid())?);
+        }
+    }
+    // The dying, too, has been seen to by now.
+    let late = Held::by(run.proc.pid())?;
+    let early = early.context("too few kills")?;
+    ensure!(
+        late.descriptors <= early.descriptors
+            && late.threads <= early.threads
+            && late.private_kib <= early.private_kib + GROWTH_KIB,
+        "the monitor keeps something of the dead: {early:?}, then {late:?}"
+    );
+    let away = spread(run.numbers(Stream::Err, "away_ms="));
+    let pauses = spread(run.numbers(Stream::Out, " ms="));
+    let result = run.finish()?;
+    Ok(format!(
+        "{kills} kills\nmonitor, loss to return: {away}\nguest, pauses of 20 ms and more: {pauses}\n{result}\n{late:?}"
+    ))
+}
+
+#[test]
+fn killed_vcp_is_started_again_under_a_verifying_guest() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    println!("{}", killed_under_the_bare_guest(KILLS, "", "")?);
+    Ok(())
+}
+
+/// `cargo xtask soak monitor`.
+#[test]
+#[ignore = "long: cargo xtask soak monitor"]
+fn soak() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let kills = std::env::var("VCP_SOAK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(100);
+    println!("split rings: {}", killed_under_the_bare_guest(kills, "", "")?);
+    Ok(())
+}
+
+/// The target is away when the VCP is started again: it is waited for, and so does the guest.
+#[test]
+fn target_that_is_away_when_the_vcp_is_killed_is_waited_for() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let mut target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let run = Run::start(&format!("url={}", target.url(0)), CHURN)?;
+    run.proc.wait_line(Stream::Out, "blocks of", STEP)?;
+    target.kill()?;
+    kill(run.backend()?)?;
+    // Some attempts fail, and one line tells of them.
+    run.said("the guest waits, and it is tried again", 1)?;
+    std::thread::sleep(Duration::from_millis(500));
+    target.start_again()?;
+    run.back(1)?;
+    let result = run.finish()?;
+    ensure!(result.contains("pauses=1") || !result.contains("pauses=0"), "no pause: {result}");
+    Ok(())
+}
+
+/// A backend of somebody else's that is killed, and started again on the same socket.
+#[test]
+fn backend_behind_a_socket_is_sought_again_unless_the_user_does_not_want_that() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("s");
+    let serve = || -> Result<Proc> {
+        let proc = backend::serve(&socket)?.arg(target.url(0)).spawn()?;
+        proc.wait_line(Stream::Out, "ready:", STEP)?;
+        Ok(proc)
+    };
+    let first = serve()?;
+    let run = Run::start(&format!("socket={}", socket.display()), CHURN)?;
+    run.proc.wait_line(Stream::Out, "blocks of", STEP)?;
+    first.kill()?;
+    run.said("cannot connect to the vhost-user socket", 1)?;
+    let second = serve()?;
+    run.back(1)?;
+    run.finish()?;
+    ensure!(second.is_running(), "the backend ended with its guest");
+
+    let run = Run::start(&format!("socket={},reconnect=no", socket.display()), CHURN)?;
+    second.kill()?;
+    let status = run.proc.wait(STEP)?;
+    ensure!(status.code() == Some(1), "{status}");
+    let err = run.proc.stream(Stream::Err);
+    ensure!(
+        err.contains("disk0: the vhost-user backend closed its connection; the guest was stopped"),
+        "{err}"
+    );
+    Ok(())
+}
+
+/// The run ends at once while a backend is away, and while it is being started.
+#[test]
+fn sigterm_ends_a_run_whose_backend_is_away() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let run = Run::start(&format!("url={}", target.url(0)), CHURN)?;
+    target.kill()?;
+    kill(run.backend()?)?;
+    run.said("the guest waits, and it is tried again", 1)?;
+    let (status, took) = run.proc.terminate(STEP)?;
+    ensure!(status.code().is_some() && took < Duration::from_secs(5), "{status} after {took:?}");
+    ensure!(run.backend().is_err(), "a vcp-iscsi is left");
+    Ok(())
+}
+
+/// A unit that grows while the guest runs: the driver sees it in its configuration space.
+#[test]
+fn capacity_change_reaches_the_guest() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let target = BadTarget::start("option blocks 20480")?;
+    let run = Run::start(&format!("url={}", target.url()), CHURN)?;
+    run.proc.wait_line(Stream::Out, "blocks of", STEP)?;
+    target.now("resize 40960")?;
+    target.now("async-sense 6 0x2a09")?;
+    run.proc.wait_line(Stream::Out, "churn: the disk has 40960 sectors now", STEP)?;
+    run.finish()?;
+    Ok(())
+}
