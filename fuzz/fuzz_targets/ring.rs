@@ -1,5 +1,5 @@
-//! A hostile guest: it writes what it likes where it likes in its memory, rings and all, while the block device model
-//! works on it.
+//! A hostile guest and front end: they write what they like where they like in the guest's memory, rings and all, and in
+//! the in-flight log, while the block device model works on it, on a split or a packed ring.
 //!
 //! Holds: no panic and no endless loop; the engine is asked for nothing outside the disk or the limits (the engine in
 //! memory asserts it); a chain taken is given back at most once, and exactly once unless its ring failed; the used index
@@ -7,13 +7,18 @@
 #![no_main]
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
 use vcp_core::device::{RingDevice, Rings};
 use vcp_core::mem::GuestMap;
-use vcp_core::queue::{Chain, ChainId, RingError, SplitQueue, VirtQueue};
+use vcp_core::queue::log::{LogArea, LogFormat};
+use vcp_core::queue::{
+    Chain, ChainId, PackedQueue, PackedStart, RingAddresses, RingError, SplitQueue, SplitStart, VirtQueue,
+};
 use vcp_iscsi::blk::BlkDevice;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -37,7 +42,13 @@ const MAX_OPS: usize = 64;
 /// One queue, as a server runs it.
 struct One {
     map: Arc<GuestMap>,
-    queue: Option<SplitQueue>,
+    queue: Option<Box<dyn VirtQueue>>,
+    log: Arc<LogArea>,
+    /// The log as the front end sees it.
+    log_file: File,
+    size: u16,
+    /// Heads that the log said were in flight, newest first.
+    again: Vec<u16>,
     epoch: u32,
     inflight: HashSet<(u16, u32)>,
     taken: u64,
@@ -50,7 +61,11 @@ impl Rings for One {
             return false;
         }
         let Some(ring) = &mut self.queue else { return false };
-        match ring.take(&self.map, chain) {
+        let taken = match self.again.pop() {
+            Some(head) => ring.take_again(&self.map, head, chain).map(|()| true),
+            None => ring.take(&self.map, chain),
+        };
+        match taken {
             Ok(true) => {
                 chain.id = ChainId { queue, head: chain.id.head, epoch: self.epoch };
                 // The driver may offer a head twice: both are requests, and both are answered.
@@ -90,16 +105,44 @@ impl Rings for One {
 }
 
 impl One {
-    fn start(&mut self, flags: u8, next_avail: u16) {
-        let size = 1 << (flags & 7).min(6);
-        let mut queue = Queue::new(256).expect("a power of two");
-        queue.set_size(size);
-        queue.try_set_desc_table_address(GuestAddress(DESC)).expect("aligned");
-        queue.try_set_avail_ring_address(GuestAddress(AVAIL)).expect("aligned");
-        queue.try_set_used_ring_address(GuestAddress(USED)).expect("aligned");
-        queue.set_event_idx(flags & 8 != 0);
+    /// Starts the ring where `how` says: at a base, with an empty log, or where the log says.
+    fn start(&mut self, flags: u8, base: u32, how: u8) {
+        self.size = 1 << (flags & 7).min(6);
+        let (event_idx, indirect) = (flags & 8 != 0, flags & 16 != 0);
         self.epoch += 1;
-        self.queue = SplitQueue::start(queue, flags & 16 != 0, next_avail, &self.map).ok();
+        let (queue, again) = if flags & 32 != 0 {
+            let log = self.log.queue(0, self.size, LogFormat::Packed).ok();
+            let start = match (how % 3, log) {
+                (1, Some(log)) => PackedStart::Fresh(base, log),
+                (2, Some(log)) => PackedStart::Recover(base, log),
+                _ => PackedStart::Base(base),
+            };
+            let at = RingAddresses { size: self.size, desc: DESC, avail: AVAIL, used: USED };
+            match PackedQueue::start(at, event_idx, indirect, start, &self.map) {
+                Ok((queue, again)) => (Some(Box::new(queue) as Box<dyn VirtQueue>), again),
+                Err(_) => (None, None),
+            }
+        } else {
+            let mut queue = Queue::new(256).expect("a power of two");
+            queue.set_size(self.size);
+            queue.try_set_desc_table_address(GuestAddress(DESC)).expect("aligned");
+            queue.try_set_avail_ring_address(GuestAddress(AVAIL)).expect("aligned");
+            queue.try_set_used_ring_address(GuestAddress(USED)).expect("aligned");
+            queue.set_event_idx(event_idx);
+            let log = self.log.queue(0, self.size, LogFormat::Split).ok();
+            let start = match (how % 3, log) {
+                (1, Some(log)) => SplitStart::Fresh(base as u16, log),
+                (2, Some(log)) => SplitStart::Recover(base as u16, log),
+                _ => SplitStart::Base(base as u16),
+            };
+            match SplitQueue::start(queue, indirect, start, &self.map) {
+                Ok((queue, again)) => (Some(Box::new(queue) as Box<dyn VirtQueue>), again),
+                Err(_) => (None, None),
+            }
+        };
+        self.queue = queue;
+        self.again = again.unwrap_or_default();
+        assert!(self.again.len() <= usize::from(self.size), "more in flight than the ring has entries");
     }
 
     fn publish(&mut self) {
@@ -133,9 +176,22 @@ fn run(data: &[u8]) -> Option<()> {
     unit.read_only = flags & 128 != 0;
     let mut device = BlkDevice::new(MemEngine::new(unit, 4), 1);
     device.set_features(device.features());
-    let mut one =
-        One { map: Arc::clone(&map), queue: None, epoch: 0, inflight: HashSet::new(), taken: 0, given: 0 };
-    one.start(flags, 0);
+    let format = if flags & 32 != 0 { LogFormat::Packed } else { LogFormat::Split };
+    let (spec, log_file) = LogArea::create(1, 64, format).expect("a memfd");
+    let log = LogArea::map(spec, log_file.try_clone().expect("a descriptor"), format).expect("our own area");
+    let mut one = One {
+        map: Arc::clone(&map),
+        queue: None,
+        log: Arc::new(log),
+        log_file,
+        size: 1,
+        again: Vec::new(),
+        epoch: 0,
+        inflight: HashSet::new(),
+        taken: 0,
+        given: 0,
+    };
+    one.start(flags, if flags & 32 != 0 { 0x8000_8000 } else { 0 }, 1);
     let mut avail = 0u16;
     let now = Instant::now();
     for _ in 0..MAX_OPS {
@@ -172,8 +228,7 @@ fn run(data: &[u8]) -> Option<()> {
             // A head made available; the index as it should be, or not.
             4 | 5 => {
                 let (head, jump) = (input.byte()?, input.byte()?);
-                let size = one.queue.as_ref().map_or(1, |ring| ring.queue().size());
-                let slot = AVAIL + 4 + 2 * u64::from(avail % size);
+                let slot = AVAIL + 4 + 2 * u64::from(avail % one.size);
                 map.write_obj(u16::from(head & 63), GuestAddress(slot)).expect("inside");
                 avail = avail.wrapping_add(if jump < 250 { 1 } else { u16::from(jump) * 13 });
                 map.write_obj(avail, GuestAddress(AVAIL + 2)).expect("inside");
@@ -187,10 +242,14 @@ fn run(data: &[u8]) -> Option<()> {
                 }
                 one.publish();
             }
-            _ => match input.byte()? % 4 {
+            _ => match input.byte()? % 5 {
                 0 => {
-                    let base = input.word()?;
-                    one.start(input.byte()?, base);
+                    let base = u32::from(input.word()?) | u32::from(input.word()?) << 16;
+                    one.start((input.byte()? & !32) | (flags & 32), base, input.byte()?);
+                }
+                4 => {
+                    let (offset, value) = (input.word()? & 0xfff, input.byte()?);
+                    let _ = one.log_file.write_at(&[value], offset.into());
                 }
                 1 => {
                     let armed = one.queue.as_mut().map(|ring| ring.arm(&map));
