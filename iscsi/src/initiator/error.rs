@@ -89,8 +89,21 @@ impl Counters {
         self.0[violation as usize] += 1;
     }
 
+    /// Of counts by description, as an earlier process wrote them. Descriptions that this version has no counter for are
+    /// left out.
+    pub fn of_text(violations: &[(String, u64)]) -> Self {
+        let mut counters = Self::default();
+        for violation in Violation::ALL {
+            let name = violation.to_string();
+            if let Some((_, n)) = violations.iter().find(|(what, _)| *what == name) {
+                counters.set(*violation, *n);
+            }
+        }
+        counters
+    }
+
     /// Sets one, as an earlier process counted it.
-    pub(super) fn set(&mut self, violation: Violation, n: u64) {
+    fn set(&mut self, violation: Violation, n: u64) {
         self.0[violation as usize] = n;
     }
 

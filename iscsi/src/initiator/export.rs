@@ -9,7 +9,7 @@
 
 use std::time::Instant;
 
-use super::{Config, Counters, Session, Violation};
+use super::{Config, Counters, Session};
 use crate::initiator::task::State;
 use crate::serial::Serial;
 
@@ -133,21 +133,9 @@ impl Session {
             debug_assert_eq!(task.state, State::Free);
             task.generation = generation;
         }
-        session.counters = counters(&state.violations);
+        session.counters = Counters::of_text(&state.violations);
         Ok(session)
     }
-}
-
-/// Counts by description, as counters; descriptions that this version has no counter for are left out.
-fn counters(violations: &[(String, u64)]) -> Counters {
-    let mut counters = Counters::default();
-    for violation in Violation::ALL {
-        let name = violation.to_string();
-        if let Some((_, n)) = violations.iter().find(|(what, _)| *what == name) {
-            counters.set(*violation, *n);
-        }
-    }
-    counters
 }
 
 fn check(state: &SessionState) -> Result<(), ImportError> {

@@ -164,6 +164,9 @@ impl SocketFile {
 
     /// For another process.
     pub(crate) fn export(&self, fds: &mut Fds) -> io::Result<SocketState> {
+        if self.is_one_connection() {
+            return Err(io::Error::other("a server for the one connection that it was given has no other"));
+        }
         Ok(SocketState {
             path: std::path::absolute(&self.path)?,
             identity: self.identity,

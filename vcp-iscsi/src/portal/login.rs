@@ -42,7 +42,8 @@ impl Purpose {
 }
 
 /// What a login agreed on, for people and programs that ask.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Negotiated {
     /// The portal in the end, after redirections.
     pub portal: String,

@@ -10,6 +10,8 @@
 //! - A socket that was emptied is not looked at again before the runner says that it is readable, if the runner does
 //!   that at all ([`Wire::readiness`]).
 
+mod export;
+
 use std::collections::VecDeque;
 use std::io;
 use std::time::Instant;
@@ -19,6 +21,8 @@ use iscsi::initiator::{Place, Session, SessionError, TxPdu};
 use iscsi::pdu::framing::{FrameError, Limits, Receiver, Step, Trailer};
 use iscsi::pdu::{ahs::MAX_AHS_BYTES, framing::Digests};
 use vcp_core::sock::{Gather, IovStorage, Scatter};
+
+pub use export::WireState;
 
 use super::job::{Data, Jobs};
 use super::net::Stream;
@@ -70,7 +74,8 @@ enum Piece {
 }
 
 /// What moved, for the metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct WireStats {
     /// Calls of `sendmsg`.
     pub sends: u64,

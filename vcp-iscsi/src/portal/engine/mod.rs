@@ -15,6 +15,7 @@
 mod choose;
 mod close;
 mod doubt;
+mod export;
 mod look;
 mod outcomes;
 mod path;
@@ -29,6 +30,8 @@ use std::time::{Duration, Instant};
 
 use iscsi::initiator::{Command, Event};
 use iscsi::scsi;
+use vcp_core::handover::Fds;
+use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 
 use super::client::{Client, Negotiated};
@@ -500,6 +503,14 @@ impl Engine for IscsiEngine {
 
     fn close(&mut self, limit: Duration) {
         self.shut_down(limit);
+    }
+
+    fn export(&self, fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
+        self.to_state(fds)
+    }
+
+    fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+        self.from_state(state, fds, now)
     }
 
     fn status(&self) -> serde_json::Value {

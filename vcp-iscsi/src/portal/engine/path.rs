@@ -75,7 +75,8 @@ impl Doubt {
 }
 
 /// What happened on a path, for people.
-#[derive(Clone, Debug, Default, serde::Serialize)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct PathStats {
     /// Sessions lost.
     pub sessions_lost: u64,

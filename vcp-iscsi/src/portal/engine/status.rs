@@ -7,7 +7,8 @@ use super::{IscsiEngine, Path, Phase};
 use crate::portal::wire::WireStats;
 
 /// What happened so far.
-#[derive(Clone, Debug, Default, serde::Serialize)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Stats {
     /// Requests that ended well.
     pub completed: u64,

@@ -7,7 +7,7 @@ use iscsi::scsi::alua::{AccessState, TargetPortGroup};
 use iscsi::scsi::vpd::{Designator, DesignatorKind, Designators};
 
 /// What tells one logical unit from another.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Identity {
     /// VPD page 80h.
     pub serial: Option<String>,
