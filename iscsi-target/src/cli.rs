@@ -1,7 +1,6 @@
 //! Options, start and end of the program.
 
-use std::io::Write as _;
-use std::net::SocketAddr;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,10 +9,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{ArgAction, ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use iscsi::chap;
+use iscsi::scsi::alua::AccessState;
 use iscsi_target::config::{
-    Config, DigestChoice, LunConfig, PollMode, SessionConfig, TargetConfig, parse_size,
+    Config, DigestChoice, LunConfig, PollMode, PortalConfig, SessionConfig, TargetConfig, parse_size,
 };
-use iscsi_target::server::Server;
+use iscsi_target::server::{Server, parse_state, state_name};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// The embedded iSCSI target: memory and file LUNs for demos, tests and benchmarks.
@@ -29,6 +29,29 @@ enum Command {
     /// Serves targets until SIGTERM or SIGINT.
     #[command(after_help = SERVE_EXAMPLE)]
     Serve(Box<Serve>),
+    /// Shows or sets the access state of target portal groups.
+    #[command(after_help = GROUP_EXAMPLE)]
+    Group(Group),
+}
+
+const GROUP_EXAMPLE: &str = "\
+Example:
+  iscsi-target group --control /run/target.sock
+  iscsi-target group --control /run/target.sock 2 standby
+
+States: optimized, non-optimized, standby, unavailable, offline, transitioning.";
+
+#[derive(Debug, Args)]
+struct Group {
+    /// Control socket of the server.
+    #[arg(long, value_name = "SOCKET")]
+    control: PathBuf,
+    /// Group to set.
+    #[arg(value_name = "N", requires = "state")]
+    number: Option<u16>,
+    /// State to set it to.
+    #[arg(value_name = "STATE", value_parser = parse_state)]
+    state: Option<AccessState>,
 }
 
 const SERVE_EXAMPLE: &str = "\
@@ -37,15 +60,25 @@ Example:
       --lun mem:1G --lun file:disk.img,read-only --chap alice:a-long-secret
 
 LUN specification: mem:SIZE or file:PATH, then any of
-  ,read-only  ,block-size=512|4096  ,write-cache=on|off  ,lun=NUMBER
+  ,read-only  ,block-size=512|4096  ,write-cache=on|off  ,lun=NUMBER  ,naa=HEX
 LUNs are numbered from 0 in the order given, unless lun= says otherwise. --lun and the --chap options belong to the
-last --target before them.";
+last --target before them.
+
+Portals of one group are one target port. With several groups the LUNs have asymmetric access (ALUA):
+  --listen 127.0.0.1:3260,group=1 --listen 127.0.0.2:3260,group=2 --group 2=standby --control /run/target.sock
+naa= gives the same name to the same medium behind several targets or servers.";
 
 #[derive(Debug, Args)]
 struct Serve {
-    /// Address and port to listen on; port 0 takes a free one.
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:3260")]
-    listen: SocketAddr,
+    /// Address and port to listen on, and the target portal group; port 0 takes a free one; may be repeated.
+    #[arg(long, value_name = "ADDR:PORT[,group=N]", default_value = "127.0.0.1:3260", action = ArgAction::Append)]
+    listen: Vec<PortalConfig>,
+    /// Asymmetric access state of a portal group at start; may be repeated.
+    #[arg(long, value_name = "N=STATE", action = ArgAction::Append, value_parser = group_state)]
+    group: Vec<(u16, AccessState)>,
+    /// Unix socket over which access states are changed (see `iscsi-target group`).
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// iSCSI name of a target; may be repeated.
     #[arg(long, value_name = "IQN", required = true, action = ArgAction::Append, value_parser = iqn)]
     target: Vec<String>,
@@ -118,6 +151,12 @@ struct Serve {
     /// Seconds of silence after which an initiator is pinged, and as many again after which it is given up; 0: never.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Session")]
     keepalive_s: u64,
+}
+
+fn group_state(text: &str) -> Result<(u16, AccessState), String> {
+    let (group, state) = text.split_once('=').ok_or("expected N=STATE")?;
+    let group = group.parse().map_err(|_| format!("`{group}` is no group number"))?;
+    Ok((group, parse_state(state)?))
 }
 
 fn yes_no(text: &str) -> Result<bool, String> {
@@ -210,8 +249,16 @@ impl Serve {
             self.first_burst,
             self.max_burst
         );
+        for (group, _) in &self.group {
+            anyhow::ensure!(
+                self.listen.iter().any(|portal| portal.group == *group),
+                "--group {group}: no --listen has this group"
+            );
+        }
         Ok(Config {
-            listen: self.listen,
+            listen: self.listen.clone(),
+            groups: self.group.clone(),
+            control: self.control.clone(),
             targets: self.targets(matches)?,
             session: SessionConfig {
                 queue_depth: self.queue_depth,
@@ -262,9 +309,39 @@ fn serve(options: &Serve, matches: &ArgMatches) -> anyhow::Result<()> {
     server.pin()?;
     tracing::info!(memory_bound_bytes = server.memory_bound_bytes(), "media open");
     let names = options.target.join(",");
-    println!("ready: addr={} target={names} luns={}", server.addr(), server.unit_count());
+    let portals = server.portals();
+    let first = portals.first().map(|(addr, _)| addr.to_string()).unwrap_or_default();
+    print!("ready: addr={first} target={names} luns={}", server.unit_count());
+    if portals.len() > 1 {
+        let all: Vec<_> = portals.iter().map(|(addr, group)| format!("{addr},{group}")).collect();
+        print!(" portals={}", all.join(" portals="));
+    }
+    println!();
     std::io::stdout().flush().context("cannot write to standard output")?;
     server.run(&stop)?;
+    Ok(())
+}
+
+/// Asks a running server, and prints its answer.
+fn group(options: &Group) -> anyhow::Result<()> {
+    let socket = UnixStream::connect(&options.control).with_context(|| {
+        format!(
+            "cannot reach the control socket {} (was the server started with --control?)",
+            options.control.display()
+        )
+    })?;
+    let request = match (options.number, options.state) {
+        (Some(number), Some(state)) => format!("group {number} {}", state_name(state)),
+        _ => "groups".to_owned(),
+    };
+    writeln!(&socket, "{request}").context("cannot ask the server")?;
+    let mut answer = String::new();
+    BufReader::new(&socket).read_line(&mut answer).context("no answer from the server")?;
+    match answer.trim().strip_prefix("error: ") {
+        Some(why) => anyhow::bail!("{why}"),
+        None if answer.is_empty() => anyhow::bail!("no answer from the server"),
+        None => println!("{}", answer.trim()),
+    }
     Ok(())
 }
 
@@ -275,9 +352,11 @@ pub(crate) fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let Command::Serve(options) = &cli.command;
-    let sub = matches.subcommand_matches("serve").unwrap_or(&matches);
-    match serve(options, sub) {
+    let done = match &cli.command {
+        Command::Serve(options) => serve(options, matches.subcommand_matches("serve").unwrap_or(&matches)),
+        Command::Group(options) => group(options),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("iscsi-target: {error:#}");

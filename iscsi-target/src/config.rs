@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use iscsi::chap::Account;
+use iscsi::scsi::alua::AccessState;
 
 use crate::lu::Options;
 pub use crate::server::PollMode;
@@ -13,8 +14,12 @@ pub use crate::server::PollMode;
 /// A whole server.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where to listen; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Where to listen.
+    pub listen: Vec<PortalConfig>,
+    /// Access states of target port groups at start, where they are not active/optimized.
+    pub groups: Vec<(u16, AccessState)>,
+    /// Unix socket over which access states are changed.
+    pub control: Option<PathBuf>,
     /// The targets.
     pub targets: Vec<TargetConfig>,
     /// What sessions are offered.
@@ -30,6 +35,31 @@ pub struct Config {
     pub cpu: Option<usize>,
     /// How the data thread waits.
     pub poll: PollMode,
+}
+
+/// One portal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortalConfig {
+    /// Address; port 0 takes a free one.
+    pub addr: SocketAddr,
+    /// Its target portal group, which is a target port group of SCSI as well.
+    pub group: u16,
+}
+
+impl std::str::FromStr for PortalConfig {
+    type Err = String;
+
+    /// `ADDR:PORT[,group=N]`; the group is 1 if not given.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (addr, rest) = text.split_once(',').map_or((text, None), |(addr, rest)| (addr, Some(rest)));
+        let addr = addr.parse().map_err(|_| format!("`{addr}`: expected an address and a port"))?;
+        let group = match rest.map(|rest| rest.strip_prefix("group=").and_then(|id| id.parse().ok())) {
+            None => 1,
+            Some(Some(group @ 1..)) => group,
+            Some(_) => return Err("expected ,group=N behind the address, N from 1 to 65535".into()),
+        };
+        Ok(Self { addr, group })
+    }
 }
 
 /// One target.
@@ -63,6 +93,8 @@ pub struct LunConfig {
     pub medium: Medium,
     /// How it presents itself.
     pub options: Options,
+    /// NAA identifier instead of the derived one: for the same medium behind several targets or servers.
+    pub naa: Option<u64>,
 }
 
 /// What login offers and takes.
@@ -152,7 +184,8 @@ const MAX_LUN: u16 = 0x3FFF;
 impl std::str::FromStr for LunConfig {
     type Err = String;
 
-    /// `mem:SIZE` or `file:PATH`, then `,read-only`, `,block-size=512|4096`, `,write-cache=on|off`, `,lun=N`.
+    /// `mem:SIZE` or `file:PATH`, then `,read-only`, `,block-size=512|4096`, `,write-cache=on|off`, `,lun=N`,
+    /// `,naa=HEX`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (kind, rest) = text
             .split_once(':')
@@ -164,7 +197,7 @@ impl std::str::FromStr for LunConfig {
             "file" => Medium::File(place.into()),
             _ => return Err(format!("`{kind}` is no kind of medium: expected mem or file")),
         };
-        let mut lun = Self { number: None, medium, options: Options::default() };
+        let mut lun = Self { number: None, medium, options: Options::default(), naa: None };
         for field in fields {
             match field.split_once('=').unwrap_or((field, "")) {
                 ("read-only", "") => lun.options.read_only = true,
@@ -178,9 +211,14 @@ impl std::str::FromStr for LunConfig {
                     Ok(number @ 0..=MAX_LUN) => lun.number = Some(number),
                     _ => return Err(format!("lun is a number up to {MAX_LUN}")),
                 },
+                // The types with 8 bytes (SPC-4 7.8.6.6).
+                ("naa", hex) => match u64::from_str_radix(hex, 16) {
+                    Ok(naa) if hex.len() == 16 && matches!(naa >> 60, 2 | 3 | 5) => lun.naa = Some(naa),
+                    _ => return Err("naa is 16 hexadecimal digits, the first of them 2, 3 or 5".into()),
+                },
                 (other, _) => {
                     return Err(format!(
-                        "`{other}` is no option: there are read-only, block-size=, write-cache=, lun="
+                        "`{other}` is no option: there are read-only, block-size=, write-cache=, lun=, naa="
                     ));
                 }
             }
@@ -209,6 +247,17 @@ mod tests {
     }
 
     #[test]
+    fn portals() {
+        let portal: PortalConfig = "127.0.0.1:3260".parse().unwrap();
+        assert_eq!((portal.addr.port(), portal.group), (3260, 1));
+        let portal: PortalConfig = "[::1]:0,group=65535".parse().unwrap();
+        assert_eq!(portal.group, 65535);
+        for bad in ["127.0.0.1", "127.0.0.1:1,group=0", "127.0.0.1:1,group=", "127.0.0.1:1,tag=1", ""] {
+            assert!(bad.parse::<PortalConfig>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn luns() {
         let lun: LunConfig = "mem:1G,block-size=4096,lun=300".parse().unwrap();
         assert_eq!(
@@ -228,6 +277,8 @@ mod tests {
             "mem:1G,lun=16384",
             "mem:100",
             "mem:1G,block-size=1",
+            "mem:1G,naa=6000000000000001",
+            "mem:1G,naa=3",
         ] {
             assert!(bad.parse::<LunConfig>().is_err(), "{bad:?}");
         }

@@ -1,6 +1,7 @@
 //! A SCSI target device: its logical units by LUN, and the rules that hold between initiators: unit attentions,
 //! reservations, what a LUN that does not exist answers (SPC-4 6.6, 6.33, 6.39; SPC-2 5.5; SAM-5 5.14).
 
+use iscsi::scsi::alua::{AccessState, TargetPortGroup, encode_groups};
 use iscsi::scsi::sense::asc;
 use iscsi::scsi::{Lun, Sense, SenseKey, Status, opcode as op};
 
@@ -22,13 +23,26 @@ struct Unit {
 }
 
 /// Unit attention conditions of one I_T nexus, one for each logical unit (a newer one replaces an older one).
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Attentions {
+    /// Target port group by which the nexus reaches the target.
+    group: u16,
     codes: Vec<Option<u16>>,
     pending: usize,
 }
 
+impl Default for Attentions {
+    fn default() -> Self {
+        Self::new(1)
+    }
+}
+
 impl Attentions {
+    /// Of a nexus by a port of this group, to begin with.
+    pub fn new(group: u16) -> Self {
+        Self { group, codes: Vec::new(), pending: 0 }
+    }
+
     fn set(&mut self, unit: usize, code: u16) {
         if self.codes.len() <= unit {
             self.codes.resize(unit + 1, None);
@@ -53,6 +67,8 @@ pub struct Device {
     name: String,
     /// Ordered by LUN.
     units: Vec<Unit>,
+    /// Target port groups; with one there is nothing asymmetric.
+    groups: Vec<TargetPortGroup>,
     pool: Pool,
 }
 
@@ -63,7 +79,7 @@ pub struct UnitIndex(usize);
 impl Device {
     /// A target called `name` without logical units.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), units: Vec::new(), pool: Pool::new() }
+        Self { name: name.into(), units: Vec::new(), groups: Vec::new(), pool: Pool::new() }
     }
 
     /// Its iSCSI name.
@@ -110,6 +126,13 @@ impl Device {
         let Some(UnitIndex(at)) = index else {
             return (self.no_unit(cdb, reply), None);
         };
+        if cdb[0] == op::MAINTENANCE_IN && cdb[1] & 0x1F == op::SA_REPORT_TARGET_PORT_GROUPS {
+            if let Some(code) = attentions.take(at) {
+                return (Step::Failed(attention(code)), index);
+            }
+            return (self.report_groups(cdb, reply), index);
+        }
+        let asymmetric = self.groups.len() > 1;
         let unit = &mut self.units[at];
         if cdb[0] == op::REQUEST_SENSE {
             let code = attentions.take(at);
@@ -120,6 +143,16 @@ impl Device {
             && let Some(code) = attentions.take(at)
         {
             return (Step::Failed(attention(code)), index);
+        }
+        if asymmetric
+            && let Some(group) = self.groups.iter().find(|group| group.id == attentions.group)
+            && !group.state.is_active()
+            && !allowed_without_access(cdb)
+        {
+            return (Step::Failed(no_access(group.state)), index);
+        }
+        if cdb[0] == op::INQUIRY {
+            unit.lu.set_port(attentions.group, asymmetric);
         }
         let conflict = unit.reserved_by.is_some_and(|holder| holder != nexus);
         let step = match cdb[0] {
@@ -205,6 +238,35 @@ impl Device {
         attentions.set(unit.0, asc::COMMANDS_CLEARED);
     }
 
+    /// The target port groups and their states.
+    pub fn set_groups(&mut self, groups: &[TargetPortGroup]) {
+        self.groups = groups.to_vec();
+    }
+
+    /// Tells the initiator of `attentions` that access states changed.
+    pub fn note_access_change(&self, attentions: &mut Attentions) {
+        (0..self.units.len()).for_each(|unit| attentions.set(unit, asc::ALUA_STATE_CHANGED));
+    }
+
+    /// REPORT TARGET PORT GROUPS (SPC-4 6.37).
+    fn report_groups(&mut self, cdb: &CdbBytes, reply: &mut Vec<Extent>) -> Step {
+        // Only the format with a header of a length alone.
+        if cdb[1] >> 5 > 1 {
+            return Step::Failed(invalid_field());
+        }
+        let allocation_bytes = u32::from_be_bytes([cdb[6], cdb[7], cdb[8], cdb[9]]) as usize;
+        let mut data = encode_groups(&self.groups);
+        if cdb[1] >> 5 == 1 {
+            // The extended header: its format, and no time given for a transition.
+            data.splice(4..4, [0x10, 0, 0, 0]);
+            let len = (data.len() - 4) as u32;
+            data[..4].copy_from_slice(&len.to_be_bytes());
+        }
+        data.truncate(allocation_bytes);
+        self.pool.copy(&data, reply);
+        Step::In { len: data.len() as u32 }
+    }
+
     /// Tells the initiator of `attentions` that another one changed the mode parameters of `unit`.
     pub fn note_mode_change(&self, attentions: &mut Attentions, unit: UnitIndex) {
         attentions.set(unit.0, asc::MODE_PARAMETERS_CHANGED);
@@ -244,7 +306,7 @@ impl Device {
         match cdb[0] {
             op::INQUIRY if cdb[1] & 0x01 == 0 && cdb[2] == 0 => {
                 // Peripheral qualifier 011b, device type 1Fh: no device can be here.
-                let data = lu::standard_inquiry(0x7F);
+                let data = lu::standard_inquiry(0x7F, false);
                 let len = data.len().min(usize::from(u16::from_be_bytes([cdb[3], cdb[4]])));
                 self.pool.copy(&data[..len], reply);
                 Step::In { len: len as u32 }
@@ -258,6 +320,22 @@ impl Device {
 /// UNIT ATTENTION with a code.
 fn attention(code: u16) -> Sense {
     Sense::new(SenseKey::UnitAttention, code)
+}
+
+/// Commands that a port carries out in every access state (SPC-4 5.15.2.4.4, 5.15.2.4.5).
+fn allowed_without_access(cdb: &CdbBytes) -> bool {
+    matches!(cdb[0], op::INQUIRY | op::MODE_SENSE_6 | op::MODE_SENSE_10)
+        || (cdb[0] == op::MAINTENANCE_IN && cdb[1] & 0x1F == op::SA_REPORT_SUPPORTED_OPCODES)
+}
+
+/// What a port answers to the other commands.
+fn no_access(state: AccessState) -> Sense {
+    let code = match state {
+        AccessState::Standby => asc::ALUA_STANDBY,
+        AccessState::Transitioning => asc::ALUA_TRANSITION,
+        _ => asc::ALUA_UNAVAILABLE,
+    };
+    Sense::new(SenseKey::NotReady, code)
 }
 
 /// SPC-2 table 10: commands that another initiator's reservation does not keep out.

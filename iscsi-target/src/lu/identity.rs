@@ -21,7 +21,11 @@ impl Identity {
         hash ^= hash >> 33;
         hash = hash.wrapping_mul(0xFF51_AFD7_ED55_8CCD);
         hash ^= hash >> 33;
-        let naa = 0x3 << 60 | hash >> 4;
+        Self::of_naa(0x3 << 60 | hash >> 4)
+    }
+
+    /// The identity with this NAA identifier.
+    pub fn of_naa(naa: u64) -> Self {
         Self { serial: format!("{naa:016x}"), naa }
     }
 }

@@ -29,12 +29,15 @@ const PAGES: [u8; 6] = [
 ];
 
 /// Standard INQUIRY data with the given first byte (peripheral qualifier and device type).
-pub(crate) fn standard(peripheral: u8) -> [u8; 74] {
+pub(crate) fn standard(peripheral: u8, asymmetric: bool) -> [u8; 74] {
     let mut data = [0; 74];
     data[0] = peripheral;
     data[2] = 0x06; // SPC-4
     data[3] = 0x12; // HISUP, response data format 2
     data[4] = (data.len() - 5) as u8;
+    if asymmetric {
+        data[5] = 0x10; // TPGS: implicit
+    }
     data[7] = 0x02; // CMDQUE
     data[8..16].copy_from_slice(VENDOR);
     data[16..32].copy_from_slice(PRODUCT);
@@ -53,7 +56,7 @@ impl LogicalUnit {
             if page != 0 {
                 return Err(invalid_field());
             }
-            return Ok(self.reply(&standard(TYPE_DISK), allocation_bytes, reply));
+            return Ok(self.reply(&standard(TYPE_DISK, self.asymmetric), allocation_bytes, reply));
         }
         let payload = match page {
             vpd::SUPPORTED_PAGES => PAGES.to_vec(),
@@ -75,7 +78,8 @@ impl LogicalUnit {
         Ok(self.reply(&data, allocation_bytes, reply))
     }
 
-    /// Two designators of the logical unit: NAA locally assigned, and T10 vendor identification.
+    /// Two designators of the logical unit, NAA and T10 vendor identification; and of the port that was asked, its relative
+    /// identifier and its group, which are the same number here.
     fn device_identification(&self) -> Vec<u8> {
         let mut payload = vec![0x01, 0x03, 0, 8];
         payload.extend_from_slice(&self.identity.naa.to_be_bytes());
@@ -83,6 +87,11 @@ impl LogicalUnit {
         payload.extend_from_slice(&[0x02, 0x01, 0, (VENDOR.len() + serial.len()) as u8]);
         payload.extend_from_slice(VENDOR);
         payload.extend_from_slice(serial);
+        let [high, low] = self.port_group.to_be_bytes();
+        for kind in [0x14, 0x15] {
+            // iSCSI, PIV, association target port.
+            payload.extend_from_slice(&[0x51, 0x80 | kind, 0, 4, 0, 0, high, low]);
+        }
         payload
     }
 

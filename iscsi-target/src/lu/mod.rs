@@ -127,6 +127,10 @@ pub struct LogicalUnit {
     pool: Pool,
     scratch: Vec<Extent>,
     or_buffer: Vec<u8>,
+    /// There are target port groups with states of their own.
+    asymmetric: bool,
+    /// Group of the port that the command at hand came by.
+    port_group: u16,
 }
 
 impl LogicalUnit {
@@ -145,6 +149,8 @@ impl LogicalUnit {
             pool: Pool::new(),
             scratch: Vec::new(),
             or_buffer: Vec::new(),
+            asymmetric: false,
+            port_group: 1,
         }
     }
 
@@ -161,6 +167,11 @@ impl LogicalUnit {
     /// What it is called.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// The commands to come arrive by a port of this group; `asymmetric`: there are others.
+    pub fn set_port(&mut self, group: u16, asymmetric: bool) {
+        (self.port_group, self.asymmetric) = (group, asymmetric);
     }
 
     /// Starts a command. `edtl` is the length of the data that the initiator offers, if it offers any. Data for the

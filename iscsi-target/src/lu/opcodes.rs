@@ -69,6 +69,11 @@ pub(crate) static SUPPORTED: &[Support] = &[
     plain(op::REPORT_LUNS, &[0xA0, 0, 0xFF, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0]),
     action(
         op::MAINTENANCE_IN,
+        op::SA_REPORT_TARGET_PORT_GROUPS,
+        &[0xA3, 0xFF, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0],
+    ),
+    action(
+        op::MAINTENANCE_IN,
         op::SA_REPORT_SUPPORTED_OPCODES,
         &[0xA3, 0x1F, 0x87, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0],
     ),

@@ -9,7 +9,7 @@ use iscsi::pdu::framing::{Digests, FrameError, Limits};
 use iscsi::target::SessionError;
 
 use super::frame;
-use super::full::{FullFeature, Wider};
+use super::full::{FullFeature, Portals, Wider};
 use super::login::{Login, LoginStep};
 use super::out::Batch;
 use crate::device::Device;
@@ -100,6 +100,8 @@ pub(super) struct Conn {
     pub(super) peer: SocketAddr,
     /// Our address as the initiator sees it.
     pub(super) portal: SocketAddr,
+    /// Target portal group by which it came.
+    pub(super) group: u16,
     pub(super) phase: Phase,
     pub(super) batch: Batch,
     received: Received,
@@ -111,12 +113,19 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(socket: TcpStream, login: Login, limits: Limits, now: Instant) -> io::Result<Self> {
+    pub(super) fn new(
+        socket: TcpStream,
+        group: u16,
+        login: Login,
+        limits: Limits,
+        now: Instant,
+    ) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         Ok(Self {
             peer: socket.peer_addr()?,
             portal: socket.local_addr()?,
+            group,
             socket,
             phase: Phase::Login(Box::new(login)),
             batch: Batch::default(),
@@ -161,7 +170,12 @@ impl Conn {
     }
 
     /// Deals with the PDUs that were received.
-    pub(super) fn advance(&mut self, devices: &mut [Device]) -> Result<Progress, ConnError> {
+    pub(super) fn advance(
+        &mut self,
+        devices: &mut [Device],
+        portals: &[(SocketAddr, u16)],
+    ) -> Result<Progress, ConnError> {
+        let portals = Portals { all: portals, here: self.portal };
         loop {
             let digests = match &self.phase {
                 Phase::Login(_) => Digests::default(),
@@ -175,7 +189,7 @@ impl Conn {
             let wire_bytes = frame.wire_bytes;
             let progress = match &mut self.phase {
                 Phase::Full(full) => full
-                    .receive(devices, self.portal, &frame.bhs, frame.data, frame.digest_ok)?
+                    .receive(devices, &portals, &frame.bhs, frame.data, frame.digest_ok)?
                     .map(Progress::Wider),
                 Phase::Login(login) => match login.receive(&frame.bhs, frame.data, &mut self.batch)? {
                     LoginStep::Continue => None,

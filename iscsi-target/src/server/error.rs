@@ -14,6 +14,16 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The control socket cannot be made.
+    #[error(
+        "cannot listen on the control socket {path}; does another server use it, or is the directory missing?"
+    )]
+    Control {
+        /// Its path.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
     /// A medium cannot be opened.
     #[error("cannot open the medium `{path}` of LUN {lun}")]
     Medium {

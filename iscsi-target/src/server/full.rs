@@ -8,7 +8,6 @@ use iscsi::pdu::{Bhs, RejectReason, TaskFunction, TaskManagementRequest, TaskRes
 use iscsi::scsi::{Lun, Sense, SenseKey, Status, opcode as op, sense::asc};
 use iscsi::target::{Completion, Event, OutgoingData, Session, SessionError, TaskId};
 
-use super::login::PORTAL_GROUP;
 use super::out::Batch;
 use crate::device::{Attentions, Device, NexusId, UnitIndex};
 use crate::lu::{Step, Transfer};
@@ -16,6 +15,25 @@ use crate::storage::Extent;
 
 /// Data that waits for the socket, at most (one more command may exceed it): then no further command is taken.
 const MAX_WAITING_BYTES: usize = 4 << 20;
+
+/// The portals of the server, as one initiator sees them.
+#[derive(Debug)]
+pub(super) struct Portals<'a> {
+    /// Where they listen, and their groups.
+    pub(super) all: &'a [(SocketAddr, u16)],
+    /// Our address on the connection at hand.
+    pub(super) here: SocketAddr,
+}
+
+impl Portals<'_> {
+    fn addresses(&self) -> impl Iterator<Item = TargetAddress> {
+        self.all.iter().map(|&(addr, group)| {
+            // One that listens everywhere is told as the address by which the initiator came.
+            let ip = if addr.ip().is_unspecified() { self.here.ip() } else { addr.ip() };
+            TargetAddress { host: ip.to_string(), port: addr.port(), portal_group_tag: Some(group) }
+        })
+    }
+}
 
 /// What a PDU asks for that concerns other sessions too.
 #[derive(Clone, Copy, Debug)]
@@ -86,14 +104,20 @@ pub(super) struct FullFeature {
 }
 
 impl FullFeature {
-    pub(super) fn new(session: Session, digests: Digests, nexus: NexusId, target: Option<usize>) -> Self {
+    pub(super) fn new(
+        session: Session,
+        digests: Digests,
+        nexus: NexusId,
+        target: Option<usize>,
+        group: u16,
+    ) -> Self {
         let slots = session.slots();
         Self {
             session,
             digests,
             nexus,
             target,
-            attentions: Attentions::default(),
+            attentions: Attentions::new(group),
             tasks: std::iter::repeat_with(TaskIo::default).take(slots).collect(),
             waiting_bytes: 0,
             text: Answer::new(),
@@ -110,7 +134,7 @@ impl FullFeature {
     pub(super) fn receive(
         &mut self,
         devices: &mut [Device],
-        portal: SocketAddr,
+        portals: &Portals<'_>,
         bhs: &Bhs,
         data: &[u8],
         digest_ok: bool,
@@ -135,7 +159,7 @@ impl FullFeature {
             Event::TaskManagement(request) => {
                 return Ok(self.task_management(devices, &request).then_some(Wider::TaskManagement(request)));
             }
-            Event::Text(request) => self.text(devices, portal, bhs, &request, data),
+            Event::Text(request) => self.text(devices, portals, bhs, &request, data),
             Event::Logout => {}
         }
         Ok(None)
@@ -247,7 +271,7 @@ impl FullFeature {
     fn text(
         &mut self,
         devices: &[Device],
-        portal: SocketAddr,
+        portals: &Portals<'_>,
         bhs: &Bhs,
         request: &TextRequest,
         data: &[u8],
@@ -262,14 +286,10 @@ impl FullFeature {
                 (Wanted::Named(name), own) => device.name() == name && own.is_none_or(|own| own == *index),
             });
             let allowed = !matches!((wanted, own), (Wanted::All, Some(_)) | (Wanted::Current, None));
-            let address = TargetAddress {
-                host: portal.ip().to_string(),
-                port: portal.port(),
-                portal_group_tag: Some(PORTAL_GROUP),
-            };
+            let addresses: Vec<_> = portals.addresses().collect();
             let found = found.map(|(_, device)| FoundTarget {
                 name: device.name().to_owned(),
-                addresses: vec![address.clone()],
+                addresses: addresses.clone(),
             });
             allowed.then(|| found.collect())
         });

@@ -15,16 +15,13 @@ use super::conn::ConnError;
 use super::out::Batch;
 use crate::config::{Config, DigestChoice, SessionConfig};
 
-/// The only target portal group.
-pub(super) const PORTAL_GROUP: u16 = 1;
-
-/// What all logins are made with.
+/// What all logins at portals of one group are made with.
 pub(super) struct LoginContext {
     config: Arc<target::Config>,
 }
 
 impl LoginContext {
-    pub(super) fn new(config: &Config) -> Result<Self, ChapError> {
+    pub(super) fn new(config: &Config, group: u16) -> Result<Self, ChapError> {
         let mut targets = Vec::new();
         for target in &config.targets {
             let auth = match &target.chap {
@@ -35,7 +32,7 @@ impl LoginContext {
         }
         let config = target::Config {
             targets,
-            portal_group_tag: PORTAL_GROUP,
+            portal_group_tag: group,
             // What is listed is no secret here; every target guards itself.
             discovery_auth: Auth::None,
             params: params(&config.session),

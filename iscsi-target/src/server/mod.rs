@@ -4,6 +4,7 @@
 //! the answers of the whole batch with one gather send. Nothing is shared, so nothing is locked.
 
 mod conn;
+mod control;
 mod error;
 mod frame;
 mod full;
@@ -23,6 +24,7 @@ use iscsi::login::target::Claim;
 use iscsi::pdu::framing::Limits;
 use iscsi::pdu::{AsyncEvent, AsyncMessage, TargetSn};
 use iscsi::scsi::Lun;
+use iscsi::scsi::alua::TargetPortGroup;
 use iscsi::target::Session;
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
@@ -35,14 +37,20 @@ use crate::device::Device;
 use crate::lu::{Identity, LogicalUnit};
 use crate::storage::{FileStorage, MemoryStorage, Storage};
 use conn::{Conn, ConnError, Phase, Progress};
+use control::Control;
+pub use control::{parse_state, state_name};
 use error::{Chain, os};
 use full::FullFeature;
 use idle::Idle;
 use login::{Login, LoginContext};
 use registry::{Key, Registry};
 
-const LISTENER: u64 = u64::MAX;
-const STOP: u64 = u64::MAX - 1;
+const STOP: u64 = u64::MAX;
+const CONTROL: u64 = u64::MAX - 1;
+/// The listeners follow from here; no connection has such a number.
+const LISTENERS: u64 = u64::MAX - 0xFFFF;
+/// Most portals.
+const MAX_PORTALS: usize = 64;
 const MAX_EVENTS: usize = 64;
 /// Deadlines are looked at this often.
 const TICK: Duration = Duration::from_secs(1);
@@ -54,15 +62,24 @@ struct Slot {
     conn: Option<Conn>,
 }
 
+/// A portal.
+struct Listener {
+    socket: TcpListener,
+    group: u16,
+    login: LoginContext,
+}
+
 /// The server.
 pub struct Server {
     config: Config,
     devices: Vec<Device>,
-    login: LoginContext,
-    listener: TcpListener,
+    listeners: Vec<Listener>,
+    /// Where they listen, and their groups.
+    portals: Vec<(SocketAddr, u16)>,
+    groups: Vec<TargetPortGroup>,
+    control: Option<Control>,
     /// No connections are taken until the next tick: the process is out of descriptors.
     resting: bool,
-    addr: SocketAddr,
     epoll: OwnedFd,
     slots: Vec<Slot>,
     connections: usize,
@@ -86,7 +103,8 @@ fn build_device(target: &TargetConfig) -> Result<Device, Error> {
                 (Box::new(storage), label)
             }
         };
-        let identity = Identity::derive(&target.name, u64::from(number), &label);
+        let derived = || Identity::derive(&target.name, u64::from(number), &label);
+        let identity = lun.naa.map_or_else(derived, Identity::of_naa);
         let unit = LogicalUnit::new(storage, identity, lun.options);
         if unit.blocks() == 0 {
             return Err(Error::Empty { path: label, lun: number, block_bytes: lun.options.block_bytes });
@@ -108,21 +126,41 @@ impl Server {
             }
             devices.push(build_device(target)?);
         }
-        let listener = TcpListener::bind(config.listen)
-            .map_err(|source| Error::Listen { addr: config.listen, source })?;
-        listener.set_nonblocking(true).map_err(os("setting the listener non-blocking"))?;
-        let addr = listener.local_addr().map_err(os("asking for the listener's address"))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("creating an epoll instance"))?;
-        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)
-            .map_err(os("watching the listener"))?;
-        let login = LoginContext::new(&config).map_err(Error::Chap)?;
+        let (mut listeners, mut portals) = (Vec::new(), Vec::new());
+        for (portal, id) in config.listen.iter().take(MAX_PORTALS).zip(LISTENERS..) {
+            let socket = TcpListener::bind(portal.addr)
+                .map_err(|source| Error::Listen { addr: portal.addr, source })?;
+            socket.set_nonblocking(true).map_err(os("setting the listener non-blocking"))?;
+            portals
+                .push((socket.local_addr().map_err(os("asking for the listener's address"))?, portal.group));
+            epoll::add(&epoll, &socket, epoll::EventData::new_u64(id), epoll::EventFlags::IN)
+                .map_err(os("watching the listener"))?;
+            let login = LoginContext::new(&config, portal.group).map_err(Error::Chap)?;
+            listeners.push(Listener { socket, group: portal.group, login });
+        }
+        let states = config.groups.iter().map(|&(group, state)| (group, Some(state)));
+        let groups: Vec<_> = config.listen.iter().map(|portal| (portal.group, None)).chain(states).collect();
+        let groups = control::groups(&groups);
+        devices.iter_mut().for_each(|device| device.set_groups(&groups));
+        let control = match &config.control {
+            None => None,
+            Some(path) => {
+                let control = Control::start(path)
+                    .map_err(|source| Error::Control { path: path.display().to_string(), source })?;
+                epoll::add(&epoll, &control.wake, epoll::EventData::new_u64(CONTROL), epoll::EventFlags::IN)
+                    .map_err(os("watching the control socket"))?;
+                Some(control)
+            }
+        };
         Ok(Self {
             config,
             devices,
-            login,
-            listener,
+            listeners,
+            portals,
+            groups,
+            control,
             resting: false,
-            addr,
             epoll,
             slots: Vec::new(),
             connections: 0,
@@ -130,9 +168,9 @@ impl Server {
         })
     }
 
-    /// Where it listens.
-    pub fn addr(&self) -> SocketAddr {
-        self.addr
+    /// Where it listens, with the portal groups.
+    pub fn portals(&self) -> &[(SocketAddr, u16)] {
+        &self.portals
     }
 
     /// Number of logical units of all targets.
@@ -176,7 +214,8 @@ impl Server {
             for event in &events[..count] {
                 match event.data.u64() {
                     STOP => return self.end(),
-                    LISTENER => self.accept(now),
+                    CONTROL => self.controlled(),
+                    id @ LISTENERS..CONTROL => self.accept((id - LISTENERS) as usize, now),
                     id => self.serve(id, event.flags, now),
                 }
             }
@@ -214,15 +253,16 @@ impl Server {
         }
     }
 
-    fn accept(&mut self, now: Instant) {
+    fn accept(&mut self, portal: usize, now: Instant) {
         loop {
-            match self.listener.accept() {
+            let Some(listener) = self.listeners.get(portal) else { return };
+            match listener.socket.accept() {
                 Ok((socket, peer)) => {
                     if self.connections >= self.config.max_connections {
                         tracing::warn!(%peer, limit = self.config.max_connections, "turned away: too many connections");
                         continue;
                     }
-                    if let Err(error) = self.add(socket, now) {
+                    if let Err(error) = self.add(socket, portal, now) {
                         tracing::warn!(%peer, %error, "connection lost before its login");
                     }
                 }
@@ -233,23 +273,26 @@ impl Server {
                     // Out of descriptors, probably: the ones that wait are taken when others have gone. Until then the
                     // listener stays readable, and would be all that the thread deals with.
                     tracing::warn!(%error, "accept failed");
-                    self.resting = self.watch_listener(epoll::EventFlags::empty()).is_ok();
+                    self.resting = self.watch_listeners(epoll::EventFlags::empty()).is_ok();
                     return;
                 }
             }
         }
     }
 
-    fn watch_listener(&self, flags: epoll::EventFlags) -> rustix::io::Result<()> {
-        epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)
+    fn watch_listeners(&self, flags: epoll::EventFlags) -> rustix::io::Result<()> {
+        self.listeners.iter().zip(LISTENERS..).try_for_each(|(listener, id)| {
+            epoll::modify(&self.epoll, &listener.socket, epoll::EventData::new_u64(id), flags)
+        })
     }
 
-    fn add(&mut self, socket: TcpStream, now: Instant) -> io::Result<()> {
+    fn add(&mut self, socket: TcpStream, portal: usize, now: Instant) -> io::Result<()> {
+        let listener = self.listeners.get(portal).ok_or(io::ErrorKind::NotFound)?;
         let index = self.slots.iter().position(|slot| slot.conn.is_none()).unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
-        let conn = Conn::new(socket, Login::new(&self.login)?, Limits::default(), now)?;
+        let conn = Conn::new(socket, listener.group, Login::new(&listener.login)?, Limits::default(), now)?;
         let slot = &mut self.slots[index];
         let id = u64::from(slot.generation) << 32 | index as u64;
         let data = epoll::EventData::new_u64(id);
@@ -280,7 +323,7 @@ impl Server {
             let Some(conn) = self.slots.get_mut(index).and_then(|slot| slot.conn.as_mut()) else {
                 return Ok(());
             };
-            match conn.advance(&mut self.devices) {
+            match conn.advance(&mut self.devices, &self.portals) {
                 Ok(Progress::Idle) => {}
                 Ok(Progress::Wider(wider)) => {
                     self.wider(index, wider);
@@ -338,7 +381,10 @@ impl Server {
     /// An initiator has proved who it is: an earlier session of the same name is closed before the login is answered
     /// (RFC 7143 6.3.5), so that nothing of it can act afterwards.
     fn admit(&mut self, index: usize, claim: Claim) -> Result<(), ConnError> {
-        let key = Key { initiator: claim.initiator_name, isid: claim.isid, target: claim.target };
+        let Some(group) = self.slots.get(index).and_then(|slot| Some(slot.conn.as_ref()?.group)) else {
+            return Ok(());
+        };
+        let key = Key { initiator: claim.initiator_name, isid: claim.isid, target: claim.target, group };
         let decision = match claim.tsih {
             0 => {
                 if let Some(old) = self.registry.find(&key).filter(|&old| old != index) {
@@ -367,7 +413,13 @@ impl Server {
             "logged in"
         );
         let session = Session::new(login::full_feature(&logged_in, self.config.session.queue_depth));
-        conn.enter_full_feature(FullFeature::new(session, logged_in.negotiated.digests, nexus, target));
+        conn.enter_full_feature(FullFeature::new(
+            session,
+            logged_in.negotiated.digests,
+            nexus,
+            target,
+            group,
+        ));
         Ok(())
     }
 
@@ -395,7 +447,7 @@ impl Server {
     /// Looks at deadlines: logins that take too long, connections that are silent.
     fn tick(&mut self, now: Instant) {
         if self.resting {
-            self.resting = self.watch_listener(epoll::EventFlags::IN).is_err();
+            self.resting = self.watch_listeners(epoll::EventFlags::IN).is_err();
         }
         let keepalive = self.config.keepalive;
         for index in 0..self.slots.len() {

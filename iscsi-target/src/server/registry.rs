@@ -4,13 +4,15 @@ use iscsi::pdu::Isid;
 
 use crate::device::NexusId;
 
-/// What makes a session the same as an earlier one: initiator, ISID and target (portal group 1 is the only one).
+/// What makes a session the same as an earlier one: initiator, ISID, target and target portal group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Key {
     pub(super) initiator: String,
     pub(super) isid: Isid,
     /// None for discovery sessions, which are kept apart.
     pub(super) target: Option<usize>,
+    /// Target portal group tag.
+    pub(super) group: u16,
 }
 
 #[derive(Debug)]
@@ -78,7 +80,7 @@ mod tests {
         for conn in 0..100 {
             let tsih = registry.free_tsih();
             assert!(tsih != 0 && seen.insert(tsih));
-            let key = Key { initiator: format!("iqn.{conn}"), isid: Isid([0; 6]), target: Some(0) };
+            let key = Key { initiator: format!("iqn.{conn}"), isid: Isid([0; 6]), target: Some(0), group: 1 };
             assert_eq!(registry.find(&key), None);
             registry.enter(key.clone(), tsih, conn);
             assert_eq!(registry.find(&key), Some(conn));
