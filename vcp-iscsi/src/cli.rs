@@ -13,8 +13,11 @@ use vcp_core::poll::PollMode;
 
 use crate::capabilities;
 use crate::discover::DiscoverArgs;
+use crate::handover::take_over::TakeOverArgs;
+use crate::handover::upgrade::UpgradeArgs;
 use crate::info::InfoArgs;
 use crate::limit::{Limits, Rate, parse_size};
+use crate::paths::{PathArgs, PathSpec};
 use crate::portal::SessionArgs;
 use crate::url::Url;
 
@@ -45,6 +48,10 @@ pub enum Command {
     Discover(DiscoverArgs),
     /// Tell what a logical unit is and what was negotiated with its target
     Info(InfoArgs),
+    /// Replace a running `serve` by a newer program, under load
+    Upgrade(UpgradeArgs),
+    /// Take over from a running `serve`: what `upgrade` starts, and a monitor may start itself
+    TakeOver(TakeOverArgs),
 }
 
 /// Reads the command line; ends the process on wrong usage, `--help`, `--version` and `--print-capabilities`.
@@ -107,7 +114,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "socket_path"])]
     pub fd: Option<i32>,
     /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:
-    /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`
+    /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`, and its own paths:
+    /// `[,path=URL]...[,paths=all][,sessions=N][,unit-id=ID]`
     #[arg(long, value_name = "SPEC", required_unless_present_any = ["url", "url_file"])]
     pub disk: Vec<Private>,
     /// Refuse all writes
@@ -147,6 +155,9 @@ pub struct ServeArgs {
     /// [default: the socket's path]
     #[arg(long, value_name = "TEXT", conflicts_with = "disk", value_parser = NonEmptyStringValueParser::new())]
     pub instance: Option<String>,
+    /// Several ways to a unit.
+    #[command(flatten)]
+    pub paths: PathArgs,
     /// How to log in.
     #[command(flatten)]
     pub session: SessionArgs,
@@ -197,8 +208,13 @@ impl ServeArgs {
     /// Wrong usage, in words for the user.
     pub fn disks(&self) -> Result<Vec<DiskSpec>, String> {
         match (&self.url, self.front()) {
-            (Some(url), Some((socket, fd))) => Ok(vec![DiskSpec { fd, ..DiskSpec::new(socket, url.url()?) }]),
+            (Some(url), Some((socket, fd))) => {
+                let paths = self.paths.spec()?;
+                Ok(vec![DiskSpec { fd, paths, ..DiskSpec::new(socket, url.url()?) }])
+            }
             _ => {
+                // With --url-file, they are taken later.
+                self.paths.spec()?;
                 let spec = |text: &Private| text.0.parse().map_err(|error| format!("--disk: {error}"));
                 self.disk.iter().map(spec).collect()
             }
@@ -221,13 +237,23 @@ pub struct DiskSpec {
     pub queues: Option<u16>,
     /// Limits, each if other than `--limit-iops` and `--limit-bps`.
     pub limits: Limits,
+    /// Ways to the unit besides the URL.
+    pub paths: PathSpec,
 }
 
 impl DiskSpec {
     /// A device with what the other options say.
     #[must_use]
     pub fn new(socket: PathBuf, url: Url) -> Self {
-        Self { socket, fd: None, url, read_only: false, queues: None, limits: Limits::default() }
+        Self {
+            socket,
+            fd: None,
+            url,
+            read_only: false,
+            queues: None,
+            limits: Limits::default(),
+            paths: PathSpec::default(),
+        }
     }
 }
 
@@ -256,6 +282,7 @@ impl FromStr for DiskSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut socket, mut url, mut read_only, mut queues) = (None, None, false, None);
         let (mut iops, mut bps) = (LimitSpec::default(), LimitSpec::default());
+        let mut paths = PathSpec::default();
         for part in text.split(',') {
             let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
             let twice = || format!("`{key}` is given twice");
@@ -285,10 +312,12 @@ impl FromStr for DiskSpec {
                         return Err(twice());
                     }
                 }
+                (key, value) if paths.take(key, value)? => {}
                 // The part may hold a piece of a secret (a comma in a password), so only its key is shown.
                 _ => {
                     return Err(
-                        "expected socket=SOCKET,url=URL[,read-only][,queues=N][,limit-iops=N][,limit-bps=SIZE] \
+                        "expected socket=SOCKET,url=URL[,read-only][,queues=N][,limit-iops=N][,limit-bps=SIZE][,path=URL]... \
+                         [,paths=all][,sessions=N][,unit-id=ID] \
                          (write a comma inside the URL as %2C)"
                             .into(),
                     );
@@ -297,7 +326,7 @@ impl FromStr for DiskSpec {
         }
         let limits = Limits { iops: iops.build("limit-iops")?, bps: bps.build("limit-bps")? };
         match (socket, url) {
-            (Some(socket), Some(url)) => Ok(Self { fd: None, socket, url, read_only, queues, limits }),
+            (Some(socket), Some(url)) => Ok(Self { fd: None, socket, url, read_only, queues, limits, paths }),
             (None, _) => Err("socket=SOCKET is missing".into()),
             (_, None) => Err("url=URL is missing".into()),
         }
@@ -383,6 +412,11 @@ mod tests {
             &["--disk", &format!("{disk},wrong")],
             &["--disk", &format!("{disk},socket=/b")],
             &["--disk", &format!("{disk},queues=65")],
+            &["--disk", &format!("{disk},path=nonsense")],
+            &["--disk", &disk, "--path", URL],
+            &["--socket-path", "/s", URL, "--path", "nonsense"],
+            &["--socket-path", "/s", URL, "--sessions", "17"],
+            &["--socket-path", "/s", URL, "--unit-id", "nonsense"],
             &["--disk", &format!("{disk},limit-iops=0")],
             &["--disk", &format!("{disk},limit-iops=1,limit-iops=2")],
             &["--disk", &format!("{disk},limit-bps-burst=1M")],
@@ -410,6 +444,8 @@ mod tests {
         for wrong in [
             &["--disk", "socket=/a,url=iscsi://me%hush,hush@host/iqn.a:b/0"][..],
             &["--disk", "socket=/a,url=http://me%hush@host/iqn.a:b/0"],
+            &["--disk", "socket=/a,url=iscsi://host/iqn.a:b/0,path=http://me%hush@host/iqn.a:b/0"],
+            &["--socket-path", "/s", URL, "--path", "http://me%hush@host/iqn.a:b/0"],
             &["--socket-path", "/s", "http://me%hush@host/iqn.a:b/0"],
             &["--socket-path", "/s", "iscsi://me%hush@host/iqn.a:b/x"],
         ] {

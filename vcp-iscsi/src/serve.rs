@@ -9,13 +9,16 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags};
 use vcp_core::device::RingDevice;
+use vcp_core::handover::giver::Giving;
 use vcp_core::process::{Signals, exit_with_parent};
 use vcp_core::vu::listen::SocketFile;
-use vcp_core::vu::{DeviceSpec, ServeOptions};
+use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
 use crate::blk::BlkDevice;
 use crate::cli::{DiskSpec, ServeArgs, ServerKind};
 use crate::engine::{Engine, Lun};
+use crate::handover::offer::{DiskOffer, Offer, poll_us};
+use crate::handover::program;
 use crate::limit::Limits;
 use crate::notify::notify;
 use crate::portal::{IscsiEngine, Options};
@@ -29,6 +32,8 @@ struct Plan {
     socket: SocketFile,
     queues: u16,
     options: Options,
+    /// The target is asked for its other portals.
+    all_paths: bool,
     limits: Limits,
 }
 
@@ -36,7 +41,7 @@ struct Plan {
 ///
 /// # Errors
 /// What failed, on what.
-pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Result<()> {
+pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signals: &Signals) -> Result<End> {
     if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
         bail!("the parent process ended before this one was up");
     }
@@ -47,15 +52,17 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
     if let (Some(file), Some((socket, fd))) = (&args.url_file, args.front()) {
         // It may be a pipe that nobody has written to yet.
         let file = file.clone();
-        let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(()) };
-        disks.push(DiskSpec { fd, ..DiskSpec::new(socket, url) });
+        let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(End::Signal) };
+        let paths = args.paths.spec().map_err(anyhow::Error::msg)?;
+        disks.push(DiskSpec { fd, paths, ..DiskSpec::new(socket, url) });
     }
     let plans = plans(args, disks)?;
-    let options = plans.iter().map(|plan| plan.options.clone()).collect();
+    let options = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
-    let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(()) };
+    let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(End::Signal) };
     let mut ready = "ready:".to_owned();
+    let mut offers = Vec::new();
     let devices = plans
         .into_iter()
         .zip(engines)
@@ -63,39 +70,51 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, signals: &Signals) -> Res
         .map(|(index, (plan, engine))| {
             let engine_bytes = engine.memory_bound_bytes();
             let lun = engine.lun().clone();
+            let name = format!("disk{index}");
+            let path = plan.socket.path();
+            offers.push(DiskOffer::of(&name, path.to_owned(), plan.queues, &engine));
             let device = BlkDevice::new(engine, plan.queues).limited(plan.limits, Instant::now());
-            ready.push_str(&describe(&plan, &lun, engine_bytes + device.memory_bound_bytes()));
-            DeviceSpec { name: Arc::from(format!("disk{index}")), socket: plan.socket, device }
+            let bytes = engine_bytes + device.memory_bound_bytes();
+            ready.push_str(&describe(path, plan.queues, &lun, bytes));
+            DeviceSpec { name: Arc::from(name), socket: plan.socket, device }
         })
         .collect();
+    // What a later process would be offered: the same filter for the log, wherever it came from.
+    let log = log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
+    let offer = Offer { cpu: args.cpu, poll_us: poll_us(args.poll_us), log, disks: offers };
+    let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
     let options = ServeOptions {
         cpu: args.cpu,
         poll: args.poll_us,
         control: args.control.clone(),
         metrics: args.metrics.clone(),
-        giving: None,
+        giving: Some(Giving { program: program(), offer }),
     };
     let extra = Box::new(serde_json::Map::new);
-    let announce = move || {
-        // A reader that went away is no reason to end.
-        let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
-        notify("READY=1");
-    };
+    let ready = move || announce(&ready);
     match args.server {
-        ServerKind::Poll => drop(vcp_core::vu::serve(devices, &options, signals, extra, announce)?),
-        ServerKind::Epoll => vcp_core::epoll::serve(devices, &options, signals, extra, announce)?,
+        ServerKind::Poll => Ok(vcp_core::vu::serve(devices, &options, signals, extra, ready)?),
+        ServerKind::Epoll => {
+            vcp_core::epoll::serve(devices, &options, signals, extra, ready)?;
+            Ok(End::Signal)
+        }
     }
-    Ok(())
+}
+
+/// Says that front ends can connect.
+pub(crate) fn announce(ready: &str) {
+    // A reader that went away is no reason to end.
+    let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
+    notify("READY=1");
 }
 
 /// What the ready line says of one device.
-fn describe(plan: &Plan, lun: &Lun, memory_bound_bytes: u64) -> String {
+pub(crate) fn describe(socket: &Path, queues: u16, lun: &Lun, memory_bound_bytes: u64) -> String {
     format!(
-        " socket={} size_bytes={} block_bytes={} queues={} memory_bound_bytes={memory_bound_bytes}",
-        plan.socket.path().display(),
+        " socket={} size_bytes={} block_bytes={} queues={queues} memory_bound_bytes={memory_bound_bytes}",
+        socket.display(),
         lun.blocks.saturating_mul(lun.block_bytes.into()),
         lun.block_bytes,
-        plan.queues,
     )
 }
 
@@ -120,9 +139,10 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         // Two devices on the same unit (here or in another process) are two initiator ports; a restarted device with
         // the same socket is the same one and takes its old session over.
         options.instance = args.instance.clone().unwrap_or_else(|| socket.path().display().to_string());
+        let all_paths = args.paths.apply(disk.paths, &mut options);
         let limits =
             Limits { iops: disk.limits.iops.or(args.limit_iops), bps: disk.limits.bps.or(args.limit_bps) };
-        plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, limits });
+        plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, all_paths, limits });
     }
     Ok(plans)
 }
@@ -142,8 +162,11 @@ fn read_url(file: &Path) -> Result<Url> {
     text.trim().parse().with_context(|| format!("URL file {}", file.display()))
 }
 
-fn open(options: Vec<Options>) -> Result<Vec<IscsiEngine>> {
-    let open = |options: Options| {
+fn open(options: Vec<(Options, bool)>) -> Result<Vec<IscsiEngine>> {
+    let open = |(mut options, all_paths): (Options, bool)| {
+        if all_paths {
+            crate::paths::add_all(&mut options);
+        }
         let url = options.url.clone();
         IscsiEngine::open(options).with_context(|| format!("cannot open {url}"))
     };

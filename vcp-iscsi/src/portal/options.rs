@@ -20,7 +20,7 @@ const FALLBACK_INITIATOR: &str = "iqn.2026-01.io.vcp:initiator";
 const SYSTEM_INITIATOR_FILE: &str = "/etc/iscsi/initiatorname.iscsi";
 
 /// A digest as a user asks for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum DigestChoice {
     /// CRC32C; a target that cannot is refused.
     Crc32c,
@@ -30,7 +30,7 @@ pub enum DigestChoice {
 }
 
 /// How commands are spread over paths that are equally good.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum PathPolicy {
     /// A few commands to each in turn
     RoundRobin,
@@ -49,7 +49,8 @@ pub struct Credentials {
 }
 
 /// Time limits and back-off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Timeouts {
     /// For the TCP connection, name resolution included.
     pub connect: Duration,
@@ -73,6 +74,8 @@ pub struct Timeouts {
     pub busy: Duration,
     /// How long requests wait for a target that is away before they fail; `None`: for ever.
     pub give_up: Option<Duration>,
+    /// How often the unit's size is read, for targets that do not tell of a change; `None`: never.
+    pub size_check: Option<Duration>,
 }
 
 impl Default for Timeouts {
@@ -89,6 +92,7 @@ impl Default for Timeouts {
             backoff_max: Duration::from_secs(5),
             busy: Duration::from_secs(60),
             give_up: None,
+            size_check: Some(Duration::from_secs(60)),
         }
     }
 }
@@ -264,6 +268,9 @@ pub struct SessionArgs {
     /// Pause after which an idle connection is probed with a ping, and time for its answer [default: 5000]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub keepalive_ms: Option<u64>,
+    /// How often the size is asked for, in case the target does not tell of a change; 0: never [default: 60]
+    #[arg(long, value_name = "S")]
+    pub size_check_s: Option<u64>,
 }
 
 impl SessionArgs {
@@ -307,6 +314,9 @@ impl SessionArgs {
         timeouts.command = ms(self.command_timeout_ms, timeouts.command);
         timeouts.nop_interval = ms(self.keepalive_ms, timeouts.nop_interval);
         timeouts.nop_timeout = ms(self.keepalive_ms, timeouts.nop_timeout);
+        if let Some(seconds) = self.size_check_s {
+            timeouts.size_check = (seconds > 0).then(|| Duration::from_secs(seconds));
+        }
         Ok(options)
     }
 }

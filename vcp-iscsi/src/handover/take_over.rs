@@ -1,0 +1,125 @@
+//! `vcp-iscsi take-over`: the new process of a hand-over.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use vcp_core::device::RingDevice;
+use vcp_core::handover::giver::Giving;
+use vcp_core::handover::taker::Taker;
+use vcp_core::process::{Signals, exit_with_parent, set_log_level};
+use vcp_core::vu::{End, ServeOptions};
+
+use super::offer::Offer;
+use super::program;
+use crate::blk::BlkDevice;
+use crate::engine::Engine;
+use crate::portal::IscsiEngine;
+use crate::serve::{announce, describe};
+
+/// How long the old process may take to answer that it can be taken over.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Arguments of `take-over`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Example (in a monitor, which then waits for `ready:` and for the end of the old process):\n  \
+    vcp-iscsi take-over --control /run/disk0.ctl --exit-with-parent"
+)]
+pub struct TakeOverArgs {
+    /// Control socket of the process to take over from
+    #[arg(long, value_name = "SOCKET")]
+    pub control: PathBuf,
+    /// The old process stays and stands for this one to whoever started it: its signals are passed on, its end and this
+    /// one's are one, and the log goes where it went
+    #[arg(long)]
+    pub stand_in: bool,
+    /// End when the process that started this one ends
+    #[arg(long, conflicts_with = "stand_in")]
+    pub exit_with_parent: bool,
+}
+
+/// Takes over and serves until SIGTERM or SIGINT, or until the next hand-over.
+///
+/// # Errors
+/// What failed, on what; unless this process was the owner already, the old one goes on.
+pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<End> {
+    if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
+        bail!("the parent process ended before this one was up");
+    }
+    let stream = ask(&args.control, args.stand_in)?;
+    let (taker, app) = Taker::begin(stream, program()).context("cannot take over")?;
+    let offer: Result<Offer, _> = serde_json::from_value(app.clone());
+    let offer = match offer {
+        Ok(offer) => offer,
+        Err(error) => {
+            taker.refuse(format!("the offer is not understood: {error}"));
+            return Err(error).context("the old process's offer is not understood");
+        }
+    };
+    if let (None, Some(filter)) = (log, &offer.log)
+        && let Err(error) = set_log_level(filter)
+    {
+        tracing::warn!(error, "the old process's log filter is not understood");
+    }
+    match build(offer) {
+        Ok(Built { devices, options, ready }) => {
+            let options = ServeOptions { giving: Some(Giving { program: program(), offer: app }), ..options };
+            let extra = Box::new(serde_json::Map::new);
+            let ready = move || announce(&ready);
+            Ok(vcp_core::vu::take_over(taker, devices, &options, signals, extra, ready)?)
+        }
+        Err(error) => {
+            taker.refuse(vcp_core::process::chain(&*error));
+            Err(error)
+        }
+    }
+}
+
+/// Asks the old process; what follows on the connection is the hand-over.
+fn ask(control: &Path, stand_in: bool) -> Result<UnixStream> {
+    let failed = || format!("cannot ask the process behind {}", control.display());
+    let mut stream = UnixStream::connect(control).with_context(failed)?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT)).with_context(failed)?;
+    let request = serde_json::json!({"cmd": "take-over", "keep_pid": stand_in});
+    stream.write_all(format!("{request}\n").as_bytes()).with_context(failed)?;
+    let mut line = String::new();
+    // The answer is all that it says before it is spoken to again.
+    BufReader::new(&stream).read_line(&mut line).with_context(failed)?;
+    let answer: serde_json::Value = serde_json::from_str(&line).with_context(failed)?;
+    if answer["ok"] != true {
+        let why = answer["error"].as_str().unwrap_or("it does not say why");
+        bail!("the process behind {} refused: {why}", control.display());
+    }
+    Ok(stream)
+}
+
+/// What is made of an offer.
+struct Built {
+    devices: Vec<(Arc<str>, BlkDevice<IscsiEngine>)>,
+    options: ServeOptions,
+    ready: String,
+}
+
+fn build(offer: Offer) -> Result<Built> {
+    let now = Instant::now();
+    let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
+    let options = ServeOptions { cpu: offer.cpu, poll, ..ServeOptions::default() };
+    let mut ready = "ready:".to_owned();
+    let mut devices = Vec::new();
+    for disk in offer.disks {
+        let (name, lun) = (Arc::<str>::from(disk.name.as_str()), disk.lun());
+        let options = Arc::new(disk.options.options().map_err(anyhow::Error::msg)?);
+        let engine = IscsiEngine::detached(options, lun, disk.found, now);
+        let (engine_bytes, lun) = (engine.memory_bound_bytes(), engine.lun().clone());
+        let device = BlkDevice::new(engine, disk.queues);
+        let bytes = engine_bytes + device.memory_bound_bytes();
+        ready.push_str(&describe(&disk.socket, disk.queues, &lun, bytes));
+        devices.push((name, device));
+    }
+    Ok(Built { devices, options, ready })
+}
