@@ -113,7 +113,6 @@ fn start_backends(
             instance: dir.socket(&disk_name(i)).display().to_string(),
             read_only: disk.read_only,
             queues: disk.queues.unwrap_or(1),
-            packed: disk.packed,
             cpu: cpus.next().copied().flatten(),
         };
         let process = VcpProcess::start(&program, &vcp, &dir.socket(&vcp.device))?;

@@ -29,7 +29,7 @@ const EXAMPLES: &str = "Examples:
   vcp bench blk --socket /run/disk0.sock --rw randread --bs 4k --qd 32 --secs 5
   vcp bench blk --socket /run/disk0.sock --rw verify --region 256M --pid $(pidof vcp-iscsi) --json
 
-randwrite, write and verify destroy what is on the disk.";
+randwrite, randrw, write and verify destroy what is on the disk.";
 
 /// Arguments of `vcp bench blk`.
 #[derive(Clone, Debug, Args)]
@@ -87,6 +87,8 @@ pub enum Rw {
     Randread,
     /// Writes at random addresses.
     Randwrite,
+    /// Reads and writes at random addresses, seven reads to three writes.
+    Randrw,
     /// Reads one block after the other.
     Read,
     /// Writes one block after the other.
@@ -98,12 +100,21 @@ pub enum Rw {
 impl Rw {
     /// Whether addresses are random.
     pub fn is_random(self) -> bool {
-        matches!(self, Self::Randread | Self::Randwrite | Self::Verify)
+        matches!(self, Self::Randread | Self::Randwrite | Self::Randrw | Self::Verify)
     }
 
     /// Whether the disk is written.
     pub fn writes(self) -> bool {
-        matches!(self, Self::Randwrite | Self::Write | Self::Verify)
+        matches!(self, Self::Randwrite | Self::Randrw | Self::Write | Self::Verify)
+    }
+
+    /// Share of reads in percent.
+    pub fn reads_percent(self) -> u64 {
+        match self {
+            Self::Randread | Self::Read => 100,
+            Self::Randrw => 70,
+            Self::Randwrite | Self::Write | Self::Verify => 0,
+        }
     }
 }
 

@@ -100,6 +100,15 @@ fn loads_and_verifies_with_all_ring_features() {
 }
 
 #[test]
+fn a_mixed_load_reads_more_than_it_writes() {
+    let daemon = Daemon::start("writable=on");
+    let report = daemon.bench("--rw randrw --secs 0.3").unwrap();
+    let (reads, writes) = (report["reads"].as_u64().unwrap(), report["writes"].as_u64().unwrap());
+    assert!(reads > writes && writes > 0 && report["flushes"] == 1, "{report}");
+    assert_eq!(Some(reads + writes), report["ios"].as_u64());
+}
+
+#[test]
 fn what_was_verified_is_in_the_file() {
     let daemon = Daemon::start("writable=on");
     daemon.bench("--rw verify --secs 0.01 --bs 4k --seed 77").unwrap();

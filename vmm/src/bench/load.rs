@@ -68,8 +68,7 @@ impl Outcome {
 /// Keeps the queue full until the time is over.
 pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::new()?;
-    let op = if job.rw.writes() { Op::Write } else { Op::Read };
-    if op == Op::Write {
+    if job.rw.writes() {
         let mut data = vec![0; job.len];
         for slot in 0..queue.depth() {
             pattern::fill(&mut data, job.seed, u64::from(slot), 1);
@@ -84,25 +83,36 @@ pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
         next += 1;
         (job.first + n) * per_block
     };
+    let (reads_percent, mut choice) = (job.rw.reads_percent(), !job.seed);
+    let mut op = || match reads_percent {
+        100 => Op::Read,
+        0 => Op::Write,
+        percent if pattern::random(&mut choice) % 100 < percent => Op::Read,
+        _ => Op::Write,
+    };
+    let mut underway = vec![Op::Read; usize::from(queue.depth())];
     let started = Instant::now();
     for slot in 0..queue.depth() {
-        queue.submit(slot, op, sector(), job.len);
+        underway[usize::from(slot)] = op();
+        queue.submit(slot, underway[usize::from(slot)], sector(), job.len);
     }
     // Whatever is completed is taken and submitted anew; then the backend is told once.
     while started.elapsed() < job.time {
         let mut done = Some(queue.wait()?);
         while let Some(request) = done {
-            outcome.count(op, request.latency);
-            queue.submit(request.slot, op, sector(), job.len);
+            let kind = &mut underway[usize::from(request.slot)];
+            outcome.count(*kind, request.latency);
+            *kind = op();
+            queue.submit(request.slot, *kind, sector(), job.len);
             done = queue.poll()?;
         }
     }
     while queue.inflight() > 0 {
         let request = queue.wait()?;
-        outcome.count(op, request.latency);
+        outcome.count(underway[usize::from(request.slot)], request.latency);
     }
     outcome.elapsed = started.elapsed();
-    if op == Op::Write && job.flush {
+    if job.rw.writes() && job.flush {
         queue.flush()?;
         outcome.flushes += 1;
     }

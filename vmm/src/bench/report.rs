@@ -133,7 +133,7 @@ fn queues(args: &BlkArgs, device: &Device, len: usize, front: &Front) -> Result<
 fn run(args: &BlkArgs, device: &Device, region: u64, len: usize, queues: &mut [Queue]) -> Result<Outcome> {
     let count = queues.len() as u64;
     let all = region / args.bs;
-    let is_shared = matches!(args.rw, Rw::Randread | Rw::Randwrite);
+    let is_shared = matches!(args.rw, Rw::Randread | Rw::Randwrite | Rw::Randrw);
     let barrier = Barrier::new(queues.len());
     let results: Vec<Result<Outcome>> = thread::scope(|scope| {
         let threads: Vec<_> = queues

@@ -325,6 +325,7 @@ impl Work {
     fn attempt(&mut self) -> Result<()> {
         let device = self.name.clone();
         let queues = self.front.kind().queue_max_sizes.len() as u16;
+        let started = Instant::now();
         let link = match &self.source {
             Source::Socket(path) => Link::connect(&device, path, queues)?,
             Source::Process(program, vcp) => {
@@ -337,6 +338,11 @@ impl Work {
                 let ready = process.wait_ready(None, self.quit.event_fd());
                 self.process = Some(process);
                 ready?;
+                tracing::debug!(
+                    device,
+                    ready_us = started.elapsed().as_micros() as u64,
+                    "the new VCP is ready"
+                );
                 self.front.set_process(Some(pidfd));
                 Link::connect(&device, &socket, queues)?
             }
@@ -350,6 +356,7 @@ impl Work {
             self.front.attach(session)
         });
         self.quit.hold(None);
+        tracing::debug!(device, done_us = started.elapsed().as_micros() as u64, "the attempt is over");
         attached
     }
 

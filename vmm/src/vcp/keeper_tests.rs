@@ -217,7 +217,6 @@ fn vcp() -> IscsiVcp {
         instance: "test".into(),
         read_only: false,
         queues: 2,
-        packed: false,
         cpu: None,
     }
 }

@@ -35,8 +35,6 @@ pub struct IscsiVcp {
     pub read_only: bool,
     /// Number of request queues.
     pub queues: u16,
-    /// Packed rings are wanted.
-    pub packed: bool,
     /// Hardware thread of its own.
     pub cpu: Option<usize>,
 }
@@ -275,7 +273,6 @@ mod tests {
             instance: "test".into(),
             read_only: true,
             queues: 2,
-            packed: false,
             cpu: None,
         };
         VcpProcess::start(&program(dir, then), &vcp, &dir.join("s")).unwrap()
