@@ -22,6 +22,9 @@ const ACCESS_CHECK_MAX: Duration = Duration::from_secs(1);
 impl IscsiEngine {
     /// The path's own command ended.
     pub(super) fn own_ended(&mut self, index: usize, outcome: TaskOutcome, now: Instant) {
+        if self.size_ended(index, &outcome) {
+            return;
+        }
         let path = &mut self.paths[index];
         let own_slot = path.own_slot;
         let Some(look) = &mut path.look else { return };
@@ -193,7 +196,7 @@ impl IscsiEngine {
     pub(super) fn look_again(&mut self, now: Instant) {
         for index in 0..self.paths.len() {
             let path = &mut self.paths[index];
-            if matches!(path.phase, Phase::Up) && path.look.is_none() && self.reset.is_none() {
+            if matches!(path.phase, Phase::Up) && path.look.is_none() && !path.sizing && self.reset.is_none() {
                 if path.rescan {
                     self.start_look(index, now);
                 } else if path.check_at.is_some_and(|at| at <= now) {

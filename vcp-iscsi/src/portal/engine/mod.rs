@@ -20,6 +20,7 @@ mod look;
 mod outcomes;
 mod path;
 mod sessions;
+mod size;
 mod status;
 mod waits;
 
@@ -96,6 +97,8 @@ pub struct IscsiEngine {
     reset: Option<doubt::Reset>,
     reset_not_before: Option<Instant>,
     reset_failures: u32,
+    /// When the unit's size was read last.
+    size_read: Instant,
     /// Since when no path was fit for commands.
     away_since: Option<Instant>,
     /// With several paths: what they wait for.
@@ -210,6 +213,7 @@ impl IscsiEngine {
             reset: None,
             reset_not_before: None,
             reset_failures: 0,
+            size_read: now,
             away_since: Some(now),
             jitter,
             log: LogLimit::default(),
@@ -427,6 +431,7 @@ impl Engine for IscsiEngine {
         }
         self.give_up(now);
         self.look_again(now);
+        self.read_size(now);
         self.feed(now);
         moved |= self.exchange_all(now);
         self.release_pinned();
@@ -473,6 +478,7 @@ impl Engine for IscsiEngine {
             sooner(path.wire.as_ref().and_then(|wire| wire.session.deadline()));
         }
         sooner(self.look_at());
+        sooner(self.size_due());
         sooner(self.watch_at());
         if self.in_doubt || self.reset.is_some() {
             sooner(self.settle_at());

@@ -126,6 +126,8 @@ pub(super) struct Path {
     pub(super) checks: u32,
     /// The unit is to be looked at again.
     pub(super) rescan: bool,
+    /// Its size is being read, by the path's own slot.
+    pub(super) sizing: bool,
     /// Commands at once, as the target's TASK SET FULL taught; grows again with successes.
     pub(super) window: usize,
     pub(super) window_credit: usize,
@@ -156,6 +158,7 @@ impl Path {
             check_at: None,
             checks: 0,
             rescan: false,
+            sizing: false,
             window: usize::from(options.queue_depth),
             window_credit: 0,
             doubt: None,

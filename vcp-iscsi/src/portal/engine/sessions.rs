@@ -34,6 +34,7 @@ impl IscsiEngine {
         let answered = self.paths[index].wire.is_some() || broke_off;
         self.take_back(index, blamed, error, now);
         self.paths[index].look = None;
+        self.paths[index].sizing = false;
         self.paths[index].access = None;
         self.paths[index].check_at = None;
         self.paths[index].user_timeout = None;
