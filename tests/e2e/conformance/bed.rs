@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use vcp_tests::backend::Backend;
 use vcp_tests::bad_target::{BadTarget, Entry};
-use vcp_tests::front::{Driver, Failure, Op};
+use vcp_tests::front::{Driver, Failure, Op, all_features};
 use vcp_tests::{Result, pattern};
 
 /// How long anything may take that has no other limit.
@@ -31,6 +31,11 @@ pub(super) fn bed(script: &str, args: &[&str]) -> Result<Bed> {
 
 /// The same on a target that runs.
 pub(super) fn bed_of(target: BadTarget, lun: u64, args: &[&str]) -> Result<Bed> {
+    bed_with(target, lun, args, all_features())
+}
+
+/// The same with a driver that takes these features at most.
+pub(super) fn bed_with(target: BadTarget, lun: u64, args: &[&str], features: u64) -> Result<Bed> {
     let dir = tempfile::Builder::new().prefix("vcp-bad-").tempdir()?;
     let control = dir.path().join("ctl");
     let control_arg = control.display().to_string();
@@ -38,7 +43,7 @@ pub(super) fn bed_of(target: BadTarget, lun: u64, args: &[&str]) -> Result<Bed> 
     all.extend(args);
     let backend = Backend::vcp_iscsi(&target.url_of(lun), &all)
         .with_context(|| format!("bad-target:\n{}", target.story().unwrap_or_default()))?;
-    let driver = Driver::connect(backend.socket(), 1)?;
+    let driver = Driver::connect_with(backend.socket(), 1, features)?;
     Ok(Bed { target, backend, driver, control, _dir: dir })
 }
 
@@ -68,12 +73,21 @@ impl Bed {
     }
 
     /// Reads; the answer.
-    pub(super) fn try_read(&mut self, offset: u64, len: usize) -> Result<std::result::Result<Vec<u8>, Failure>> {
+    pub(super) fn try_read(
+        &mut self,
+        offset: u64,
+        len: usize,
+    ) -> Result<std::result::Result<Vec<u8>, Failure>> {
         self.driver.request(0, &Op::Read { offset, len }).with_context(|| self.story())
     }
 
     /// Writes the pattern of `seed`; the answer.
-    pub(super) fn try_write(&mut self, seed: u64, offset: u64, len: usize) -> Result<std::result::Result<(), Failure>> {
+    pub(super) fn try_write(
+        &mut self,
+        seed: u64,
+        offset: u64,
+        len: usize,
+    ) -> Result<std::result::Result<(), Failure>> {
         let op = Op::Write { offset, data: pattern::make(seed, offset, len) };
         let answer = self.driver.request(0, &op).with_context(|| self.story())?;
         Ok(answer.map(|_| ()))

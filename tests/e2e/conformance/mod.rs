@@ -7,3 +7,12 @@
 
 mod bed;
 mod data_in;
+mod data_out;
+mod defects;
+mod durable;
+mod ending;
+mod login;
+mod sequence;
+mod session;
+mod status;
+mod timeouts;

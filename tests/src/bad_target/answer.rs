@@ -24,6 +24,8 @@ pub enum Numbers {
     Window,
     /// None: sent as it is.
     None,
+    /// No PDU, but the FIN: nothing more will be sent.
+    Fin,
 }
 
 /// Changes a field after the counters were put in.
@@ -79,6 +81,12 @@ impl Out {
         let mut header = pdu.encode();
         header.set_data_len(data.len() as u32);
         Self { header: header.0, data, numbers, edits: Vec::new(), spoil_header: false, spoil_data: false }
+    }
+
+    /// The FIN.
+    pub fn fin() -> Self {
+        let none = Vec::new();
+        Self { numbers: Numbers::Fin, ..Self::extra(&Extra::Raw(none), Lun::ZERO, None) }
     }
 
     /// The header with its edits.

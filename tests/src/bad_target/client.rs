@@ -158,7 +158,7 @@ impl BadTarget {
         Ok(self.seen(way, label)?.len())
     }
 
-    /// Drops what it wrote down so far.
+    /// Drops the PDUs that it wrote down so far.
     pub fn forget(&self) -> Result<()> {
         self.ask("forget", false).map(|_| ())
     }

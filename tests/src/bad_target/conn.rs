@@ -111,7 +111,9 @@ fn talk(shared: &Arc<Shared>, id: usize, reader: &mut Reader) -> io::Result<()> 
         let (header, data) = reader.pdu()?;
         shared.wait(FOREVER, |s| !s.conns[id].stalled || !s.conns[id].open);
         let open = shared.update(|s| {
-            s.receive(id, &header, data.as_deref());
+            if s.conns[id].open {
+                s.receive(id, &header, data.as_deref());
+            }
             s.conns[id].open
         });
         if !open {
@@ -180,7 +182,6 @@ impl State {
         let actions = self.turn(Event::of_cdb(&command.cdb));
         for action in &actions {
             match action {
-                Action::Stall => {}
                 Action::Reject(reason) => {
                     let out = Out::extra(&Extra::Reject(*reason), command.lun, Some(bhs));
                     return self.send(id, vec![out], None);
@@ -193,12 +194,10 @@ impl State {
         if !self.conns[id].open {
             return;
         }
-        let stall = actions.contains(&Action::Stall);
         let itt = command.itt.0;
         let task = Task::new(command, data, actions);
         self.conns[id].tasks.insert(itt, task);
         self.advance(id, itt, bhs);
-        self.conns[id].stalled |= stall;
     }
 
     fn data_out(&mut self, id: usize, bhs: &Bhs, pdu: &DataOut, data: &[u8]) {
@@ -251,8 +250,9 @@ impl State {
         }
         let (actions, lun) = (task.actions.clone(), task.command.lun);
         let manner = spoil(&mut outs, &actions, lun, Some(bhs));
-        // An R2T that was changed must not be answered.
-        for out in outs.iter().filter(|out| !out.edits.is_empty()) {
+        // An R2T that was changed in what counts must not be answered.
+        let counts = |header: &[u8; 48]| [&header[8..24], &header[36..48]].concat();
+        for out in outs.iter().filter(|out| counts(&out.edited()) != counts(&out.header)) {
             let ttt = u32::from_be_bytes([out.header[20], out.header[21], out.header[22], out.header[23]]);
             task.asks.iter_mut().filter(|ask| ask.ttt == ttt).for_each(|ask| ask.is_sound = false);
         }
@@ -418,10 +418,9 @@ impl State {
         // The session and its tasks are over (11.14).
         self.conns[id].tasks.clear();
         self.conns[id].hung.clear();
-        self.finish(id, &mut outs, &actions);
-        let conn = &self.conns[id];
-        if !actions.contains(&Action::KeepOpen) && !conn.stalled {
-            let _ = conn.stream.shutdown(std::net::Shutdown::Write);
+        if !actions.contains(&Action::KeepOpen) {
+            outs.push(Out::fin());
         }
+        self.finish(id, &mut outs, &actions);
     }
 }

@@ -5,7 +5,7 @@
 //!   hangs), `resize BLOCKS` (without telling anybody), or something to send, as behind `first`;
 //! - `wait WAY LABEL COUNT MS`: waits until as many notes are written down; `ok` or `late`;
 //! - `log`: the notes, then `end`; `breaches`: what the initiator did against RFC 7143, then `end`;
-//! - `forget`: drops notes so far.
+//! - `forget`: drops the notes of PDUs so far.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -38,7 +38,7 @@ fn answer(shared: &Arc<Shared>, text: &str) -> Result<String> {
     match words[..] {
         ["log"] => return Ok(listed(shared.lock().notes.iter().map(super::server::Note::line).collect())),
         ["breaches"] => return Ok(listed(shared.lock().breaches.clone())),
-        ["forget"] => shared.update(|s| s.notes.clear()),
+        ["forget"] => shared.update(|s| s.notes.retain(|note| note.way == "event")),
         ["wait", way, label, count, ms] => {
             let (count, ms): (usize, u64) = (count.parse()?, ms.parse()?);
             let seen =

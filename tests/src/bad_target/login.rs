@@ -60,13 +60,12 @@ pub fn run(shared: &Arc<Shared>, id: usize, reader: &mut Reader) -> io::Result<b
         }
         if let Some(refusal) = actions.iter().find_map(|action| refusal(&header, action)) {
             shared.update(|s| send(s, id, &refusal, &actions));
-            finish_refusal(shared, id);
-            return Ok(false);
+            return finish_refusal(shared, id, reader);
         }
         let mut progress = login.receive(&header, &data);
         if let Progress::Decide(claim) = &progress {
             let tsih = shared.update(|s| {
-                reinstate(s, id, &claim.initiator_name, claim.isid.0);
+                reinstate(s, id, (claim.initiator_name.clone(), claim.isid.0, options.group));
                 s.next_tsih += 1;
                 s.next_tsih - 1
             });
@@ -81,8 +80,7 @@ pub fn run(shared: &Arc<Shared>, id: usize, reader: &mut Reader) -> io::Result<b
                     }
                     send(s, id, &pdu, &actions);
                 });
-                finish_refusal(shared, id);
-                return Ok(false);
+                return finish_refusal(shared, id, reader);
             }
             Progress::Done(pdu, logged_in) => {
                 let n = logged_in.negotiated;
@@ -107,9 +105,10 @@ pub fn run(shared: &Arc<Shared>, id: usize, reader: &mut Reader) -> io::Result<b
     }
 }
 
-/// A login with the ISID of a session ends it and its tasks (6.3.5), which those of other ISIDs survive.
-fn reinstate(state: &mut State, id: usize, initiator: &str, isid: [u8; 6]) {
-    let name = Some((initiator.to_owned(), isid));
+/// A login under the name of a session ends it and its tasks (6.3.5), which those under other ISIDs or to other portal
+/// groups survive.
+fn reinstate(state: &mut State, id: usize, name: (String, [u8; 6], u16)) {
+    let name = Some(name);
     for other in 0..state.conns.len() {
         let conn = &mut state.conns[other];
         if other != id && conn.name == name {
@@ -186,7 +185,10 @@ fn refusal(request: &Bhs, action: &Action) -> Option<LoginPdu> {
     Some(LoginPdu { header: response.encode(), data: text.into_bytes() })
 }
 
-/// The initiator closes a connection whose login was refused (11.13.5); so the FIN that follows is its own.
-fn finish_refusal(shared: &Arc<Shared>, id: usize) {
+/// The initiator closes a connection whose login was refused (11.13.5), and sends nothing more.
+fn finish_refusal(shared: &Arc<Shared>, id: usize, reader: &mut Reader) -> io::Result<bool> {
     shared.update(|s| s.note(id, "event", "refused", None));
+    reader.pdu()?;
+    shared.update(|s| s.breaches.push(format!("connection {id}: a PDU after a refused login (11.13.5)")));
+    Ok(false)
 }

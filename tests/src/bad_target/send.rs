@@ -29,8 +29,8 @@ pub struct Conn {
     /// In full feature phase.
     pub negotiated: Option<Negotiated>,
     pub(super) digests: Digests,
-    /// InitiatorName and ISID.
-    pub name: Option<(String, [u8; 6])>,
+    /// InitiatorName, ISID and portal group: the session's name (RFC 7143 4.4.3.1).
+    pub name: Option<(String, [u8; 6], u16)>,
     pub(super) stat_sn: Serial,
     pub(super) exp_cmd_sn: Serial,
     pub(super) window: u32,
@@ -91,7 +91,7 @@ impl Conn {
         let stat_sn = match out.numbers {
             Numbers::Status => Some(self.stat_sn.take()),
             Numbers::Next => Some(self.stat_sn),
-            Numbers::Window | Numbers::None => None,
+            Numbers::Window | Numbers::None | Numbers::Fin => None,
         };
         let max = self.exp_cmd_sn.add(self.window).sub(1);
         let header = &mut out.header;
@@ -143,7 +143,8 @@ impl Conn {
         }
         let mut bytes = Vec::new();
         let mut sent = Vec::new();
-        for mut out in outs {
+        let fin = outs.iter().any(|out| out.numbers == Numbers::Fin);
+        for mut out in outs.into_iter().filter(|out| out.numbers != Numbers::Fin) {
             bytes.extend(self.bytes(&mut out));
             sent.push(out.header);
         }
@@ -152,6 +153,8 @@ impl Conn {
         }
         if self.stream.write_all(&bytes).is_err() || truncate.is_some() {
             self.close(false);
+        } else if fin {
+            let _ = self.stream.shutdown(Shutdown::Write);
         }
         sent
     }

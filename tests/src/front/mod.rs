@@ -1,11 +1,12 @@
 //! The third-party front end: `virtio-driver` over vhost-user, with deadlines on everything.
 
 mod arena;
+mod message;
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use virtio_driver::{
 
 use crate::Result;
 use arena::Arena;
+pub use message::BackendMessages;
 
 /// How long one request may take; recovery of a connection is within it.
 pub const REQUEST: Duration = Duration::from_secs(60);
@@ -98,6 +100,8 @@ pub struct Done {
     pub id: u64,
     /// Data of a read, or what failed.
     pub result: std::result::Result<Vec<u8>, Failure>,
+    /// The buffer that it used, see [`Driver::memory`]; the next request may use it again.
+    pub buffer: usize,
 }
 
 /// What the device says in its configuration space.
@@ -147,6 +151,7 @@ pub struct Driver {
     features: u64,
     next_id: u64,
     pieces: usize,
+    socket: PathBuf,
 }
 
 impl fmt::Debug for Driver {
@@ -198,7 +203,15 @@ impl Driver {
                 in_flight: 0,
             }
         });
-        Ok(Self { queues: queues.collect(), transport, arena, features, next_id: 0, pieces: 1 })
+        Ok(Self {
+            queues: queues.collect(),
+            transport,
+            arena,
+            features,
+            next_id: 0,
+            pieces: 1,
+            socket: path.into(),
+        })
     }
 
     /// Cuts the data of each following request into this many descriptors.
@@ -247,6 +260,16 @@ impl Driver {
         })
     }
 
+    /// Turns the write cache on or off, as the guest's driver does (VIRTIO_BLK_F_CONFIG_WCE).
+    pub fn set_write_cache(&mut self, on: bool) -> Result<()> {
+        message::set_write_cache(&self.socket, on)
+    }
+
+    /// Asks for the back end's messages.
+    pub fn backend_messages(&mut self) -> Result<BackendMessages> {
+        BackendMessages::open(&self.socket)
+    }
+
     /// Requests that `queue` still has in flight.
     pub fn in_flight(&self, queue: usize) -> usize {
         self.queues[queue].in_flight
@@ -288,6 +311,18 @@ impl Driver {
             self.transport.get_submission_notifier(queue).notify().context("kick")?;
         }
         Ok(id)
+    }
+
+    /// What is in a buffer now: after its request was answered, nobody but the driver may change it.
+    pub fn memory(&self, buffer: usize, len: usize) -> Result<Vec<u8>> {
+        let mut data = vec![0; len];
+        self.arena.get(buffer, &mut data)?;
+        Ok(data)
+    }
+
+    /// Fills a buffer whose request was answered.
+    pub fn set_memory(&self, buffer: usize, data: &[u8]) -> Result<()> {
+        self.arena.put(buffer, data)
     }
 
     /// Waits for the next completion on a queue.
@@ -341,7 +376,7 @@ impl Driver {
             };
             q.free.push(slot);
             q.in_flight -= 1;
-            q.done.push_back(Done { id: entry.id, result });
+            q.done.push_back(Done { id: entry.id, result, buffer: slot });
         }
         Ok(())
     }
