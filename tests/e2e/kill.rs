@@ -15,7 +15,7 @@ use vcp_tests::survivor::{Answer, Ask, CHUNK, DEPTH, Event, Survivor};
 use vcp_tests::target::{self, Kind, Spec, Target};
 use vcp_tests::{Result, front::REQUEST};
 
-const QUEUES: usize = 2;
+pub(crate) const QUEUES: usize = 2;
 /// A new connection is there within this.
 const BACK: Duration = Duration::from_secs(30);
 /// Few, so that a block is written again soon after it was: an old write that came late would show.
@@ -68,7 +68,7 @@ fn spawn(socket: &Path, url: &str, args: &[String]) -> Result<Proc> {
 }
 
 /// What is known of the disk and of what is in flight.
-struct Load {
+pub(crate) struct Load {
     random: u64,
     /// Version of each chunk; 0: never written.
     versions: Vec<u32>,
@@ -76,11 +76,11 @@ struct Load {
     /// Chunk and, for a write, its version; by queue and slot.
     slots: Vec<Vec<Option<(usize, Option<u32>)>>>,
     started: u32,
-    done: u64,
+    pub(crate) done: u64,
 }
 
 impl Load {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             random: seed,
             versions: vec![0; CHUNKS],
@@ -91,7 +91,7 @@ impl Load {
         }
     }
 
-    fn next(&mut self, below: usize) -> usize {
+    pub(crate) fn next(&mut self, below: usize) -> usize {
         // xorshift64*
         self.random ^= self.random >> 12;
         self.random ^= self.random << 25;
@@ -100,7 +100,7 @@ impl Load {
     }
 
     /// Fills every free slot.
-    fn fill(&mut self, front: &mut Survivor) -> Result<()> {
+    pub(crate) fn fill(&mut self, front: &mut Survivor) -> Result<()> {
         for queue in 0..QUEUES {
             for slot in 0..DEPTH {
                 if self.slots[queue][slot].is_some() {
@@ -129,7 +129,7 @@ impl Load {
     }
 
     /// Takes the answers that are there and checks them.
-    fn collect(&mut self, front: &mut Survivor) -> Result<()> {
+    pub(crate) fn collect(&mut self, front: &mut Survivor) -> Result<()> {
         for queue in 0..QUEUES {
             for Answer { slot, status, data } in front.answers(queue)? {
                 let asked = self.slots[queue][slot].take();
@@ -151,12 +151,12 @@ impl Load {
         Ok(())
     }
 
-    fn outstanding(&self) -> usize {
+    pub(crate) fn outstanding(&self) -> usize {
         self.slots.iter().flatten().flatten().count()
     }
 
     /// Waits for all that is in flight, then reads every chunk.
-    fn finish(&mut self, front: &mut Survivor) -> Result<()> {
+    pub(crate) fn finish(&mut self, front: &mut Survivor) -> Result<()> {
         self.drain(front)?;
         for chunk in (0..CHUNKS).filter(|&chunk| self.versions[chunk] != 0).collect::<Vec<_>>() {
             front.submit(0, 0, &Ask::Read((chunk * CHUNK) as u64))?;

@@ -21,4 +21,5 @@ mod net;
 mod recovery;
 mod servers;
 mod support;
+mod upgrade;
 mod wire;
