@@ -145,6 +145,13 @@ pub struct ServeArgs {
     /// Most bytes per second for each device (K, M, G), and how many may come at once [default burst: a tenth of it]
     #[arg(long, value_name = "SIZE[,burst=SIZE]")]
     pub limit_bps: Option<Rate>,
+    /// Write the last PDUs of a session to files in this directory (pcapng, for tshark) when a target breaks a rule, a
+    /// command takes too long or a session is lost, and when asked to: {"cmd":"dump"}
+    #[arg(long, value_name = "DIR")]
+    pub recorder_dir: Option<PathBuf>,
+    /// Leave the beginnings of the data, which are the guest's, out of these files
+    #[arg(long, requires = "recorder_dir")]
+    pub recorder_headers_only: bool,
     /// Fail requests when the target was away for so many seconds, until it is back [default: they wait]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub give_up_s: Option<u64>,

@@ -22,6 +22,7 @@ use crate::handover::program;
 use crate::limit::Limits;
 use crate::notify::notify;
 use crate::portal::{IscsiEngine, Options};
+use crate::recorder::StoreOptions;
 use crate::url::Url;
 
 /// Longest URL file; a URL is far shorter, and a wrong file (a disk image, say) is not read to its end.
@@ -140,11 +141,22 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         // the same socket is the same one and takes its old session over.
         options.instance = args.instance.clone().unwrap_or_else(|| socket.path().display().to_string());
         let all_paths = args.paths.apply(disk.paths, &mut options);
+        options.recorder = recorder(args, plans.len(), socket.path())?;
         let limits =
             Limits { iops: disk.limits.iops.or(args.limit_iops), bps: disk.limits.bps.or(args.limit_bps) };
         plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, all_paths, limits });
     }
     Ok(plans)
+}
+
+/// Where the last PDUs of a device are written, if anywhere.
+fn recorder(args: &ServeArgs, index: usize, socket: &Path) -> Result<Option<StoreOptions>> {
+    let Some(dir) = &args.recorder_dir else { return Ok(None) };
+    let stem = socket.file_stem().unwrap_or_default().to_string_lossy();
+    let mut store = StoreOptions::new(dir.clone(), format!("disk{index}_{stem}"));
+    store.with_data = !args.recorder_headers_only;
+    store.check().with_context(|| format!("--recorder-dir {}", dir.display()))?;
+    Ok(Some(store))
 }
 
 fn read_url(file: &Path) -> Result<Url> {

@@ -84,6 +84,11 @@ impl Counters {
         self.0[violation as usize]
     }
 
+    /// All of them together.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
     /// Counts one more.
     pub fn count(&mut self, violation: Violation) {
         self.0[violation as usize] += 1;

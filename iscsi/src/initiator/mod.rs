@@ -25,6 +25,7 @@
 mod config;
 mod error;
 mod export;
+mod flow;
 mod receive;
 mod session;
 mod task;
@@ -35,6 +36,7 @@ mod watch;
 pub use config::Config;
 pub use error::{Counters, SessionError, Violation};
 pub use export::{ImportError, SessionState, Underway};
+pub use flow::FlowStats;
 pub use receive::Place;
 pub use session::{Event, Session};
 pub use task::{Command, Direction, Outcome};

@@ -285,6 +285,8 @@ impl Session {
         if let Some(violation) = violation {
             return Err(self.violated(violation, Some(slot)));
         }
+        self.flow.r2t(slot, self.last_received);
+        let task = self.task_mut(slot);
         task.received_pdus += 1;
         task.asked_bytes += pdu.desired_len_bytes;
         task.open_r2ts += 1;

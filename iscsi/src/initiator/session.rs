@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use super::flow::{Flow, FlowStats};
 use super::task::{State, Task};
 use super::timers::{Logout, Tmf};
 use super::transmit::{Solicited, Unsolicited};
@@ -85,6 +86,7 @@ pub struct Session {
     pub(super) active: usize,
     pub(super) events: VecDeque<Event>,
     pub(super) counters: Counters,
+    pub(super) flow: Flow,
 
     pub(super) cmd_sn: Serial,
     pub(super) exp_cmd_sn: Serial,
@@ -131,6 +133,7 @@ impl Session {
             // Each slot once, and what a receive can add besides; more than that grows, once.
             events: VecDeque::with_capacity(slots + 64),
             counters: Counters::default(),
+            flow: Flow::new(slots),
             cmd_sn: config.cmd_sn,
             exp_cmd_sn: config.cmd_sn,
             max_cmd_sn: config.max_cmd_sn,
@@ -162,6 +165,11 @@ impl Session {
     /// What the target did against the RFC so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// What it waited for so far.
+    pub fn flow(&self) -> FlowStats {
+        self.flow.stats
     }
 
     /// Round trip of pings, smoothed as in RFC 6298 (1/8 of each new one); `None` before the first answer. The target's

@@ -74,9 +74,9 @@ impl Session {
             return None;
         }
         self.control_pdu(now)
-            .or_else(|| self.unsolicited_pdu())
-            .or_else(|| self.solicited_pdu())
-            .or_else(|| self.command_pdu())
+            .or_else(|| self.unsolicited_pdu(now))
+            .or_else(|| self.solicited_pdu(now))
+            .or_else(|| self.command_pdu(now))
     }
 
     fn control_pdu(&mut self, now: Instant) -> Option<TxPdu> {
@@ -110,7 +110,7 @@ impl Session {
         self.tx(pdu.encode(), None)
     }
 
-    fn unsolicited_pdu(&mut self) -> Option<TxPdu> {
+    fn unsolicited_pdu(&mut self, now: Instant) -> Option<TxPdu> {
         let mut u = self.unsolicited?;
         let len_bytes = (u.end_bytes - u.offset_bytes).min(self.config.max_send_bytes);
         let pdu = DataOut {
@@ -128,10 +128,13 @@ impl Session {
         u.offset_bytes += len_bytes;
         self.task_mut(u.slot).done_bytes += len_bytes;
         self.unsolicited = (!pdu.final_bit).then_some(u);
+        if pdu.final_bit {
+            self.data_sent(u.slot, now);
+        }
         Some(self.tx(pdu.encode(), Some(data)))
     }
 
-    fn solicited_pdu(&mut self) -> Option<TxPdu> {
+    fn solicited_pdu(&mut self, now: Instant) -> Option<TxPdu> {
         loop {
             let s = *self.solicited.front()?;
             // The task may have been answered in the meantime.
@@ -160,19 +163,26 @@ impl Session {
                 front.left_bytes -= len_bytes;
                 front.data_sn = front.data_sn.next();
             }
+            if pdu.final_bit {
+                self.data_sent(slot, now);
+            }
             let data = DataRef { slot, offset_bytes: s.offset_bytes, len_bytes };
             return Some(self.tx(pdu.encode(), Some(data)));
         }
     }
 
-    fn command_pdu(&mut self) -> Option<TxPdu> {
+    fn command_pdu(&mut self, now: Instant) -> Option<TxPdu> {
         // A logout that is on its way stops new commands (11.9.1, event 1).
         // So does a reset of the unit: what was sent behind it would be in doubt (4.2.3.3 has it survive, many a target
         // ends it), and must neither count as ended nor be repeated while it may live.
         if self.logout.is_some() || self.is_resetting() || self.cmd_sn.is_after(self.max_cmd_sn) {
+            if !self.queue.is_empty() {
+                self.flow.stalled(now);
+            }
             return None;
         }
         let slot = self.queue.pop_front()?;
+        self.flow.goes(now);
         let command = self.task(slot).command;
         let is_write = command.direction == Direction::Write;
         // The four cases of InitialR2T and ImmediateData (13.10, 13.11).
@@ -195,6 +205,9 @@ impl Session {
                 data_sn: Serial(0),
             });
         }
+        if unsolicited == immediate {
+            self.data_sent(slot, now);
+        }
         let pdu = ScsiCommand {
             immediate: false,
             final_bit: unsolicited == immediate,
@@ -212,6 +225,16 @@ impl Session {
         };
         let data = (immediate > 0).then_some(DataRef { slot, offset_bytes: 0, len_bytes: immediate });
         Some(self.tx(pdu.encode(), data))
+    }
+
+    /// Everything of a command's output that may be sent now was sent: what is left waits for an R2T.
+    fn data_sent(&mut self, slot: u16, now: Instant) {
+        let task = self.task(slot);
+        if task.command.direction == Direction::Write && task.asked_bytes < task.command.len_bytes {
+            self.flow.waits(slot, now);
+        } else {
+            self.flow.begins(slot);
+        }
     }
 
     fn tx(&self, bhs: Bhs, data: Option<DataRef>) -> TxPdu {

@@ -9,6 +9,7 @@ use vcp_core::poll::PollMode;
 use crate::portal::options::{Credentials, DigestChoice, PathPolicy, Timeouts};
 use crate::portal::probe::{Found, UnitId};
 use crate::portal::{IscsiEngine, Options};
+use crate::recorder::StoreOptions;
 use crate::url::{Portal, Secret, Url};
 
 /// See the module.
@@ -62,6 +63,7 @@ pub struct OptionsOffer {
     sessions: u16,
     path_policy: PathPolicy,
     unit_id: Option<String>,
+    recorder: Option<StoreOptions>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -115,6 +117,7 @@ impl OptionsOffer {
             sessions,
             path_policy,
             unit_id,
+            recorder,
             // The new process makes connections of its own, and has jitter of its own.
             network: _,
             jitter_seed: _,
@@ -136,6 +139,7 @@ impl OptionsOffer {
             sessions,
             path_policy,
             unit_id: unit_id.map(|id| id.to_string()),
+            recorder,
         }
     }
 
@@ -164,6 +168,7 @@ impl OptionsOffer {
         options.sessions = self.sessions;
         options.path_policy = self.path_policy;
         options.unit_id = unit_id.transpose()?;
+        options.recorder = self.recorder;
         Ok(options)
     }
 }

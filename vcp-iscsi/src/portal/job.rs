@@ -56,21 +56,25 @@ pub(super) struct Job {
 }
 
 /// When a job was given to the engine, and when its command was first sent; for the latency split.
-#[derive(Clone, Copy, Debug, Default)]
-#[allow(dead_code)] // Read by the engine's latency split, which comes with its multipath form.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
+    /// What was asked for; the job's own may change on the way.
+    pub(super) op: Op,
     pub(super) queued: Option<Instant>,
     pub(super) sent: Option<Instant>,
+}
+
+impl Times {
+    const NONE: Self = Self { op: Op::Read, queued: None, sent: None };
 }
 
 /// The table; the index is the slot.
 #[derive(Debug)]
 pub(super) struct Jobs(Vec<Option<Job>>, Vec<Times>);
 
-#[allow(dead_code)] // As `Times`.
 impl Jobs {
     pub(super) fn new(slots: u16) -> Self {
-        Self((0..slots).map(|_| None).collect(), vec![Times::default(); slots.into()])
+        Self((0..slots).map(|_| None).collect(), vec![Times::NONE; slots.into()])
     }
 
     pub(super) fn get(&self, slot: u16) -> Option<&Job> {
@@ -82,8 +86,8 @@ impl Jobs {
     }
 
     pub(super) fn put(&mut self, slot: u16, job: Job) {
+        self.1[usize::from(slot)] = Times { op: job.op, ..Times::NONE };
         self.0[usize::from(slot)] = Some(job);
-        self.1[usize::from(slot)] = Times::default();
     }
 
     /// The pass in which the engine first saw the slot's job is `now`; false if it saw it before.
@@ -106,7 +110,7 @@ impl Jobs {
 
     /// See [`Times`].
     pub(super) fn times(&self, slot: u16) -> Times {
-        self.1.get(usize::from(slot)).copied().unwrap_or_default()
+        self.1.get(usize::from(slot)).copied().unwrap_or(Times::NONE)
     }
 
     pub(super) fn take(&mut self, slot: u16) -> Option<Job> {

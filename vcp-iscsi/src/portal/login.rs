@@ -17,6 +17,7 @@ use super::net::Stream;
 use super::options::{Credentials, DigestChoice};
 use super::wire::Wire;
 use super::{Options, PortalError};
+use crate::recorder::Recorder;
 use crate::url::Portal;
 
 /// What a target's PDU begins with in the login phase: Login Response or Reject, reserved bits clear (RFC 7143 11.2.1.2).
@@ -143,7 +144,9 @@ impl LoggedIn {
             task_management_timeout: timeouts.task_management,
             logout_timeout: timeouts.logout,
         };
-        Wire::new(self.stream, Session::new(config, now), &self.early)
+        let mut wire = Wire::new(self.stream, Session::new(config, now), &self.early);
+        wire.recorder = Recorder::of(options.recorder.as_ref());
+        wire
     }
 }
 

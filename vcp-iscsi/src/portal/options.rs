@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 use super::engine::MAX_PATHS;
 use super::net::{Network, Tcp};
 use super::probe::UnitId;
+use crate::recorder::StoreOptions;
 use crate::url::{Secret, Url, is_iscsi_name};
 
 /// Initiator name of last resort: the part behind the colon names this program.
@@ -132,6 +133,8 @@ pub struct Options {
     pub path_policy: PathPolicy,
     /// The unit that it must be.
     pub unit_id: Option<UnitId>,
+    /// Where captures of the last PDUs go, if anywhere.
+    pub recorder: Option<StoreOptions>,
     /// What connections are made of.
     pub network: Arc<dyn Network>,
     /// Seeds the jitter of pauses, nothing else: any number that differs between programs will do, and the same one
@@ -160,6 +163,7 @@ impl Options {
             sessions: 1,
             path_policy: PathPolicy::default(),
             unit_id: None,
+            recorder: None,
             network: Arc::new(Tcp),
             jitter_seed: u64::from(std::process::id()),
         }

@@ -80,8 +80,8 @@ impl fmt::Debug for Entry {
     }
 }
 
-/// The last PDUs of a session; see the [module](self).
-#[derive(Clone)]
+/// The last PDUs of a session; see the [module](self). The default records nothing and takes no memory.
+#[derive(Default)]
 pub struct Recorder {
     entries: Vec<Entry>,
     /// Where the next one goes once the ring is full.
@@ -90,12 +90,6 @@ pub struct Recorder {
     /// Whether data of the PDU received last may still come.
     wants_data: bool,
     keep_data: bool,
-}
-
-impl Default for Recorder {
-    fn default() -> Self {
-        Self::new(PDUS, true)
-    }
 }
 
 impl fmt::Debug for Recorder {
@@ -108,8 +102,13 @@ impl Recorder {
     /// An empty one for `pdus` PDUs, with or without the first bytes of data.
     #[must_use]
     pub fn new(pdus: usize, keep_data: bool) -> Self {
-        let entries = Vec::with_capacity(pdus.max(1));
-        Self { entries, next: 0, total: 0, wants_data: false, keep_data }
+        Self { entries: Vec::with_capacity(pdus), keep_data, ..Self::default() }
+    }
+
+    /// What a session records whose captures go there, if anywhere.
+    #[must_use]
+    pub fn of(store: Option<&StoreOptions>) -> Self {
+        store.map_or_else(Self::default, |store| Self::new(PDUS, store.with_data))
     }
 
     /// Memory that it takes.
@@ -151,6 +150,9 @@ impl Recorder {
 
     #[inline]
     fn record(&mut self, way: Way, header: &[u8], now: Instant) {
+        if self.entries.capacity() == 0 {
+            return;
+        }
         let mut entry = Entry { at: now, way, kept: 0, header: [0; HEADER_BYTES], data: [0; DATA_BYTES] };
         let len = header.len().min(HEADER_BYTES);
         entry.header[..len].copy_from_slice(&header[..len]);

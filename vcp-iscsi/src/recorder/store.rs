@@ -23,7 +23,7 @@ pub const ANOMALY_EVERY: Duration = Duration::from_secs(5);
 const ENDING: &str = ".pcapng";
 
 /// Where a device's captures go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct StoreOptions {
     /// The directory; it has to exist.
     pub dir: PathBuf,
@@ -33,13 +33,29 @@ pub struct StoreOptions {
     pub max_files: usize,
     /// Shortest time between two files for anomalies.
     pub anomaly_every: Duration,
+    /// The first bytes of data are kept, not only headers.
+    pub with_data: bool,
 }
 
 impl StoreOptions {
     /// With the defaults.
     #[must_use]
     pub fn new(dir: PathBuf, device: String) -> Self {
-        Self { dir, device, max_files: MAX_FILES, anomaly_every: ANOMALY_EVERY }
+        Self { dir, device, max_files: MAX_FILES, anomaly_every: ANOMALY_EVERY, with_data: true }
+    }
+}
+
+impl StoreOptions {
+    /// Whether files can be written there.
+    ///
+    /// # Errors
+    /// What the system says of the directory.
+    pub fn check(&self) -> io::Result<()> {
+        if !fs::metadata(&self.dir)?.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        rustix::fs::access(&self.dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?;
+        Ok(())
     }
 }
 
@@ -87,10 +103,7 @@ impl Store {
     /// # Errors
     /// What the system says of the directory or thread.
     pub fn open(options: StoreOptions) -> io::Result<Self> {
-        if !fs::metadata(&options.dir)?.is_dir() {
-            return Err(io::ErrorKind::NotADirectory.into());
-        }
-        rustix::fs::access(&options.dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?;
+        options.check()?;
         let shared = Arc::new(Shared { options, next: Mutex::new(0), stats: StoreStats::default() });
         let (queue, snapshots) = sync_channel::<Snapshot>(1);
         let writer = Arc::clone(&shared);

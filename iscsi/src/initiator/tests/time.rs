@@ -1,5 +1,6 @@
 //! Keepalive, time limits and logout on virtual time.
 
+use super::super::FlowStats;
 use super::*;
 use crate::pdu::{
     LogoutResponse, LogoutResponseCode, TaskFunction, TaskManagementResponse, TaskResponseCode,
@@ -273,4 +274,30 @@ fn a_session_that_is_watched_closely_pings_as_soon_as_it_is_kept_waiting() {
     bench.wake().unwrap_err();
     assert_eq!(bench.now - asked, Duration::from_secs(5));
     bench.data_in(command.itt, 0, 0, 512, End::Good(Residual::None)).unwrap();
+}
+
+#[test]
+fn what_a_session_waits_for_is_counted() {
+    let mut bench = Bench::with(Config { initial_r2t: true, max_cmd_sn: Serial(FIRST_CMD_SN), ..config() });
+    let start = bench.now;
+    let command = bench.start(0, write(16384));
+    assert_eq!(bench.session.flow(), FlowStats::default());
+    // The window had room for one.
+    bench.submit(1, read(512));
+    assert!(bench.next_tx().is_none() && bench.next_tx().is_none());
+    bench.now = start + Duration::from_millis(3);
+    bench.r2t(command.itt, 0, 4096, 4096).unwrap();
+    assert_eq!(bench.sent().len(), 2, "the data that was asked for, and the command that waited");
+    bench.now = start + Duration::from_millis(10);
+    bench.r2t(command.itt, 1, 8192, 8192).unwrap();
+    bench.sent();
+    let flow = bench.session.flow();
+    assert_eq!((flow.window_stalls, flow.window_stall_ns), (1, 3_000_000));
+    assert_eq!((flow.r2ts, flow.r2t_wait_ns), (2, 10_000_000));
+    // Nothing is left to ask for.
+    bench.now = start + Duration::from_secs(1);
+    bench.good(command.itt).unwrap();
+    let mut sum = flow;
+    sum.add(bench.session.flow());
+    assert_eq!((sum.r2ts, sum.r2t_wait_ns), (4, 20_000_000));
 }

@@ -18,6 +18,7 @@ use crate::engine::Lun;
 use crate::portal::client::Negotiated;
 use crate::portal::probe::{Access, Found, Identity};
 use crate::portal::wire::{Wire, WireState, WireStats};
+use crate::recorder::Recorder;
 use iscsi::scsi::vpd::Designators;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -157,7 +158,9 @@ impl Path {
         match state.up {
             None => self.phase = Phase::Waiting { until: now },
             Some(up) => {
-                self.wire = Some(Wire::import(up.wire, slots, fds, now)?);
+                let mut wire = Wire::import(up.wire, slots, fds, now)?;
+                wire.recorder = Recorder::of(self.options.recorder.as_ref());
+                self.wire = Some(wire);
                 self.negotiated = up.negotiated;
                 self.window = up.window.clamp(1, usize::from(self.options.queue_depth));
                 self.user_timeout = up.user_timeout;

@@ -17,6 +17,7 @@ mod close;
 mod doubt;
 mod export;
 mod look;
+mod observe;
 mod outcomes;
 mod path;
 mod sessions;
@@ -31,9 +32,11 @@ use std::time::{Duration, Instant};
 
 use iscsi::initiator::{Command, Event};
 use iscsi::scsi;
+use vcp_core::ask::Rest;
 use vcp_core::handover::Fds;
 use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
+use vcp_core::metrics::Samples;
 
 use super::client::{Client, Negotiated};
 use super::job::{Job, Jobs, Payload};
@@ -42,6 +45,8 @@ use super::probe::{Found, PROBE_BUFFER_BYTES};
 use super::wire::{RX_STAGING_BYTES, Wire, WireError};
 use super::{Options, PortalError};
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request, Wait};
+use crate::recorder::{PDUS, Recorder};
+use observe::Observer;
 use path::{Doubt, Path, Phase, Place};
 pub use path::{MAX_PATHS, PathStats};
 pub use status::Stats;
@@ -109,6 +114,7 @@ pub struct IscsiEngine {
     jitter: u64,
     log: LogLimit,
     stats: Stats,
+    observer: Observer,
 }
 
 impl IscsiEngine {
@@ -185,6 +191,7 @@ impl IscsiEngine {
             }
         }
         let mut engine = Self {
+            observer: Observer::new(&options, now),
             jobs: Jobs::new(depth + paths.len() as u16),
             waits: if paths.len() > 1 { Waits::new() } else { None },
             wait_serial: 0,
@@ -268,7 +275,8 @@ impl IscsiEngine {
             .any(|path| path.wire.as_ref().is_some_and(|wire| wire.session.config().data_digest));
         let arena = if digests { 4 << 20 } else { 64 << 10 };
         let session = slots * 1024 + RX_STAGING_BYTES as u64 + PROBE_BUFFER_BYTES as u64 + arena;
-        session * self.paths.len() as u64 + (64 << 10)
+        let recorder = if self.options.recorder.is_some() { Recorder::memory_bytes(PDUS) as u64 } else { 0 };
+        (session + recorder) * self.paths.len() as u64 + (64 << 10)
     }
 
     fn exchange(&mut self, index: usize, now: Instant) -> Result<bool, WireError> {
@@ -298,6 +306,7 @@ impl IscsiEngine {
                     self.stats.task_management += 1;
                     let command = self.jobs.get(slot).map_or("", |j| j.command.cdb.name());
                     tracing::warn!(url = %self.options.url, step, command, "a command takes too long");
+                    self.anomaly(index, "timeout", "a command takes too long", now);
                 }
                 Event::UnitReset { .. } => self.unit_reset(index, now),
                 Event::LogoutWanted => {
@@ -322,6 +331,7 @@ impl IscsiEngine {
                 }
             }
             self.events(index, now);
+            self.observe_violations(index, now);
         }
         moved
     }
@@ -413,6 +423,7 @@ impl Engine for IscsiEngine {
 
     fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) -> bool {
         let mut moved = false;
+        self.observe_pass(now);
         let mut at = 0;
         while let Some(&(due, slot)) = self.backoff.get(at) {
             if due <= now {
@@ -521,6 +532,19 @@ impl Engine for IscsiEngine {
 
     fn status(&self) -> serde_json::Value {
         self.describe()
+    }
+
+    fn collect(&self, samples: &mut Samples) {
+        self.collect_samples(samples);
+    }
+
+    fn command(
+        &mut self,
+        name: &str,
+        args: &serde_json::Map<String, serde_json::Value>,
+        now: Instant,
+    ) -> Option<Result<Rest, String>> {
+        self.run_command(name, args, now)
     }
 
     fn take_change(&mut self) -> bool {

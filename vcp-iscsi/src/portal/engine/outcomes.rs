@@ -89,6 +89,7 @@ impl IscsiEngine {
         }
         let Some(job) = self.jobs.take(slot) else { return };
         let Some(tag) = job.tag else { return };
+        self.observe_end(slot);
         self.free.push(slot);
         match outcome {
             Outcome::Ok => self.stats.completed += 1,
@@ -138,6 +139,7 @@ impl IscsiEngine {
             tracing::warn!(url = %self.options.url, command = name, why, failures, "command is repeated");
         }
         self.stats.retries += 1;
+        self.observer.retried();
         let pause = self.jittered(RETRY_MIN * (1 << (failures - 1).min(8)));
         self.backoff.push((now + pause, slot));
     }
@@ -157,6 +159,7 @@ impl IscsiEngine {
             return;
         }
         self.stats.retries += 1;
+        self.observer.retried();
         // A target has one unit attention for each event; one that never ends is slowed down like any refusal.
         if at_once && refusals <= 8 {
             self.waiting.push_front(slot);
@@ -178,6 +181,7 @@ impl IscsiEngine {
 
     /// A command of a request ended.
     pub(super) fn ended(&mut self, index: usize, slot: u16, outcome: TaskOutcome, now: Instant) {
+        self.observer.outcome(&outcome);
         let (status, sense, transferred_bytes) = match outcome {
             TaskOutcome::Status { status, sense, transferred_bytes } => (status, sense, transferred_bytes),
             TaskOutcome::TargetFailure { response } => {
@@ -235,6 +239,7 @@ impl IscsiEngine {
             // Not the unit's fault but the path's: the next one that is open takes it, or this one when it opens.
             self.access_lost(index, state, now);
             self.stats.retries += 1;
+            self.observer.retried();
             self.waiting.push_front(slot);
             return;
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use iscsi::initiator::Counters;
+use iscsi::initiator::{Counters, FlowStats};
 use iscsi::scsi;
 use iscsi::scsi::alua::AccessState;
 use iscsi::scsi::vpd::Designators;
@@ -140,6 +140,7 @@ pub(super) struct Path {
     pub(super) problem: Option<String>,
     pub(super) counters: Counters,
     pub(super) wire_stats: WireStats,
+    pub(super) flow: FlowStats,
     pub(super) stats: PathStats,
 }
 
@@ -168,6 +169,7 @@ impl Path {
             problem: None,
             counters: Counters::default(),
             wire_stats: WireStats::default(),
+            flow: FlowStats::default(),
             stats: PathStats::default(),
             options,
         }
@@ -222,5 +224,6 @@ impl Path {
     pub(super) fn retire(&mut self, wire: &Wire) {
         self.counters.add(wire.session.counters());
         self.wire_stats.add(wire.stats);
+        self.flow.add(wire.session.flow());
     }
 }

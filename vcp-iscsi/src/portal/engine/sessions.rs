@@ -32,6 +32,9 @@ impl IscsiEngine {
             Some(PortalError::Login { broken: true, .. } | PortalError::LoginTimeout { .. })
         );
         let answered = self.paths[index].wire.is_some() || broke_off;
+        if !self.closing {
+            self.anomaly(index, "session-lost", &chain(error), now);
+        }
         self.take_back(index, blamed, error, now);
         self.paths[index].look = None;
         self.paths[index].sizing = false;
