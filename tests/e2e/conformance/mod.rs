@@ -11,6 +11,8 @@ mod data_out;
 mod defects;
 mod durable;
 mod ending;
+mod ffp;
+mod ffp_session;
 mod login;
 mod sequence;
 mod session;

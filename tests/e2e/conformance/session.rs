@@ -164,7 +164,7 @@ fn line_28_task_termination_without_fast_abort_starts_over() -> Result<()> {
 #[test]
 fn line_29_rejected_commands() -> Result<()> {
     // Reasons: data digest, protocol, not supported, immediate, task in progress, invalid field, resources.
-    for reason in [0x02, 0x04, 0x05, 0x06, 0x07, 0x09, 0x0a, 0x77] {
+    for reason in [0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x09, 0x0a, 0x77] {
         let mut bed = bed("", &[])?;
         bed.prepare(1, LEN, &format!("read first reject {reason}\nread sense 11 0x4700"))?;
         bed.reads(1, 0, LEN)?;

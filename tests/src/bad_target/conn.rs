@@ -25,7 +25,7 @@ use super::task::{Ask, Task};
 use super::{login, oracle};
 
 const FOREVER: Duration = Duration::from_secs(3600);
-const SN: TargetSn = TargetSn { stat_sn: Serial(0), exp_cmd_sn: Serial(0), max_cmd_sn: Serial(0) };
+pub(super) const SN: TargetSn = TargetSn { stat_sn: Serial(0), exp_cmd_sn: Serial(0), max_cmd_sn: Serial(0) };
 
 /// Takes PDUs off a socket.
 #[derive(Debug)]
@@ -143,7 +143,7 @@ impl State {
         true
     }
 
-    fn breach(&mut self, id: usize, wrong: impl IntoIterator<Item = String>) {
+    pub(super) fn breach(&mut self, id: usize, wrong: impl IntoIterator<Item = String>) {
         self.breaches.extend(wrong.into_iter().map(|what| format!("connection {id}: {what}")));
     }
 
@@ -154,6 +154,7 @@ impl State {
             Ok(InitiatorPdu::TaskManagementRequest(_)) => "tmf".into(),
             Ok(InitiatorPdu::DataOut(_)) => "data-out".into(),
             Ok(InitiatorPdu::LogoutRequest(_)) => "logout".into(),
+            Ok(InitiatorPdu::TextRequest(_)) => "text".into(),
             other => {
                 self.breach(id, [format!("a PDU that has no place here: {other:?}")]);
                 "unexpected".into()
@@ -172,6 +173,7 @@ impl State {
             Ok(InitiatorPdu::NopOut(pdu)) => self.nop_out(id, &pdu, data),
             Ok(InitiatorPdu::TaskManagementRequest(pdu)) => self.task_management(id, bhs, &pdu),
             Ok(InitiatorPdu::LogoutRequest(pdu)) => self.logout(id, &pdu),
+            Ok(InitiatorPdu::TextRequest(pdu)) => self.text(id, &pdu, data),
             _ => self.conns[id].close(false),
         }
     }
@@ -353,7 +355,7 @@ impl State {
         self.finish(id, &mut outs, &actions);
     }
 
-    fn finish(&mut self, id: usize, outs: &mut Vec<Out>, actions: &[Action]) {
+    pub(super) fn finish(&mut self, id: usize, outs: &mut Vec<Out>, actions: &[Action]) {
         let manner = spoil(outs, actions, self.lun(), None);
         for action in actions {
             self.at_once(id, action);

@@ -39,6 +39,8 @@ pub enum Event {
     Ping,
     /// A Logout Request.
     Logout,
+    /// A Text Request.
+    Text,
 }
 
 const NAMES: &[(&str, Event)] = &[
@@ -58,6 +60,7 @@ const NAMES: &[(&str, Event)] = &[
     ("tmf", Event::Tmf),
     ("ping", Event::Ping),
     ("logout", Event::Logout),
+    ("text", Event::Text),
 ];
 
 impl Event {
@@ -91,8 +94,9 @@ impl Event {
 
     /// Whether this, as a rule's event, is meant by what happened.
     pub fn covers(self, happened: Self) -> bool {
-        let is_command =
-            |e| !matches!(e, Self::Connect | Self::Login | Self::Tmf | Self::Ping | Self::Logout);
+        let is_command = |e| {
+            !matches!(e, Self::Connect | Self::Login | Self::Tmf | Self::Ping | Self::Logout | Self::Text)
+        };
         self == happened || (self == Self::Command && is_command(happened))
     }
 }

@@ -11,7 +11,7 @@
 //! One rule or setting a line; `#` starts a comment. A rule is `EVENT[WHICH] ACTION`:
 //!
 //! - EVENT: `read`, `write`, `sync`, `unmap`, `same`, `inquiry`, `capacity`, `mode`, `ready`, `luns`, `command` (any);
-//!   `connect`, `login` (a Login Request), `tmf`, `ping` (a NOP-Out that wants an answer), `logout`.
+//!   `connect`, `login` (a Login Request), `tmf`, `ping` (a NOP-Out that wants an answer), `logout`, `text`.
 //! - WHICH: nothing (the next one), `#N` (the Nth from now on), `#N-M`, `#N-` or `*` (all).
 //! - ACTION: see [`script::Action`]. PDUs of an answer are named `data0`, `data1`..., `r2t0`..., `status`.
 //!
@@ -38,6 +38,7 @@ pub mod script;
 pub mod send;
 pub mod server;
 pub mod task;
+pub mod text;
 
 pub use client::{BadTarget, Entry};
 pub use server::run;

@@ -123,6 +123,8 @@ pub enum Action {
     Respond(u8),
     /// Task management: `lie`: "function complete", but the task lives on and answers with `now release`.
     Lie,
+    /// Text: `pieces BYTES`: the answer comes in PDUs of so many bytes, each of which has to be asked for.
+    Pieces(usize),
     /// Logout: `keep-open`: no FIN behind the response.
     KeepOpen,
 }
@@ -351,6 +353,7 @@ pub fn action(words: &[&str]) -> Result<Action> {
         ["text", pair] => Action::Text(pair.into()),
         ["respond", code] => Action::Respond(small(code)?),
         ["lie"] => Action::Lie,
+        ["pieces", n] => Action::Pieces(small(n)?),
         ["keep-open"] => Action::KeepOpen,
         _ => bail!("no action: {}", words.join(" ")),
     })

@@ -44,6 +44,8 @@ pub struct Conn {
     pub(super) pings: BTreeMap<u32, Lun>,
     pub(super) logged_out: bool,
     pub(super) next_ttt: u32,
+    /// The text that is being sent in pieces: to which task, under which tag, what is left.
+    pub(super) text: Option<(u32, u32, Vec<u8>)>,
     /// What was sent while stalled.
     pub(super) held_back: Vec<Out>,
 }
@@ -70,6 +72,7 @@ impl Conn {
             pings: BTreeMap::new(),
             logged_out: false,
             next_ttt: 0x100,
+            text: None,
             held_back: Vec::new(),
         }
     }
