@@ -17,6 +17,7 @@ mod kill;
 mod lifecycle;
 mod monitor;
 mod monitor_kill;
+mod multipath;
 mod net;
 mod recovery;
 mod servers;

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use socket2::SockRef;
 
 use super::socket::{self, Resolving};
 use crate::url::Portal;
@@ -50,6 +51,17 @@ impl From<Stream> for OwnedFd {
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+impl Stream {
+    /// Makes the end of the connection an abort: what was not sent is not sent after it either, and the other side hears
+    /// of it by a reset. An ordinary close leaves it to the kernel to deliver the rest, which a dead link may allow minutes
+    /// later.
+    pub fn abort_at_end(&self) {
+        if let Err(error) = SockRef::from(self).set_linger(Some(Duration::ZERO)) {
+            tracing::debug!(%error, "cannot make the end of a connection an abort");
+        }
     }
 }
 

@@ -91,7 +91,10 @@ impl IscsiEngine {
         slots.clear();
         wire.session.unanswered(&mut slots);
         let never_sent = wire.session.queued();
-        // The connection is closed here; nothing of it is sent any more.
+        // The connection is closed here; nothing of it is sent any more, not even by the kernel.
+        if wire.session.logged_out().is_none() {
+            wire.stream().abort_at_end();
+        }
         drop(wire);
         self.jobs.take(self.paths[index].own_slot);
         for (_, job) in self.jobs.iter_mut().filter(|(_, job)| usize::from(job.path) == index) {
