@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use rustix::process::Signal;
 use vcp_tests::backend::{START, serve};
+use vcp_tests::guest::QemuGuest;
 use vcp_tests::pattern;
 use vcp_tests::proc::{Proc, Stream};
 use vcp_tests::proxy::Proxy;
 use vcp_tests::survivor::{Answer, Ask, CHUNK, DEPTH, Event, Survivor};
 use vcp_tests::target::{self, Kind, Spec, Target};
+use vcp_tests::tool;
 use vcp_tests::{Result, front::REQUEST};
 
 pub(crate) const QUEUES: usize = 2;
@@ -333,4 +335,62 @@ fn late_write_of_a_killed_process_to_tgtd_is_void() -> Result<()> {
 #[test]
 fn late_write_of_a_killed_process_to_istgt_is_void() -> Result<()> {
     late_write_of_a_killed_process_is_void(Kind::Istgt)
+}
+
+/// Writes at random and reads back what it wrote, with checksums, over and over while the backend dies.
+const FIO: &str = r#"
+wait_disk vda
+value mq $(ls /sys/block/vda/mq | wc -l)
+# VIRTIO_F_RING_PACKED is bit 34.
+value packed $(cut -c35 /sys/block/vda/device/features)
+(fio --name=v --filename=/dev/vda --direct=1 --ioengine=psync --thread --numjobs=8 --offset_increment=1m --size=1m \
+    --rw=randwrite --bs=4k --verify=crc32c --verify_fatal=1 --verify_backlog=32 --time_based --runtime=SECONDS \
+    --eta=never --output=/tmp/fio.log; echo $? >/tmp/fio.status) &
+sleep 1
+value running yes
+wait
+value fio $(cat /tmp/fio.status)
+[ $(cat /tmp/fio.status) = 0 ] || cat /tmp/fio.log
+value issued $(grep -c 'issued rwts: total=[1-9]' /tmp/fio.log)
+value errors $(dmesg | grep -ciE 'i/o error|vda.*error|hung|virtio.*not a head|reset')
+"#;
+
+/// Stock QEMU and a stock guest, which sees nothing of it but a pause.
+fn qemu_guest_survives(packed: bool, kills: u32) -> Result<()> {
+    if !target::have(Kind::Ours) || !tool::have(&["qemu-system-x86_64", "fio"]) {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(16 << 20))?;
+    let mut backend = Phoenix::start(&target.url(0), &["--queues", "2"])?;
+    let mut guest = QemuGuest::new().program("/usr/bin/fio").disk(&backend.socket, 2).reconnects();
+    if packed {
+        guest = guest.property("packed=on");
+    }
+    let mut guest = guest.start(&FIO.replace("SECONDS", &(5 + 3 * kills).to_string()))?;
+    guest.wait_value("running")?;
+    for kill in 0..kills {
+        std::thread::sleep(Duration::from_millis(300 + 137 * u64::from(kill)));
+        backend.proc.kill()?;
+        backend.rise()?;
+        backend.proc.wait_line(Stream::Err, "front end connected", BACK)?;
+    }
+    let outcome = guest.wait()?;
+    backend.count();
+    println!("QEMU, {kills} kills, packed {packed}: {} requests taken again", backend.taken_again);
+    ensure!(outcome.status == 0 && outcome.number("fio")? == 0, "fio failed:\n{}", outcome.console);
+    ensure!(outcome.number("issued")? == 8, "fio did nothing:\n{}", outcome.console);
+    ensure!(outcome.number("mq")? == 2 && outcome.number("packed")? == u64::from(packed), "not as asked for");
+    ensure!(outcome.number("errors")? == 0, "the guest complains:\n{}", outcome.console);
+    ensure!(backend.taken_again > 0, "nothing was ever in flight");
+    Ok(())
+}
+
+#[test]
+fn a_guest_of_qemu_survives_kills_with_split_rings() -> Result<()> {
+    qemu_guest_survives(false, 5)
+}
+
+#[test]
+fn a_guest_of_qemu_survives_kills_with_packed_rings() -> Result<()> {
+    qemu_guest_survives(true, 5)
 }

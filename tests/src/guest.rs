@@ -18,9 +18,19 @@ const VALUE: char = '@';
 /// A guest to be run.
 #[derive(Clone, Debug)]
 pub struct QemuGuest {
-    disks: Vec<(PathBuf, u16)>,
+    disks: Vec<Disk>,
     programs: Vec<String>,
     deadline: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Disk {
+    socket: PathBuf,
+    queues: u16,
+    /// Further properties of the device, each with a comma before it.
+    properties: String,
+    /// Whether QEMU connects again when the backend is gone.
+    reconnects: bool,
 }
 
 /// What a guest's job left.
@@ -62,7 +72,31 @@ impl QemuGuest {
     /// Adds the next disk (`/dev/vda`, ...), with this many queues.
     #[must_use]
     pub fn disk(mut self, socket: &Path, queues: u16) -> Self {
-        self.disks.push((socket.to_owned(), queues));
+        self.disks.push(Disk {
+            socket: socket.to_owned(),
+            queues,
+            properties: String::new(),
+            reconnects: false,
+        });
+        self
+    }
+
+    /// Gives the last disk a further property (`packed=on`).
+    #[must_use]
+    pub fn property(mut self, property: &str) -> Self {
+        if let Some(disk) = self.disks.last_mut() {
+            disk.properties.push(',');
+            disk.properties.push_str(property);
+        }
+        self
+    }
+
+    /// Has QEMU connect again, every second, when the last disk's backend is gone.
+    #[must_use]
+    pub fn reconnects(mut self) -> Self {
+        if let Some(disk) = self.disks.last_mut() {
+            disk.reconnects = true;
+        }
         self
     }
 
@@ -75,6 +109,11 @@ impl QemuGuest {
 
     /// Boots, runs `script` (POSIX shell, busybox) and waits for the end.
     pub fn run(&self, script: &str) -> Result<Outcome> {
+        self.start(script)?.wait()
+    }
+
+    /// Boots and runs `script`.
+    pub fn start(&self, script: &str) -> Result<Running> {
         let mut tree = Tree::new();
         for program in &self.programs {
             tree.program(program, Path::new(program))?;
@@ -107,12 +146,30 @@ impl QemuGuest {
         .to_vec();
         args.extend(["-kernel".into(), kernel.image.display().to_string()]);
         args.extend(["-initrd".into(), initrd.display().to_string()]);
-        for (n, (socket, queues)) in self.disks.iter().enumerate() {
-            args.extend(["-chardev".into(), format!("socket,id=c{n},path={}", socket.display())]);
-            let device = format!("vhost-user-blk-pci,chardev=c{n},num-queues={queues},addr={:#x}", n + 4);
+        for (n, Disk { socket, queues, properties, reconnects }) in self.disks.iter().enumerate() {
+            let reconnect = if *reconnects { ",reconnect=1" } else { "" };
+            args.extend(["-chardev".into(), format!("socket,id=c{n},path={}{reconnect}", socket.display())]);
+            let place = format!("num-queues={queues},addr={:#x}", n + 4);
+            let device = format!("vhost-user-blk-pci,chardev=c{n},{place}{properties}");
             args.extend(["-device".into(), device]);
         }
-        let ended = Qemu::start("the QEMU guest", &args, self.deadline, false)?.wait()?;
+        Ok(Running(Qemu::start("the QEMU guest", &args, self.deadline, false)?))
+    }
+}
+
+/// A guest whose job runs.
+#[derive(Debug)]
+pub struct Running(Qemu);
+
+impl Running {
+    /// Waits until the job printed the value `name`.
+    pub fn wait_value(&mut self, name: &str) -> Result<()> {
+        Ok(self.0.wait_for(&format!("{VALUE}{name}="))?)
+    }
+
+    /// Waits for the end of the job.
+    pub fn wait(self) -> Result<Outcome> {
+        let ended = self.0.wait()?;
         match linux::job_status(&ended.output) {
             Some(status) => Ok(Outcome { status, console: ended.output }),
             None => bail!("the guest's job did not end: {}:\n{}", ended.status, ended.output),

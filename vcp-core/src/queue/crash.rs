@@ -8,7 +8,7 @@
 pub(crate) fn point() {}
 
 #[cfg(test)]
-pub(crate) use armed::{Crash, at, point};
+pub(crate) use armed::{at, point};
 
 #[cfg(test)]
 mod armed {
