@@ -160,6 +160,12 @@ pub trait Engine {
     /// The process ends: ends the session in order, within `limit` at most. Nothing is submitted afterwards.
     fn close(&mut self, _limit: Duration) {}
 
+    /// How many sessions were lost so far. The target may have lost power with one, and with it what it had written to a
+    /// volatile cache only: a write in several steps counts only if none was lost from its first step to its last.
+    fn losses(&self) -> u64 {
+        0
+    }
+
     /// What people want to know of it (state of the session, counters), for the control socket.
     fn status(&self) -> serde_json::Value {
         serde_json::Value::Null

@@ -284,11 +284,16 @@ impl<E: Engine> BlkDevice<E> {
             return None;
         }
         let tag = u64::from(index);
+        if slot.steps == 0 {
+            slot.losses = self.engine.losses();
+        }
         let Some(range) = slot.current() else {
             if !slot.flush_after || slot.outstanding != 0 {
                 return None;
             }
             slot.flush_after = false;
+            slot.flushed = true;
+            slot.steps += 1;
             return Some(Request { tag, op: Op::Flush, lba: 0, blocks: 0, data: GuestBuf::new() });
         };
         let (op, most) = match slot.kind {
@@ -303,7 +308,10 @@ impl<E: Engine> BlkDevice<E> {
         let blocks = (range.blocks - slot.done_blocks).min(most.max(1));
         let lba = range.lba + u64::from(slot.done_blocks);
         let data = match slot.kind {
-            Kind::Read | Kind::Write if blocks == range.blocks => std::mem::take(&mut slot.data),
+            // With a FLUSH behind it, it may have to be written again.
+            Kind::Read | Kind::Write if blocks == range.blocks && !slot.flush_after => {
+                std::mem::take(&mut slot.data)
+            }
             Kind::Read | Kind::Write => {
                 let mut part = self.spare.pop().unwrap_or_default();
                 let at = slot.done_blocks as usize * self.lun.block_bytes as usize;
@@ -313,6 +321,7 @@ impl<E: Engine> BlkDevice<E> {
             _ => GuestBuf::new(),
         };
         slot.submitted(blocks);
+        slot.steps += 1;
         Some(Request { tag, op, lba, blocks, data })
     }
 
@@ -347,7 +356,14 @@ impl<E: Engine> BlkDevice<E> {
                 continue;
             }
             let unfinished = slot.result == Status::Ok && (slot.flush_after || slot.current().is_some());
-            if !unfinished {
+            if !unfinished
+                && slot.result == Status::Ok
+                && self.lun.write_cache
+                && slot.is_in_doubt(self.engine.losses())
+            {
+                slot.start_over();
+                self.unsubmitted.push_back(index);
+            } else if !unfinished {
                 self.finish(rings, index, now);
             } else if slot.current().is_none() {
                 // All written: the FLUSH goes out next. (With parts left the slot is still queued.)

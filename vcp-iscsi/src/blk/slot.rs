@@ -26,6 +26,12 @@ pub(super) struct Slot {
     pub(super) fua: bool,
     /// A FLUSH has to follow (write through without FUA).
     pub(super) flush_after: bool,
+    /// The engine's count of lost sessions when the first step was submitted.
+    pub(super) losses: u64,
+    /// Steps (parts, and the FLUSH behind them) submitted since.
+    pub(super) steps: u32,
+    /// A FLUSH was one of them.
+    pub(super) flushed: bool,
     pub(super) result: Status,
     pub(super) writable_bytes: u32,
     pub(super) payload_bytes: u64,
@@ -46,6 +52,9 @@ impl Slot {
             outstanding: 0,
             fua: false,
             flush_after: false,
+            losses: 0,
+            steps: 0,
+            flushed: false,
             result: Status::Ok,
             writable_bytes: 0,
             payload_bytes: 0,
@@ -59,6 +68,21 @@ impl Slot {
         self.data.clear();
         (self.range, self.done_blocks, self.outstanding, self.payload_bytes) = (0, 0, 0, 0);
         (self.fua, self.flush_after, self.result) = (false, false, Status::Ok);
+        (self.losses, self.steps, self.flushed) = (0, 0, false);
+    }
+
+    /// Whether what it wrote may be gone although every step was answered: earlier steps were in a volatile cache when a
+    /// session was lost, perhaps because the target lost power.
+    pub(super) fn is_in_doubt(&self, losses: u64) -> bool {
+        let writes = matches!(self.kind, Kind::Write | Kind::WriteZeroes);
+        writes && !self.fua && self.steps > 1 && self.losses != losses
+    }
+
+    /// Begins with the first step again.
+    pub(super) fn start_over(&mut self) {
+        (self.range, self.done_blocks, self.steps) = (0, 0, 0);
+        self.flush_after = std::mem::take(&mut self.flushed);
+        self.skip_empty();
     }
 
     /// The range that the next part comes from.

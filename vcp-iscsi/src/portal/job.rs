@@ -41,6 +41,10 @@ pub(super) struct Job {
     pub(super) op: Op,
     pub(super) data: GuestBuf,
     pub(super) payload: Payload,
+    /// Sessions lost by the time the request came.
+    pub(super) losses: u64,
+    /// The WRITE that was carried out, while the SYNCHRONIZE CACHE behind it is underway.
+    pub(super) written: Option<Command>,
     /// Path that its command took last.
     pub(super) path: u8,
     /// PDUs handed to the wire whose data is not sent yet: the memory must stay.

@@ -410,6 +410,8 @@ impl Engine for IscsiEngine {
             op: request.op,
             data: request.data,
             payload,
+            losses: self.stats.sessions_lost,
+            written: None,
             path: 0,
             unsent: 0,
             ended: None,
@@ -530,6 +532,10 @@ impl Engine for IscsiEngine {
         self.from_state(state, fds, now)
     }
 
+    fn losses(&self) -> u64 {
+        self.stats.sessions_lost
+    }
+
     fn status(&self) -> serde_json::Value {
         self.describe()
     }
@@ -560,6 +566,8 @@ pub(in crate::portal) fn own_job(command: Command) -> Job {
         op: Op::Read,
         data: GuestBuf::for_test(PROBE_BUFFER_BYTES),
         payload: Payload::Guest,
+        losses: 0,
+        written: None,
         path: 0,
         unsent: 0,
         ended: None,

@@ -298,6 +298,17 @@ impl IscsiEngine {
         // A session that gets something done is worth having again soon; one that lasts, at once.
         let settled = now.saturating_duration_since(path.up_since) >= SETTLED;
         path.attempts = path.attempts.min(if settled { 0 } else { 1 });
+        let losses = self.stats.sessions_lost;
+        if let Some(job) = self.jobs.get_mut(slot)
+            && let Some(write) = job.written.take()
+            && job.losses != losses
+        {
+            // The target may have lost power with the session, and with it what was written but not yet stable.
+            (job.command, job.payload, job.losses) = (write, Payload::Guest, losses);
+            job.op = Op::Write { fua: true };
+            self.waiting.push_front(slot);
+            return;
+        }
         if let Some(job) = self.jobs.get_mut(slot)
             && job.op == (Op::Write { fua: true })
             && !self.lun.fua
@@ -305,6 +316,7 @@ impl IscsiEngine {
         {
             // The unit has a volatile cache and no FUA: the write is stable after a SYNCHRONIZE CACHE behind it.
             job.op = Op::Flush;
+            job.written = Some(job.command);
             job.payload = Payload::Zeroes;
             job.command.cdb = Cdb::synchronize_cache_10();
             job.command.direction = Direction::None;
