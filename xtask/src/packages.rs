@@ -15,6 +15,8 @@ pub(crate) enum Need {
     Demo,
     /// `cargo xtask test` and `bench`: also the peers.
     Test,
+    /// `cargo xtask bench kernel`: also what starts the kernel's initiator.
+    Kernel,
 }
 
 const DEMO: &[&str] = &[
@@ -40,6 +42,8 @@ const TEST: &[&str] = &[
     "procps",
     "dpdk-dev",
 ];
+
+const KERNEL: &[&str] = &["open-iscsi"];
 
 /// Versions of these must agree, or qemu-storage-daemon cannot load its iSCSI driver.
 const QEMU_TOOLS: &str = "qemu-utils";
@@ -85,8 +89,12 @@ fn apt(arguments: &[String]) -> Result<()> {
 /// # Errors
 /// This is no Debian, or apt fails; the message names the packages to install by hand.
 pub(crate) fn ensure(need: Need) -> Result<()> {
-    let wanted: Vec<&str> =
-        if need == Need::Demo { DEMO.to_vec() } else { DEMO.iter().chain(TEST).copied().collect() };
+    let lists = match need {
+        Need::Demo => vec![DEMO],
+        Need::Test => vec![DEMO, TEST],
+        Need::Kernel => vec![DEMO, TEST, KERNEL],
+    };
+    let wanted = lists.concat();
     let missing: Vec<&str> = wanted.iter().copied().filter(|package| installed(package).is_none()).collect();
     if missing.is_empty() {
         return Ok(());

@@ -1,6 +1,6 @@
 //! `bench blk`: `vcp-iscsi` and qemu-storage-daemon as vhost-user-blk backends of LUNs of one target, loaded by
-//! `vcp bench blk`. Both backends run all the time, each on the same hardware thread when it is its turn; the target
-//! and the load share the others.
+//! `vcp bench blk`. All backends run all the time, each on the same hardware thread when it is its turn; target and load
+//! are kept off it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use vcp_tests::proc::{Cmd, Proc};
+use vcp_tests::procfs;
 
+use super::goals;
+use super::matrix::{self, Case};
 use super::report::{Metric, Report, Row};
 use super::strace::Strace;
 use crate::cmd;
@@ -18,22 +21,19 @@ use crate::server::Server;
 const TARGET: &str = "iqn.2026-11.vcp:bench";
 const READY_WITHIN: Duration = Duration::from_secs(20);
 
-/// A load: name, kind, bytes per request, depth.
-const CASES: &[(&str, &str, &str, u32)] = &[
-    ("4k randread qd1", "randread", "4k", 1),
-    ("4k randread qd32", "randread", "4k", 32),
-    ("4k randwrite qd1", "randwrite", "4k", 1),
-    ("4k randwrite qd32", "randwrite", "4k", 32),
-    ("128k read qd8", "read", "128k", 8),
-    ("128k write qd8", "write", "128k", 8),
-];
+/// Size of each LUN: more than the processor caches hold.
+const LUN_BYTES: u64 = 256 << 20;
+/// Seconds of load under strace, which slows it down.
+const STRACE_SECS: f64 = 0.5;
 
+/// In the order that [`goals`] knows.
 const METRICS: &[Metric] = &[
     Metric { title: "IOPS", more_is_better: true, digits: 0 },
     Metric { title: "MiB/s", more_is_better: true, digits: 1 },
     Metric { title: "p50 us", more_is_better: false, digits: 1 },
     Metric { title: "p99 us", more_is_better: false, digits: 1 },
     Metric { title: "CPU us/IO", more_is_better: false, digits: 2 },
+    Metric { title: "target CPU us/IO", more_is_better: false, digits: 2 },
     Metric { title: "syscalls/IO", more_is_better: false, digits: 2 },
 ];
 
@@ -75,46 +75,139 @@ impl Contender {
     }
 }
 
+/// How much is measured.
+pub(crate) struct Extent {
+    /// The whole matrix, not only the quick loads.
+    pub(crate) full: bool,
+    /// Rounds; the contenders take turns.
+    pub(crate) rounds: u32,
+    /// Seconds of load per case, contender and round.
+    pub(crate) secs: f64,
+}
+
+/// Hardware threads for everybody.
+struct Layout {
+    /// The backend's, alone.
+    backend: String,
+    /// The target's.
+    target: String,
+    /// The load's; with only two hardware threads the target's as well.
+    load: String,
+}
+
+impl Layout {
+    fn choose() -> Result<Self> {
+        let allowed = rustix::thread::sched_getaffinity(None)?;
+        let mut cpus: Vec<usize> =
+            (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+        let (Some(backend), false) = (cpus.pop(), cpus.is_empty()) else {
+            bail!("this benchmark needs at least two hardware threads");
+        };
+        let target = cpus[0];
+        let load = if cpus.len() > 1 { cpus.split_off(1) } else { cpus };
+        let list = |cpus: &[usize]| cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        Ok(Self { backend: list(&[backend]), target: list(&[target]), load: list(&load) })
+    }
+
+    fn describe(&self) -> String {
+        let shared = if self.load == self.target {
+            "; these two share it, so IOPS end where that thread is busy (target CPU us/IO and the load's), \
+             whatever the backend could do"
+        } else {
+            ""
+        };
+        format!(
+            "hardware threads: backend {}, target {}, load {}{shared}",
+            self.backend, self.target, self.load
+        )
+    }
+}
+
 /// Measures and reports.
 ///
 /// # Errors
 /// A program is missing, or a run failed.
-pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
+pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
+    let started = Instant::now();
     let scratch = tempfile::tempdir().context("cannot make a scratch directory")?;
-    // LUNs of their own, so that neither finds the other's data in a cache; both are memory.
-    let luns = ["--lun", "mem:256M", "--lun", "mem:256M", "--lun", "mem:256M"];
-    let serve = ["serve", "--listen", "127.0.0.1:0", "--target", TARGET];
-    let target = Server::start(&bin.join("iscsi-target"), &[&serve[..], &luns[..]].concat())?;
+    let layout = Layout::choose()?;
+    // LUNs of their own, so that nobody finds another's data in a cache; all are memory.
+    let lun = format!("mem:{LUN_BYTES}");
+    let mut serve: Vec<&str> = vec!["-c", &layout.target];
+    let program = bin.join("iscsi-target");
+    serve.push(program.to_str().context("the path of the programs is not UTF-8")?);
+    serve.extend(["serve", "--listen", "127.0.0.1:0", "--target", TARGET]);
+    serve.extend(["--lun", lun.as_str()].repeat(5));
+    let target = Server::start(Path::new("taskset"), &serve)?;
     let portal = target.told("addr")?;
-    let cpu = backend_cpu()?;
+    let url = |lun: u32| format!("iscsi://{portal}/{TARGET}/{lun}");
+    let digests = ["--poll-us", "0", "--header-digest", "crc32c", "--data-digest", "crc32c"];
     let contenders = [
-        ours(bin, scratch.path(), "vcp-iscsi", &format!("iscsi://{portal}/{TARGET}/0"), cpu, &[])?,
-        ours(
-            bin,
-            scratch.path(),
-            "vcp-iscsi-poll0",
-            &format!("iscsi://{portal}/{TARGET}/1"),
-            cpu,
-            &["--poll-us", "0"],
-        )?,
-        peer(scratch.path(), portal, cpu)?,
+        ours(bin, scratch.path(), goals::DEFAULT, &url(0), &layout, &[])?,
+        ours(bin, scratch.path(), goals::POLL_0, &url(1), &layout, &["--poll-us", "0"])?,
+        ours(bin, scratch.path(), goals::POLL_100, &url(2), &layout, &["--poll-us", "100"])?,
+        ours(bin, scratch.path(), goals::DIGESTS, &url(3), &layout, &digests)?,
+        peer(scratch.path(), portal, 4, &layout)?,
     ];
-    // A LUN that was never written is holes; reads would measure those.
+    let bench = Bench { bin, layout: &layout, target: target.pid() };
+    // A block that was never written is a hole; reads would measure those.
+    let fill = Case { rw: "write", kib: 128, depth: 16, queues: 1 };
     for contender in &contenders {
-        load(bin, contender, "write", "128k", 16, 1)?;
+        // It begins at the start of the disk each time, so one run has to get around.
+        let mut secs = 0.5;
+        while bench.load(contender, &fill, secs)?.ios < LUN_BYTES >> 17 {
+            secs *= 2.0;
+        }
     }
+    let cases = if extent.full { matrix::full() } else { matrix::quick() };
     let mut rows = Vec::new();
-    for &(case, rw, bs, qd) in CASES {
+    for case in &cases {
+        let measured = bench.case(&contenders, case, extent)?;
+        for (contender, rounds) in contenders.iter().zip(measured) {
+            let contender = contender.name.clone();
+            rows.push(Row { case: case.name(), contender, rounds, summary: Vec::new() });
+        }
+        eprintln!("measured after {} s: {}", started.elapsed().as_secs(), case.name());
+    }
+    let preface = vec![
+        format!(
+            "vhost-user-blk backends of memory LUNs of one embedded target; {} rounds of {} s, taking turns",
+            extent.rounds, extent.secs
+        ),
+        layout.describe(),
+        "vcp-iscsi: default polling; poll=N: --poll-us N; crc32c: header and data digests".into(),
+        "load: vcp bench blk, waiting for calls; qdN: requests in flight on each queue, xN: queues".into(),
+        format!(
+            "peer: {}",
+            cmd::output(Command::new("qemu-storage-daemon").arg("--version"))?.lines().next().unwrap_or("")
+        ),
+    ];
+    Report { name: "blk", preface, metrics: METRICS.to_vec(), rows, goals: Vec::new() }.finish(goals::judge)
+}
+
+/// What all loads need.
+struct Bench<'a> {
+    bin: &'a Path,
+    layout: &'a Layout,
+    target: u32,
+}
+
+impl Bench<'_> {
+    /// All rounds of a case: for each contender, for each metric, its values.
+    fn case(&self, contenders: &[Contender], case: &Case, extent: &Extent) -> Result<Vec<Vec<Vec<f64>>>> {
         let mut measured = vec![vec![Vec::new(); METRICS.len()]; contenders.len()];
-        for _ in 0..rounds {
+        for _ in 0..extent.rounds {
             for (contender, values) in contenders.iter().zip(&mut measured) {
-                let run = load(bin, contender, rw, bs, qd, secs)?;
+                let before = procfs::cpu_time(self.target)?;
+                let run = self.load(contender, case, extent.secs)?;
+                let target = procfs::cpu_time(self.target)?.saturating_sub(before);
                 let figures = [
                     run.iops,
                     run.mib_per_s,
                     run.latency_us.p50,
                     run.latency_us.p99,
                     run.backend_cpu_us_per_io,
+                    target.as_secs_f64() * 1e6 / run.ios.max(1) as f64,
                 ];
                 values.iter_mut().zip(figures).for_each(|(all, figure)| all.push(figure));
             }
@@ -122,61 +215,48 @@ pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
         for (contender, values) in contenders.iter().zip(&mut measured) {
             // Counted in a run of its own: being traced costs time.
             let strace = Strace::attach(contender.pid())?;
-            let run = load(bin, contender, rw, bs, qd, 1)?;
-            values[METRICS.len() - 1].push(strace.finish()? as f64 / run.ios.max(1) as f64);
+            let run = self.load(contender, case, STRACE_SECS)?;
+            values[goals::SYSCALLS].push(strace.finish()? as f64 / run.ios.max(1) as f64);
         }
-        for (contender, rounds) in contenders.iter().zip(measured) {
-            rows.push(Row {
-                case: case.into(),
-                contender: contender.name.clone(),
-                rounds,
-                summary: Vec::new(),
-            });
-        }
-        eprintln!("measured: {case}");
+        Ok(measured)
     }
-    let preface = vec![
-        format!(
-            "vhost-user-blk backends of memory LUNs of one embedded target; {rounds} rounds of {secs} s, taking turns"
-        ),
-        format!(
-            "each backend on hardware thread {cpu}, target and load on the others; load: vcp bench blk, waiting for calls"
-        ),
-        "vcp-iscsi: default polling (adaptive); vcp-iscsi-poll0: --poll-us 0".into(),
-        format!(
-            "peer: {}",
-            cmd::output(Command::new("qemu-storage-daemon").arg("--version"))?.lines().next().unwrap_or("")
-        ),
-    ];
-    Report { name: "blk", preface, metrics: METRICS.to_vec(), rows }.finish()
+
+    fn load(&self, contender: &Contender, case: &Case, secs: f64) -> Result<Run> {
+        let mut command = Command::new("taskset");
+        command.args(["-c", &self.layout.load]).arg(self.bin.join("vcp"));
+        command.args(["bench", "blk", "--json", "--rw", case.rw, "--socket"]).arg(&contender.socket);
+        command.args(["--bs", &format!("{}k", case.kib), "--qd", &case.depth.to_string()]);
+        command.args(["--queues", &case.queues.to_string(), "--secs", &secs.to_string()]);
+        command.args(["--pid", &contender.pid().to_string()]);
+        let text = cmd::output(&mut command)
+            .with_context(|| format!("load {} on {}", case.name(), contender.name))?;
+        serde_json::from_str(&text).with_context(|| format!("`vcp bench blk` printed `{text}`"))
+    }
 }
 
-/// The last hardware thread that we may use; the load and the target are kept off it.
-fn backend_cpu() -> Result<usize> {
-    let allowed = rustix::thread::sched_getaffinity(None)?;
-    let last = (0..rustix::thread::CpuSet::MAX_CPU).rev().find(|&cpu| allowed.is_set(cpu));
-    let Some(last) = last.filter(|_| allowed.count() > 1) else {
-        bail!("this benchmark needs at least two hardware threads");
-    };
-    Ok(last)
-}
-
-fn ours(bin: &Path, scratch: &Path, name: &str, url: &str, cpu: usize, more: &[&str]) -> Result<Contender> {
-    let socket = scratch.join(format!("{name}.sock"));
-    let (cpu, path) = (cpu.to_string(), socket.display().to_string());
-    let serve = ["serve", "--cpu", &cpu, "--socket-path", &path, url];
+fn ours(
+    bin: &Path,
+    scratch: &Path,
+    name: &str,
+    url: &str,
+    layout: &Layout,
+    more: &[&str],
+) -> Result<Contender> {
+    let socket = scratch.join(format!("{}.sock", name.replace(' ', "-")));
+    let path = socket.display().to_string();
+    let serve = ["serve", "--cpu", &layout.backend, "--queues", "4", "--socket-path", &path, url];
     let server = Server::start(&bin.join("vcp-iscsi"), &[&serve[..], more].concat())?;
     Ok(Contender { name: name.into(), process: Process::Ours(server), socket })
 }
 
-fn peer(scratch: &Path, portal: &str, cpu: usize) -> Result<Contender> {
+fn peer(scratch: &Path, portal: &str, lun: u32, layout: &Layout) -> Result<Contender> {
     let socket = scratch.join("peer.sock");
     let proc = Cmd::new("taskset")
-        .args(["-c", &cpu.to_string(), "qemu-storage-daemon", "--blockdev"])
-        .arg(format!("driver=iscsi,node-name=disk,transport=tcp,portal={portal},target={TARGET},lun=2"))
+        .args(["-c", &layout.backend, "qemu-storage-daemon", "--blockdev"])
+        .arg(format!("driver=iscsi,node-name=disk,transport=tcp,portal={portal},target={TARGET},lun={lun}"))
         .arg("--export")
         .arg(format!(
-            "type=vhost-user-blk,id=disk,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+            "type=vhost-user-blk,id=disk,node-name=disk,writable=on,num-queues=4,addr.type=unix,addr.path={}",
             socket.display()
         ))
         // taskset becomes the daemon, so the process id is the daemon's.
@@ -188,14 +268,5 @@ fn peer(scratch: &Path, portal: &str, cpu: usize) -> Result<Contender> {
         }
         std::thread::yield_now();
     }
-    Ok(Contender { name: "qemu-storage-daemon".into(), process: Process::Peer(proc), socket })
-}
-
-fn load(bin: &Path, contender: &Contender, rw: &str, bs: &str, qd: u32, secs: u32) -> Result<Run> {
-    let mut command = Command::new(bin.join("vcp"));
-    command.args(["bench", "blk", "--json", "--rw", rw, "--bs", bs, "--socket"]).arg(&contender.socket);
-    command.args(["--qd", &qd.to_string(), "--secs", &secs.to_string()]);
-    command.args(["--pid", &contender.pid().to_string()]);
-    let text = cmd::output(&mut command).with_context(|| format!("load on {}", contender.name))?;
-    serde_json::from_str(&text).with_context(|| format!("`vcp bench blk` printed `{text}`"))
+    Ok(Contender { name: goals::PEER.into(), process: Process::Peer(proc), socket })
 }

@@ -1,6 +1,9 @@
 //! `cargo xtask bench`: each benchmark beside its peer, in one run, on one target, in alternating rounds.
 
 mod blk;
+mod goals;
+mod kernel;
+mod matrix;
 mod report;
 mod stats;
 mod strace;
@@ -14,16 +17,24 @@ use crate::packages::{self, Need};
 
 /// What to measure and how long.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: cargo xtask bench blk --rounds 5 --secs 3")]
+#[command(
+    after_help = "Examples:\n  cargo xtask bench blk\n  cargo xtask bench blk --full --rounds 5 --secs 3"
+)]
 pub(crate) struct Args {
-    /// Which benchmark; all if not given
+    /// Which benchmark; if not given: target and blk
     name: Option<Name>,
-    /// Rounds; the contenders take turns, medians are reported
-    #[arg(long, default_value_t = 5)]
-    rounds: u32,
-    /// Seconds of load per case, contender and round
-    #[arg(long, default_value_t = 2)]
-    secs: u32,
+    /// blk: a few loads, in about three minutes (the default)
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// blk: the whole matrix of sizes, kinds, depths and queues, in about half an hour
+    #[arg(long)]
+    full: bool,
+    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+    /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2]
+    #[arg(long)]
+    secs: Option<f64>,
 }
 
 /// The benchmarks.
@@ -33,6 +44,8 @@ enum Name {
     Blk,
     /// `iscsi-target` beside tgtd, under libiscsi's `iscsi-perf`
     Target,
+    /// `vcp-iscsi` beside the kernel's initiator, both in the helper VM
+    Kernel,
 }
 
 /// Installs, builds for speed, measures.
@@ -44,10 +57,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let bin = cmd::release_programs()?;
     let chosen = |name| args.name.is_none_or(|only| only == name);
     if chosen(Name::Target) {
-        target::run(&bin, args.rounds, args.secs)?;
+        // iscsi-perf takes whole seconds.
+        let secs = args.secs.map_or(2, |secs| secs.ceil().max(1.0) as u32);
+        target::run(&bin, args.rounds.unwrap_or(5), secs)?;
+    }
+    if args.name == Some(Name::Kernel) {
+        packages::ensure(Need::Kernel)?;
+        let secs = args.secs.map_or(2, |secs| secs.ceil().max(1.0) as u32);
+        kernel::run(&bin, args.rounds.unwrap_or(3), secs)?;
     }
     if chosen(Name::Blk) {
-        blk::run(&bin, args.rounds, args.secs)?;
+        let (rounds, secs) = (args.rounds.unwrap_or(3), args.secs.unwrap_or(0.8).max(0.1));
+        blk::run(&bin, &blk::Extent { full: args.full, rounds, secs })?;
     }
     Ok(())
 }

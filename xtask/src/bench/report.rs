@@ -7,8 +7,12 @@ use anyhow::{Context, Result};
 use plotters::prelude::*;
 use serde::Serialize;
 
+use super::goals::Goal;
 use super::stats::{Summary, ratio};
 use crate::cmd;
+
+/// More would be a picture that nobody can look at as a whole.
+const CASES_PER_PLOT: usize = 9;
 
 /// One figure that is measured for every case and contender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -45,18 +49,27 @@ pub(crate) struct Report {
     pub(crate) metrics: Vec<Metric>,
     /// Every case times every contender; the first contender of a case is ours.
     pub(crate) rows: Vec<Row>,
+    /// Goals and what came of them; filled by [`Report::finish`].
+    pub(crate) goals: Vec<Goal>,
 }
 
 impl Report {
-    /// Computes the summaries, prints the table, writes JSON and HTML.
+    /// Computes the summaries, judges them, prints the table, writes JSON, HTML and plots.
     ///
     /// # Errors
     /// A file cannot be written.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(mut self, judge: impl FnOnce(&[Row]) -> Vec<Goal>) -> Result<()> {
         for row in &mut self.rows {
             row.summary = row.rounds.iter().map(|values| Summary::of(values.iter().copied())).collect();
         }
-        let table = self.table();
+        self.goals = judge(&self.rows);
+        let mut table = self.table();
+        if !self.goals.is_empty() {
+            table.push('\n');
+        }
+        for goal in &self.goals {
+            let _ = writeln!(table, "{goal}");
+        }
         for line in &self.preface {
             println!("{line}");
         }
@@ -67,6 +80,10 @@ impl Report {
         let json = directory.join(format!("{}.json", self.name));
         std::fs::write(&json, serde_json::to_string_pretty(&self)?)
             .with_context(|| format!("cannot write {}", json.display()))?;
+        for (name, svg) in self.plots()? {
+            let path = directory.join(name);
+            std::fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
+        }
         let html = directory.join(format!("{}.html", self.name));
         std::fs::write(&html, self.html(&table)?)
             .with_context(|| format!("cannot write {}", html.display()))?;
@@ -122,50 +139,71 @@ impl Report {
             let _ = write!(page, "<p>{}</p>", escape(line));
         }
         let _ = write!(page, "<pre>{}</pre>", escape(table));
-        for index in 0..self.metrics.len() {
-            page.push_str(&self.plot(index)?);
+        for (_, svg) in self.plots()? {
+            page.push_str(&svg);
         }
         Ok(page)
     }
 
+    /// File name and picture of every metric, of at most [`CASES_PER_PLOT`] cases each.
+    fn plots(&self) -> Result<Vec<(String, String)>> {
+        let mut cases: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !cases.contains(&row.case.as_str()) {
+                cases.push(&row.case);
+            }
+        }
+        let mut plots = Vec::new();
+        for (index, metric) in self.metrics.iter().enumerate() {
+            for (part, cases) in cases.chunks(CASES_PER_PLOT).enumerate() {
+                let rows: Vec<&Row> =
+                    self.rows.iter().filter(|row| cases.contains(&row.case.as_str())).collect();
+                let title: String =
+                    metric.title.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+                plots.push((format!("{}-{title}-{}.svg", self.name, part + 1), self.plot(index, &rows)?));
+            }
+        }
+        Ok(plots)
+    }
+
     /// Bars of one metric: a group for each case, a colour for each contender.
-    fn plot(&self, index: usize) -> Result<String> {
+    fn plot(&self, index: usize, rows: &[&Row]) -> Result<String> {
         let metric = self.metrics[index];
         let mut contenders: Vec<&str> = Vec::new();
-        for row in &self.rows {
+        for row in rows {
             if !contenders.contains(&row.contender.as_str()) {
                 contenders.push(&row.contender);
             }
         }
-        let top = self.rows.iter().map(|row| row.summary[index].max).fold(0.0, f64::max) * 1.1;
+        let top = rows.iter().map(|row| row.summary[index].max).fold(0.0, f64::max) * 1.1;
         if top <= 0.0 {
             return Ok(String::new());
         }
-        let height = 120 + 22 * u32::try_from(self.rows.len())?;
+        let height = 120 + 22 * u32::try_from(rows.len())?;
         let mut svg = String::new();
         {
             let area = SVGBackend::with_string(&mut svg, (900, height)).into_drawing_area();
             area.fill(&WHITE)?;
             let better = if metric.more_is_better { "more is better" } else { "less is better" };
-            let rows = self.rows.len() as f64;
+            let count = rows.len() as f64;
             let mut chart = ChartBuilder::on(&area)
                 .caption(format!("{}, {better}", metric.title), ("sans-serif", 18))
                 .margin(12)
                 .x_label_area_size(28)
                 .y_label_area_size(250)
-                .build_cartesian_2d(0.0..top, 0.0..rows)?;
+                .build_cartesian_2d(0.0..top, 0.0..count)?;
             let name = |y: &f64| {
-                let place = (rows - y.ceil()).max(0.0) as usize;
-                self.rows.get(place).map_or(String::new(), |row| format!("{} {}", row.case, row.contender))
+                let place = (count - y.ceil()).max(0.0) as usize;
+                rows.get(place).map_or(String::new(), |row| format!("{} {}", row.case, row.contender))
             };
             chart
                 .configure_mesh()
                 .disable_y_mesh()
-                .y_labels(self.rows.len() * 2)
+                .y_labels(rows.len() * 2)
                 .y_label_formatter(&|y| if (y.fract() - 0.5).abs() < 0.01 { name(y) } else { String::new() })
                 .draw()?;
-            for (place, row) in self.rows.iter().enumerate() {
-                let y = rows - place as f64;
+            for (place, row) in rows.iter().enumerate() {
+                let y = count - place as f64;
                 let colour =
                     Palette99::pick(contenders.iter().position(|c| *c == row.contender).unwrap_or(0));
                 let summary = row.summary[index];

@@ -1,0 +1,163 @@
+//! `bench kernel`: `vcp-iscsi` beside the kernel's initiator (`iscsi_tcp`), both in the helper VM on LUNs of one target:
+//! `vcp bench blk` on the one, fio with libaio on the raw device of the other. The VM is emulated, so only the ratios say
+//! anything, and even those are of a machine on which computing is slow and interrupts are cheap.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use guest_images::helper::HelperVm;
+use serde_json::Value;
+
+use super::report::{Metric, Report, Row};
+
+const CASES: &[(&str, &str, u32)] = &[
+    ("randread", "4k", 1),
+    ("randread", "4k", 32),
+    ("randwrite", "4k", 32),
+    ("read", "128k", 8),
+    ("write", "128k", 8),
+];
+
+const METRICS: &[Metric] = &[
+    Metric { title: "IOPS", more_is_better: true, digits: 0 },
+    Metric { title: "p50 us", more_is_better: false, digits: 1 },
+    Metric { title: "machine CPU us/IO", more_is_better: false, digits: 1 },
+];
+
+const OURS: [&str; 2] = ["vcp-iscsi", "vcp-iscsi poll=0"];
+const KERNEL: &str = "kernel iscsi_tcp";
+/// Jiffies of `/proc/stat`.
+const TICK_US: f64 = 10_000.0;
+
+/// What every run of the job prints: `BENCH contender|case|ticks|JSON of the load`.
+const JOB: &str = r#"
+set -e
+ip link set lo up
+T=iqn.2026-11.vcp:bench
+BIN/iscsi-target serve --listen 127.0.0.1:3260 --target $T --lun mem:64M --lun mem:64M --lun mem:64M >/tmp/target 2>&1 &
+ready() { for i in $(seq 300); do grep -q '^ready:' $1 && return; sleep 0.1; done; cat $1; exit 1; }
+ready /tmp/target
+BIN/vcp-iscsi serve --socket-path /tmp/a.sock iscsi://127.0.0.1:3260/$T/1 >/tmp/a 2>&1 &
+A=$!
+BIN/vcp-iscsi serve --poll-us 0 --socket-path /tmp/b.sock iscsi://127.0.0.1:3260/$T/2 >/tmp/b 2>&1 &
+B=$!
+ready /tmp/a
+ready /tmp/b
+iscsistart -i iqn.2026-11.vcp:kernel -t $T -g 1 -a 127.0.0.1 -p 3260
+for i in $(seq 100); do [ -b /dev/sda ] && break; sleep 0.1; done
+[ -b /dev/sda ]
+echo none > /sys/block/sda/queue/scheduler
+busy() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
+# load CONTENDER RW BS DEPTH SECS
+load() {
+  before=$(busy)
+  case "$1" in
+    vcp-iscsi) BIN/vcp bench blk --json --socket /tmp/a.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $A >/tmp/out ;;
+    "vcp-iscsi poll=0") BIN/vcp bench blk --json --socket /tmp/b.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $B >/tmp/out ;;
+    *) fio --name=load --filename=/dev/sda --direct=1 --ioengine=libaio --rw=$2 --bs=$3 --iodepth=$4 --runtime=$5 \
+         --time_based --norandommap --output-format=json --output=/tmp/out >/dev/null ;;
+  esac
+  after=$(busy)
+  [ -z "$6" ] || echo "BENCH $1|$2 $3 $4|$((after - before))|$(tr -d '\n' </tmp/out)"
+}
+for who in vcp-iscsi "vcp-iscsi poll=0" kernel; do load "$who" write 128k 8 2; done
+"#;
+
+/// Measures and reports.
+///
+/// # Errors
+/// A program is missing, or the job in the helper VM failed.
+pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
+    let dir = bin.to_str().context("the path of the programs is not UTF-8")?;
+    let mut job = JOB.replace("BIN/", &format!("{dir}/"));
+    for _ in 0..rounds {
+        for (rw, bs, depth) in CASES {
+            for who in [OURS[0], OURS[1], KERNEL] {
+                job.push_str(&format!("load '{who}' {rw} {bs} {depth} {secs} measured\n"));
+            }
+        }
+    }
+    let runs = u64::from(rounds) * CASES.len() as u64 * 3;
+    let mut vm = HelperVm::new().deadline(Duration::from_secs(300 + runs * u64::from(secs + 3)));
+    for program in ["iscsi-target", "vcp-iscsi", "vcp"] {
+        vm = vm.program(bin.join(program))?;
+    }
+    vm = vm.program("/usr/sbin/iscsistart")?.program("/usr/bin/fio")?;
+    let done = vm.module("iscsi_tcp").module("sd_mod").run(&job)?;
+    if done.status != 0 {
+        let tail: Vec<&str> = done.output.lines().rev().take(15).collect();
+        bail!(
+            "the job ended with {}: {}",
+            done.status,
+            tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+        );
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for line in done.output.lines().filter_map(|line| line.trim_end().strip_prefix("BENCH ")) {
+        let figures = figures(line).with_context(|| format!("not as expected: {line}"))?;
+        let (contender, case) = line
+            .split_once('|')
+            .and_then(|(who, rest)| Some((who, rest.split_once('|')?.0)))
+            .unwrap_or_default();
+        let known = rows.iter_mut().find(|row| row.case == case && row.contender == contender);
+        let row = match known {
+            Some(row) => row,
+            None => {
+                let rounds = vec![Vec::new(); METRICS.len()];
+                rows.push(Row {
+                    case: case.into(),
+                    contender: contender.into(),
+                    rounds,
+                    summary: Vec::new(),
+                });
+                rows.last_mut().context("just pushed")?
+            }
+        };
+        row.rounds.iter_mut().zip(figures).for_each(|(all, figure)| all.push(figure));
+    }
+    if rows.len() != CASES.len() * 3 {
+        bail!("{} of {} results came out of the helper VM", rows.len(), CASES.len() * 3);
+    }
+    let preface = vec![
+        format!(
+            "initiators in the emulated helper VM (2 CPUs, TCG), LUNs of one embedded target; {rounds} rounds of {secs} s"
+        ),
+        "only the ratios say anything; CPU time is that of the whole machine: target, initiator and load"
+            .into(),
+        "load: vcp bench blk on vcp-iscsi, fio with libaio and O_DIRECT on the kernel's disk".into(),
+    ];
+    Report { name: "kernel", preface, metrics: METRICS.to_vec(), rows, goals: Vec::new() }
+        .finish(|_| Vec::new())
+}
+
+/// IOPS, p50 and CPU per I/O of a line of the job.
+fn figures(line: &str) -> Option<[f64; 3]> {
+    let mut fields = line.splitn(4, '|').skip(2);
+    let ticks: f64 = fields.next()?.parse().ok()?;
+    let load: Value = serde_json::from_str(fields.next()?).ok()?;
+    let (iops, p50, ios) = match load.get("jobs") {
+        None => (load["iops"].as_f64()?, load["latency_us"]["p50"].as_f64()?, load["ios"].as_f64()?),
+        Some(jobs) => {
+            let kinds = [&jobs[0]["read"], &jobs[0]["write"]];
+            let kind = kinds.into_iter().find(|kind| kind["total_ios"].as_u64() > Some(0))?;
+            let p50_ns = kind["clat_ns"]["percentile"]["50.000000"].as_f64()?;
+            (kind["iops"].as_f64()?, p50_ns / 1000.0, kind["total_ios"].as_f64()?)
+        }
+    };
+    Some([iops, p50, ticks * TICK_US / ios.max(1.0)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_loads_are_understood() {
+        let ours = r#"vcp-iscsi|randread 4k 1|50|{"ios":1000,"iops":500.0,"latency_us":{"p50":12.5}}"#;
+        assert_eq!(figures(ours), Some([500.0, 12.5, 500.0]));
+        let fio = r#"kernel iscsi_tcp|write 128k 8|20|{"jobs":[{"read":{"total_ios":0},"write":{"total_ios":100,"iops":50.0,"clat_ns":{"percentile":{"50.000000":9000}}}}]}"#;
+        assert_eq!(figures(fio), Some([50.0, 9.0, 2000.0]));
+        assert_eq!(figures("vcp-iscsi|x|1|{}"), None);
+    }
+}
