@@ -36,6 +36,8 @@ pub(super) struct Tmf {
 pub(super) struct Logout {
     /// Not to be sent while commands are underway, unless this time has come.
     latest: Instant,
+    /// That time has come; what keeps the logout from being sent now is a connection that takes nothing.
+    due: bool,
     itt: Option<Itt>,
     deadline: Instant,
     /// Time2Wait of the answer: only the target's FIN is waited for, until `deadline`.
@@ -59,7 +61,8 @@ impl Session {
             Some((_, at, _)) => self.last_received.max(at) + self.config.nop_timeout,
             None => self.next_ping(),
         };
-        let logout = self.logout.map(|l| l.latest);
+        let logout =
+            self.logout.map(|l| if l.due { l.latest + self.config.logout_timeout } else { l.latest });
         [Some(keepalive), logout, self.tmf.map(|t| t.deadline), self.scan_at].into_iter().flatten().min()
     }
 
@@ -81,6 +84,12 @@ impl Session {
                 None => return Err(SessionError::LogoutTimeout { timeout: self.config.logout_timeout }),
             }
             return Ok(());
+        }
+        if let Some(logout) = &mut self.logout {
+            logout.due |= now >= logout.latest;
+            if now >= logout.latest + self.config.logout_timeout {
+                return Err(SessionError::LogoutTimeout { timeout: self.config.logout_timeout });
+            }
         }
         match self.ping {
             Some((_, at, _)) => {
@@ -283,7 +292,9 @@ impl Session {
         let latest = now + patience;
         match &mut self.logout {
             Some(logout) => logout.latest = logout.latest.min(latest),
-            None => self.logout = Some(Logout { latest, itt: None, deadline: latest, answered: None }),
+            None => {
+                self.logout = Some(Logout { latest, due: false, itt: None, deadline: latest, answered: None })
+            }
         }
     }
 

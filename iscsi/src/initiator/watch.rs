@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Session;
 use super::session::SLOT_PING;
+use super::task::State;
 
 impl Session {
     /// While commands are underway and nothing was received for `interval`, a ping is sent, whatever
@@ -28,10 +29,25 @@ impl Session {
 
     /// Sends a ping with the next PDUs, unless one is underway.
     pub fn ping_now(&mut self, now: Instant) {
-        if self.ping.is_none() && self.logout.is_none() {
+        // Until the logout is sent, the connection has to show that it lives.
+        if self.ping.is_none() && !self.logout.is_some_and(|logout| logout.is_sent()) {
             let itt = self.control_tag(SLOT_PING);
             self.ping = Some((itt, now, false));
             self.last_ping = now;
+        }
+    }
+
+    /// Whatever is underway may have been ended by somebody's reset without a word to us (SAM-5 5.3.1, TAS of 0): what is
+    /// not answered within `limit` is asked for by ABORT TASK, which finds that out.
+    pub fn hasten(&mut self, now: Instant, limit: Duration) {
+        let deadline = now + limit;
+        let mut any = false;
+        for task in self.tasks.iter_mut().filter(|task| task.state == State::Active) {
+            task.deadline = task.deadline.min(deadline);
+            any = true;
+        }
+        if any && self.tmf.is_none() {
+            self.scan_at = Some(self.scan_at.map_or(deadline, |at| at.min(deadline)));
         }
     }
 

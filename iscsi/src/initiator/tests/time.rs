@@ -144,6 +144,33 @@ fn a_window_that_stays_closed_is_noticed() {
     assert_eq!(bench.session.timers(bench.now), Err(SessionError::WindowClosed));
 }
 
+/// Found by simulation: the engine ran in circles until the logout was due.
+#[test]
+fn a_logout_that_waits_does_not_stop_the_pings() {
+    let mut bench = Bench::new();
+    bench.start(0, read(512));
+    bench.session.logout(bench.now, Duration::from_secs(20));
+    bench.wake().unwrap();
+    assert!(matches!(bench.next_tx(), Some((InitiatorPdu::NopOut(_), _))));
+    assert_eq!(bench.wake(), Err(SessionError::Silent { timeout: Duration::from_secs(5) }));
+}
+
+/// Found by simulation: the socket takes nothing, and the logout's time has come.
+#[test]
+fn a_logout_that_cannot_be_sent_times_out() {
+    let mut bench = Bench::new();
+    bench.start(0, read(512));
+    bench.session.logout(bench.now, Duration::from_secs(1));
+    bench.wake().unwrap();
+    // Nobody asks for what is to be sent.
+    let due = bench.now;
+    assert_eq!(
+        bench.wake(),
+        Err(SessionError::LogoutTimeout { timeout: bench.session.config().logout_timeout })
+    );
+    assert_eq!(bench.now - due, bench.session.config().logout_timeout);
+}
+
 #[test]
 fn logout_waits_for_commands_and_for_its_answer() {
     let mut bench = Bench::new();
@@ -300,4 +327,24 @@ fn what_a_session_waits_for_is_counted() {
     let mut sum = flow;
     sum.add(bench.session.flow());
     assert_eq!((sum.r2ts, sum.r2t_wait_ns), (4, 20_000_000));
+}
+
+#[test]
+fn what_a_reset_of_others_may_have_ended_is_asked_for_soon() {
+    let mut bench = Bench::new();
+    let command = bench.start(0, read(512));
+    bench.session.hasten(bench.now, Duration::from_secs(2));
+    let start = bench.now;
+    bench.wake().unwrap();
+    assert_eq!(bench.now - start, Duration::from_secs(2));
+    let abort = bench.tmf();
+    assert_eq!((abort.function, abort.referenced_itt), (TaskFunction::AbortTask, command.itt));
+    bench.tmf_answer(abort.itt, TaskResponseCode::NoTask).unwrap();
+    while let Some(event) = bench.session.next_event() {
+        if let Event::Done { slot, outcome } = event {
+            assert_eq!((slot, outcome), (0, Outcome::Aborted));
+            return;
+        }
+    }
+    panic!("the command did not end");
 }
