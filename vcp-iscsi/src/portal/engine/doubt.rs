@@ -42,6 +42,13 @@ pub(super) struct Reset {
 #[error("the unit was reset through another path")]
 struct ResetElsewhere;
 
+/// Whether the unit can be reset through a path now.
+fn can_reset(path: &super::Path) -> bool {
+    matches!(path.phase, Phase::Up)
+        && path.look.is_none()
+        && path.wire.as_ref().is_some_and(|wire| wire.session.can_reset_unit())
+}
+
 impl IscsiEngine {
     /// What was in doubt on a path is dead: its writes can be repeated.
     pub(super) fn settled(&mut self, index: usize, how: &'static str) {
@@ -75,6 +82,7 @@ impl IscsiEngine {
                     held: writes.to_vec(),
                     orphans: false,
                     reset_at: now + super::path::DRAIN,
+                    login_at: now + super::path::OWN_WAY,
                     dial: None,
                     no_login: false,
                 });
@@ -131,7 +139,7 @@ impl IscsiEngine {
         let options = &path.options;
         let Some(doubt) = &mut path.doubt else { return false };
         let Some(dial) = &mut doubt.dial else {
-            let Some(via) = via else { return false };
+            let Some(via) = via.filter(|_| doubt.login_at <= now) else { return false };
             let mut fence = options.as_ref().clone();
             // The same name at another portal.
             fence.fixed_isid = Some(options.isid());
@@ -176,18 +184,14 @@ impl IscsiEngine {
     fn reset_due(&self) -> Option<Instant> {
         let due = |(index, path): (usize, &super::Path)| {
             let doubt = path.doubt.as_ref()?;
-            (doubt.dial.is_none() && self.same_place(index).is_none()).then_some(doubt.reset_at)
+            (doubt.dial.is_none() && (path.wire.is_some() || self.same_place(index).is_none()))
+                .then_some(doubt.reset_at)
         };
         let due = self.paths.iter().enumerate().filter_map(due).min()?;
         Some(due.max(self.reset_not_before.unwrap_or(due)))
     }
 
     fn drive_reset(&mut self, now: Instant) {
-        let can_reset = |path: &super::Path| {
-            matches!(path.phase, Phase::Up)
-                && path.look.is_none()
-                && path.wire.as_ref().is_some_and(|wire| wire.session.can_reset_unit())
-        };
         if self.reset.is_none() {
             let someone = self.paths.iter().any(can_reset);
             if !someone || self.reset_due().is_none_or(|at| at > now) {
@@ -235,6 +239,23 @@ impl IscsiEngine {
         }
     }
 
+    /// The target refuses to reset the unit. Where it is not even known that anything is in doubt, that has to do.
+    pub(super) fn reset_refused(&mut self) {
+        for index in 0..self.paths.len() {
+            if self.paths[index]
+                .doubt
+                .as_ref()
+                .is_some_and(|doubt| doubt.place.is_none() && doubt.held.is_empty())
+            {
+                tracing::warn!(
+                    path = %self.paths[index].options.url,
+                    "cannot make sure that a former process left no write underway on this path"
+                );
+                self.settled(index, "the target cannot reset the unit");
+            }
+        }
+    }
+
     /// The path is gone by which the reset was sent.
     pub(super) fn reset_failed(&mut self, via: usize, now: Instant) {
         if self.reset.take_if(|reset| reset.via == Some(via)).is_some() {
@@ -246,12 +267,20 @@ impl IscsiEngine {
 
     /// When [`settle`](Self::settle) has something to do.
     pub(super) fn settle_at(&self) -> Option<Instant> {
-        let dials = self.paths.iter().filter_map(|path| Some(path.doubt.as_ref()?.dial.as_ref()?.deadline()));
+        let dials = (0..self.paths.len()).filter_map(|index| {
+            let path = &self.paths[index];
+            let doubt = path.doubt.as_ref()?;
+            match &doubt.dial {
+                Some(dial) => Some(dial.deadline()),
+                None if path.wire.is_none() && self.same_place(index).is_some() => Some(doubt.login_at),
+                None => None,
+            }
+        });
         let reset = match &self.reset {
             Some(reset) if reset.via.is_none() => Some(reset.until),
             Some(_) => None,
-            // Without a session there is nobody to send it.
-            None if self.paths.iter().any(|path| matches!(path.phase, Phase::Up)) => self.reset_due(),
+            // Without a session there is nobody to send it; one that is in use otherwise ends that with an event.
+            None if self.paths.iter().any(can_reset) => self.reset_due(),
             None => None,
         };
         dials.chain(reset).min()

@@ -13,6 +13,9 @@ use crate::engine::{Completion, Op, Outcome, Request};
 use crate::portal::job::{Payload, unmap_payload};
 use crate::portal::probe::reason;
 
+/// After a reset of the unit by somebody else, what is not answered within this time is asked for.
+const CLEARED_PATIENCE: Duration = Duration::from_secs(2);
+
 impl IscsiEngine {
     /// The command for a request; `Err` if it can be answered without one.
     pub(super) fn build(&self, request: &Request) -> Result<(Command, Payload), Outcome> {
@@ -229,8 +232,15 @@ impl IscsiEngine {
             if self.log.allow(now) {
                 tracing::info!(url = %self.options.url, %sense, "unit attention");
             }
-            if sense.code == asc::ALUA_STATE_CHANGED {
-                self.access_changed(now);
+            match sense.code {
+                asc::ALUA_STATE_CHANGED => self.access_changed(now),
+                // Somebody reset the unit or cleared its tasks. Others of ours may have been among them.
+                asc::COMMANDS_CLEARED | 0x2900..=0x2904 => {
+                    if let Some(wire) = &mut self.paths[index].wire {
+                        wire.session.hasten(now, CLEARED_PATIENCE);
+                    }
+                }
+                _ => {}
             }
         }
         if sense.key == SenseKey::NotReady

@@ -21,6 +21,9 @@ pub const MAX_PATHS: usize = 16;
 /// task (which the reset ends) or is answered by then.
 pub(super) const DRAIN: Duration = Duration::from_millis(200);
 
+/// So long a lost path has to come back by itself before a login in its name is tried by another one.
+pub(super) const OWN_WAY: Duration = Duration::from_millis(30);
+
 #[derive(Debug)]
 pub(super) enum Phase {
     /// The session is up and the unit is known to be the right one.
@@ -61,7 +64,9 @@ pub(super) struct Doubt {
     pub(super) orphans: bool,
     /// Not before this is the unit reset for it.
     pub(super) reset_at: Instant,
-    /// A login in its name by way of another path.
+    /// Not before this is a login tried in its name by way of another path: the path itself may be back at once.
+    pub(super) login_at: Instant,
+    /// That login.
     pub(super) dial: Option<Box<Dial>>,
     /// Such a login did not help.
     pub(super) no_login: bool,
@@ -70,7 +75,15 @@ pub(super) struct Doubt {
 impl Doubt {
     /// There may have been a session in this path's name before this process.
     pub(super) fn of_a_former_process(reset_at: Instant) -> Self {
-        Self { place: None, held: Vec::new(), orphans: true, reset_at, dial: None, no_login: true }
+        Self {
+            place: None,
+            held: Vec::new(),
+            orphans: true,
+            reset_at,
+            login_at: reset_at,
+            dial: None,
+            no_login: true,
+        }
     }
 }
 

@@ -164,6 +164,9 @@ impl IscsiEngine {
             }
         };
         self.lost(index, error, time2wait_s, blamed, now);
+        if matches!(error, WireError::Session(SessionError::ResetFailed { .. })) {
+            self.reset_refused();
+        }
     }
 
     /// Gets sessions back.
