@@ -6,19 +6,24 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use guest_images::bare;
+use guest_images::helper::HelperVm;
+use guest_images::rootfs::{self, RootFs};
+use guest_images::{bare, linux};
 use rustix::process::{Pid, Signal, kill_process};
 use vcp_tests::backend;
 use vcp_tests::bad_target::BadTarget;
+use vcp_tests::guest::Outcome;
 use vcp_tests::proc::{Proc, Stream};
 use vcp_tests::target::{Kind, Spec, Target};
-use vcp_tests::{Result, procfs};
+use vcp_tests::{Result, procfs, tool};
 
 use crate::monitor::ring3;
 use crate::support::vcp;
 
 /// How long one step may take: a start, a recovery, an end.
 const STEP: Duration = Duration::from_secs(60);
+/// How long the helper VM may take, everything emulated.
+const HELPER: Duration = Duration::from_secs(180);
 /// What the guest does until it is told to stop.
 const CHURN: &str = "job=churn secs=3600 region=8M qd=32 timeout=60";
 /// Kills without being asked for more.
@@ -249,6 +254,105 @@ fn sigterm_ends_a_run_whose_backend_is_away() -> Result<()> {
     let (status, took) = run.proc.terminate(STEP)?;
     ensure!(status.code().is_some() && took < Duration::from_secs(5), "{status} after {took:?}");
     ensure!(run.backend().is_err(), "a vcp-iscsi is left");
+    Ok(())
+}
+
+/// What the Debian guest does meanwhile: a file on its root disk, and a disk with packed rings, both verified.
+const GUEST_JOB: &str = r#"
+value() { name=$1; shift; echo "@$name=$*"; }
+value SIZES $(cat /sys/block/vda/size /sys/block/vdb/size)
+# VIRTIO_F_RING_PACKED is bit 34; the string has bit 0 first.
+value PACKED $(cut -c35 /sys/block/vda/device/features)$(cut -c35 /sys/block/vdb/device/features)
+verify() {
+    fio --name=$1 --size=4M --rw=randwrite --bs=4k --ioengine=psync --fsync=64 --time_based --runtime=25 \
+        --verify=crc32c --verify_backlog=32 --verify_fatal=1 --minimal "$2" >/tmp/$1.log 2>&1
+}
+verify root --directory=/root &
+root=$!
+value LOAD started
+verify raw --filename=/dev/vdb
+value RAW $?
+wait $root
+value FIO $?
+tail -n 3 /tmp/root.log /tmp/raw.log | cut -c1-200
+value DONE yes
+rm -f /root/root*
+dd if=/dev/urandom of=/root/data bs=64k count=32 2>/dev/null
+sync; echo 3 >/proc/sys/vm/drop_caches
+sha256sum /root/data >/root/sum && (cd / && sha256sum -c /root/sum)
+value SUM $?
+value ERRORS $(dmesg | grep -ciE 'i/o error|ext4-fs error|vd[ab].*error')
+"#;
+
+/// What the helper VM does: target, monitor, guest, and a killer of VCPs.
+const HELPER_JOB: &str = r#"
+value() { name=$1; shift; echo "@$name=$*"; }
+mkfifo /tmp/ready
+iscsi-target serve --listen 127.0.0.1:3260 --target iqn.2026-01.test.vcp:root --lun file:/dev/vda --lun mem:16M     >/tmp/ready 2>/tmp/target.log &
+target=$!
+exec 3</tmp/ready
+read line <&3 || { cat /tmp/target.log; exit 1; }
+: >/tmp/guest.log
+# Both VCPs are killed while the guest loads them, three times.
+( until grep -q @LOAD /tmp/guest.log; do sleep 1; done
+  for n in 1 2 3; do
+    sleep 2
+    if grep -q @DONE /tmp/guest.log; then break; fi
+    for comm in /proc/[0-9]*/comm; do
+      read name <$comm || continue
+      pid=${comm#/proc/}; [ "$name" = vcp-iscsi ] && kill -9 ${pid%/comm}
+    done
+    echo kill >>/tmp/kills
+    until [ $(grep -c 'the backend is back' /tmp/vcp.log) = $((2 * n)) ]; do sleep 1; done
+  done ) 2>/dev/null &
+killer=$!
+url=iscsi://127.0.0.1:3260/iqn.2026-01.test.vcp:root
+timeout 110 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2     --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
+status=$?
+kill $killer 2>/dev/null
+value RUN $status
+cat /tmp/guest.log; cat /tmp/vcp.log
+again_if_kvm_failed $status /tmp/guest.log /tmp/vcp.log
+value KILLS $(grep -c kill /tmp/kills)
+value BACK $(grep -c 'the backend is back' /tmp/vcp.log)
+value LEFT $(ps | grep -c '[v]cp-iscsi')
+kill $target; wait $target
+value TARGET $?
+sync
+"#;
+
+#[test]
+fn debian_guest_verifies_while_its_vcps_are_killed() -> Result<()> {
+    if !tool::have(&["qemu-system-x86_64", "mke2fs", "e2fsck", "fio"]) {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let image = dir.path().join("root.ext4");
+    RootFs::new().size_bytes(192 << 20).fio()?.job(GUEST_JOB)?.build_to(&image)?;
+    let guest = linux::guest()?;
+    let ended = HelperVm::new()
+        .program_at(&tool::ours("vcp")?, "/usr/bin/vcp")?
+        .program_at(&tool::ours("vcp-iscsi")?, "/usr/bin/vcp-iscsi")?
+        .program_at(&tool::ours("iscsi-target")?, "/usr/bin/iscsi-target")?
+        .program_at(&guest.kernel, "/guest/vmlinuz")?
+        .program_at(&guest.initramfs, "/guest/initrd")?
+        .disk(&image)
+        .deadline(HELPER)
+        .run(HELPER_JOB)?;
+    let done = Outcome { status: ended.status, console: ended.output };
+    ensure!(done.status == 0, "the helper VM's job failed:\n{}", done.console);
+    ensure!(done.number("RUN")? == 0, "vcp run failed:\n{}", done.console);
+    assert_eq!(done.value("PACKED")?, "01", "{}", done.console);
+    for check in ["FIO", "RAW", "SUM", "ERRORS", "LEFT", "TARGET"] {
+        assert_eq!(done.number(check)?, 0, "{check}:\n{}", done.console);
+    }
+    let kills = done.number("KILLS")?;
+    ensure!(kills > 0, "the guest was done before a VCP was killed:\n{}", done.console);
+    // One may still have been away when the guest was done with its disk.
+    ensure!(done.number("BACK")? + 1 >= 2 * kills, "{kills} kills of two VCPs:\n{}", done.console);
+    ensure!(done.console.contains("VCP-ROOT-CLEAN"), "no clean power-off:\n{}", done.console);
+    rootfs::check(&image).context("e2fsck of the LUN's image")?;
+    println!("{}", done.console.lines().filter(|l| l.contains("away_ms")).collect::<Vec<_>>().join("\n"));
     Ok(())
 }
 

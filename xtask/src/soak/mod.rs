@@ -2,8 +2,10 @@
 //! or something is lost.
 //!
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
+//! * [`monitor`]: the same under `vcp run`, which starts it again.
 
 mod kill;
+mod monitor;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -13,6 +15,8 @@ use clap::Subcommand;
 pub(crate) enum Soak {
     /// `kill -9` of vcp-iscsi under a verifying load, restart, reconnect
     Kill(kill::Args),
+    /// `kill -9` of vcp-iscsi under `vcp run` with a verifying guest
+    Monitor(monitor::Args),
 }
 
 /// Runs one.
@@ -22,5 +26,6 @@ pub(crate) enum Soak {
 pub(crate) fn run(soak: &Soak) -> Result<()> {
     match soak {
         Soak::Kill(args) => kill::run(args),
+        Soak::Monitor(args) => monitor::run(args),
     }
 }
