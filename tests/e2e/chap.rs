@@ -83,6 +83,7 @@ fn chap_logs_in_at_our_target() -> Result<()> {
     logs_in(Kind::Ours, &Chap::one_way())
 }
 
+/// Line 40 of the checklist, RFC 7143 12.1.3.
 #[test]
 fn mutual_chap_logs_in_at_tgtd() -> Result<()> {
     logs_in(Kind::Tgtd, &Chap::mutual())
@@ -123,6 +124,7 @@ fn wrong_mutual_chap_secret_is_refused_with_istgt() -> Result<()> {
     refuses(Kind::Istgt, &Chap::mutual())
 }
 
+/// Line 40 of the checklist, RFC 7143 12.1.3 and 9.2.1: the target has to prove itself before full feature phase.
 #[test]
 fn wrong_mutual_chap_secret_is_refused_with_our_target() -> Result<()> {
     refuses(Kind::Ours, &Chap::mutual())

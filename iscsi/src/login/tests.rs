@@ -212,6 +212,7 @@ fn discovery_session() {
     assert_eq!(target.claim.target, None);
 }
 
+/// Checklist line 40 (RFC 7143 12.1.3).
 #[test]
 fn chap_one_way_and_mutual_with_every_algorithm() {
     for mutual in [false, true] {
@@ -279,6 +280,7 @@ fn refusals() {
     assert_eq!(status.to_string(), "there is no such session to add a connection to (status 020a)");
 }
 
+/// Checklist line 40 (RFC 7143 12.1.3, 9.2.1): before full feature phase.
 #[test]
 fn target_has_to_prove_itself() {
     let mut chap = initiator_chap(true);
@@ -295,6 +297,7 @@ fn target_has_to_prove_itself() {
     assert_eq!(error, initiator::LoginError::Chap(crate::chap::ChapError::WrongName("disk".into())));
 }
 
+/// Checklist line 40 (RFC 7143 9.2.1).
 #[test]
 fn challenge_reflected_to_the_target() {
     // Both sides with the same random bytes: the initiator itself sees that its challenge is the target's.
@@ -318,6 +321,7 @@ fn redirection() {
     assert_eq!(outcome.initiator, Ok(InitiatorProgress::Moved(moved)));
 }
 
+/// Checklist line 40 (RFC 7143 9.2.1): equal secrets among others.
 #[test]
 fn configurations_that_cannot_be() {
     let bad = |change: &dyn Fn(&mut initiator::Config)| {
@@ -462,6 +466,7 @@ fn response_to(request: &LoginRequest, stat_sn: Serial) -> LoginResponse {
     }
 }
 
+/// Checklist lines 10, 38 and 40 (RFC 7143 6.2, 11.13).
 #[test]
 fn initiator_refuses_what_breaks_the_rules() {
     let error = |auth: initiator::Auth, data: &[u8], change: &dyn Fn(&mut LoginResponse)| {
@@ -503,6 +508,7 @@ fn initiator_refuses_what_breaks_the_rules() {
     assert_eq!(login.receive(&response.encode(), b""), Err(initiator::LoginError::Ended));
 }
 
+/// Checklist line 38 (RFC 7143 6.2).
 #[test]
 fn unknown_keys_are_answered_while_that_is_possible() {
     let (mut login, first) = initiator::Login::start(initiator_config()).unwrap();

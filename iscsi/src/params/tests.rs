@@ -27,6 +27,7 @@ fn table_is_in_key_order() {
     }
 }
 
+/// Checklist line 39 (RFC 7143 chapter 13).
 #[test]
 fn defaults_when_nothing_is_said() {
     let negotiated = Negotiation::new(SessionType::Normal, Params::default()).finish().unwrap();
@@ -52,6 +53,7 @@ fn defaults_when_nothing_is_said() {
     assert_eq!(negotiated, expected);
 }
 
+/// Checklist line 39 (RFC 7143 chapter 13): result functions, IFMarker and OFMarker refused (13.25).
 #[test]
 fn answers() {
     for (key, offer, expected) in [

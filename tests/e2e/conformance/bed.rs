@@ -162,6 +162,26 @@ impl Bed {
     }
 }
 
+/// Does something for each case, all at once: for cases that mostly wait.
+pub(super) fn each<T: Sync + std::fmt::Debug>(
+    cases: &[T],
+    check: impl Fn(&T) -> Result<()> + Sync,
+) -> Result<()> {
+    let check = &check;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = cases.iter().map(|case| scope.spawn(move || check(case))).collect();
+        // All are joined, whatever the first says.
+        let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        for (case, result) in cases.iter().zip(results) {
+            match result {
+                Ok(result) => result.with_context(|| format!("case {case:?}"))?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Waits for something that is only to be seen by looking.
 pub(super) fn eventually(what: &str, mut look: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + DEADLINE;

@@ -166,3 +166,32 @@ fn line_34_line_35_sessions_are_reinstated_under_a_stable_isid() -> Result<()> {
     drop(again);
     bed.target.judge()
 }
+
+/// Line 39, RFC 7143 13.12: what a target does not declare has its default: no segment to it is above 8192 bytes.
+#[test]
+fn line_39_undeclared_segment_length_is_8192() -> Result<()> {
+    let mut bed = bed("option segment 65536\nlogin#2 strip MaxRecvDataSegmentLength", &[])?;
+    bed.writes(1, 0, 65536)?;
+    let pdus = [bed.sent("data-out")?, bed.sent("write")?].concat();
+    let longest = pdus.iter().map(|pdu| pdu.number(5, 3)).max();
+    ensure!(longest == Some(8192), "{longest:?} bytes in a PDU");
+    bed.had_sessions(1)?;
+    bed.finish()
+}
+
+/// Line 39, RFC 7143 6.2: an offer without an answer is no agreement; it is not taken for a yes.
+#[test]
+fn line_39_offer_without_an_answer_is_no_agreement() -> Result<()> {
+    // Answered with the least there is, or not at all.
+    let mut least =
+        bed("option max-burst 512\noption first-burst 512\noption segment 512\noption max-r2t 1", &[])?;
+    least.writes(1, 0, 8192)?;
+    least.finish()?;
+    for key in ["MaxBurstLength", "FirstBurstLength", "InitialR2T", "ImmediateData", "MaxOutstandingR2T"] {
+        let target = BadTarget::start(&format!("login#2 strip {key}"))?;
+        let out = vcp_iscsi(["info", &target.url(), "--json"])?.run(COMMAND)?;
+        ensure!(out.status.code() == Some(1), "{key}: {}", out.stdout);
+        one_error(&out, 1, &[key])?;
+    }
+    Ok(())
+}

@@ -9,6 +9,7 @@ mod bed;
 mod data_in;
 mod data_out;
 mod defects;
+mod document;
 mod durable;
 mod ending;
 mod ffp;

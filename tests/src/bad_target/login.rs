@@ -129,9 +129,17 @@ fn reinstate(state: &mut State, id: usize, name: (String, [u8; 6], u16)) {
 fn send(state: &mut State, id: usize, pdu: &LoginPdu, actions: &[Action]) {
     let mut data = pdu.data.clone();
     for action in actions {
-        if let Action::Text(pair) = action {
-            data.extend_from_slice(pair.as_bytes());
-            data.push(0);
+        match action {
+            Action::Text(pair) => {
+                data.extend_from_slice(pair.as_bytes());
+                data.push(0);
+            }
+            Action::Strip(key) => {
+                let named = format!("{key}=");
+                let pairs = data.split_inclusive(|&byte| byte == 0);
+                data = pairs.filter(|pair| !pair.starts_with(named.as_bytes())).flatten().copied().collect();
+            }
+            _ => {}
         }
     }
     let mut header = pdu.header;

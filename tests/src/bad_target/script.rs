@@ -119,6 +119,8 @@ pub enum Action {
     Redirect(String),
     /// Login: `text KEY=VALUE`, added to the response.
     Text(String),
+    /// Login: `strip KEY`: the response says nothing of it.
+    Strip(String),
     /// Task management: `respond CODE`.
     Respond(u8),
     /// Task management: `lie`: "function complete", but the task lives on and answers with `now release`.
@@ -350,6 +352,7 @@ pub fn action(words: &[&str]) -> Result<Action> {
         ["window", n] => Action::Window(small(n)?),
         ["refuse", class, detail] => Action::Refuse(small(class)?, small(detail)?),
         ["redirect", address] => Action::Redirect(address.into()),
+        ["strip", key] => Action::Strip(key.into()),
         ["text", pair] => Action::Text(pair.into()),
         ["respond", code] => Action::Respond(small(code)?),
         ["lie"] => Action::Lie,
