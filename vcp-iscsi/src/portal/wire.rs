@@ -38,6 +38,9 @@ pub const RX_DIRECT_MIN_BYTES: u32 = 16 << 10;
 /// Bytes staged where the next payload is expected to be long, and behind a payload that is received directly: room for
 /// the next header, and for short PDUs between long ones.
 pub const RX_HEADER_ROOM_BYTES: usize = 1 << 10;
+/// Bytes copied and digested in one go where data digests are in use: what was just copied is digested from the
+/// first-level cache.
+const DIGEST_PIECE_BYTES: usize = 16 << 10;
 /// Passes in a row that may leave out the receive on an emptied socket. A guest that queues request after request keeps
 /// the loop from sleeping, and so from hearing that the socket is readable.
 const RX_SKIPS: u8 = 2;
@@ -238,16 +241,19 @@ impl Wire {
         let Some(data) = pdu.data else { return };
         let (at, len_bytes) = (data.offset_bytes as usize, data.len_bytes as usize);
         if pdu.data_digest {
-            let source = jobs.data(data.slot);
+            let (source, end) = (jobs.data(data.slot), at + len_bytes);
             self.private(|arena| {
-                let from = arena.len();
-                arena.resize(from + len_bytes, 0);
-                match source {
-                    Data::Guest(guest) => guest.copy_to(at, &mut arena[from..]),
-                    Data::Private(bytes) => arena[from..].copy_from_slice(&bytes[at..at + len_bytes]),
-                }
                 let mut crc = Crc32c::new();
-                crc.update(&arena[from..]);
+                for at in (at..at + len_bytes).step_by(DIGEST_PIECE_BYTES) {
+                    let end = (at + DIGEST_PIECE_BYTES).min(end);
+                    let from = arena.len();
+                    arena.resize(from + end - at, 0);
+                    match source {
+                        Data::Guest(guest) => guest.copy_to(at, &mut arena[from..]),
+                        Data::Private(bytes) => arena[from..].copy_from_slice(&bytes[at..end]),
+                    }
+                    crc.update(&arena[from..]);
+                }
                 arena.extend_from_slice(Trailer::new(data.len_bytes, Some(crc)).as_bytes());
             });
             return;
@@ -336,7 +342,7 @@ impl Wire {
         let mut scatter = Scatter::new(&mut self.iov);
         if let (Step::Data { offset_bytes: done, len_bytes }, Place::Task { slot, offset_bytes, .. }) =
             (self.rx.step(), self.place)
-            && len_bytes >= RX_DIRECT_MIN_BYTES
+            && (self.long || len_bytes >= RX_DIRECT_MIN_BYTES)
             && !self.rx.digests().data
             && let Data::Guest(guest) = jobs.data(slot)
         {
@@ -389,7 +395,8 @@ impl Wire {
                     if staged.is_empty() {
                         return Ok(());
                     }
-                    let bytes = &staged[..staged.len().min(len_bytes as usize)];
+                    let most = if self.rx.digests().data { DIGEST_PIECE_BYTES } else { usize::MAX };
+                    let bytes = &staged[..staged.len().min(len_bytes as usize).min(most)];
                     self.recorder.received_data(bytes);
                     match self.place {
                         Place::Task { slot, offset_bytes, .. } => {
