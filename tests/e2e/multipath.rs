@@ -15,6 +15,7 @@ use vcp_tests::front::{Driver, Op, REQUEST};
 use vcp_tests::load::Load;
 use vcp_tests::proc::{Cmd, Proc, Stream};
 use vcp_tests::proxy::Proxy;
+use vcp_tests::target::{self, Kind, Spec, Target};
 use vcp_tests::{Result, pattern, tool};
 
 use crate::support::{COMMAND, one_error};
@@ -59,7 +60,9 @@ impl Server {
 /// A vcp-iscsi over several paths, each through a proxy; two groups of portals of one target, or one.
 struct Bed {
     dir: TempDir,
-    server: Server,
+    /// Ends with the test.
+    _server: Option<Server>,
+    _target: Option<Target>,
     proxies: Vec<Proxy>,
     backend: Backend,
 }
@@ -84,17 +87,32 @@ impl Bed {
         let server = Server::start(IQN, &listen, &lun, &more)?;
         let proxies: Vec<_> =
             server.portals.iter().map(|portal| Proxy::start(*portal)).collect::<Result<_>>()?;
-        let control = dir.path().join("control.sock").display().to_string();
-        let paths: Vec<_> = proxies[1..].iter().map(|proxy| url(proxy.addr())).collect();
-        let mut all = vec!["--control", &control, "--keepalive-ms", "2000"];
-        paths.iter().for_each(|path| all.extend(["--path", path]));
-        all.extend(args);
-        let backend = Backend::vcp_iscsi(&url(proxies[0].addr()), &all)?;
-        let bed = Self { dir, server, proxies, backend };
-        // The ready line waits for one path only.
-        let all = groups.len();
-        bed.until("all paths are up", |engine| up(engine) == all)?;
+        let urls: Vec<_> = proxies.iter().map(|proxy| url(proxy.addr())).collect();
+        let backend = serve(&dir, &urls, args)?;
+        let bed = Self { dir, _server: Some(server), _target: None, proxies, backend };
+        bed.all_up()?;
         Ok(bed)
+    }
+
+    /// Two ways to the only portal of a target.
+    fn over(kind: Kind) -> Result<Option<Self>> {
+        if !target::have(kind) {
+            return Ok(None);
+        }
+        let target = Target::start(kind, &Spec::disk(SIZE))?;
+        let dir = tempfile::Builder::new().prefix("vcp-multipath-").tempdir()?;
+        let proxies: Vec<_> = (0..2).map(|_| Proxy::start(target.portal())).collect::<Result<_>>()?;
+        let urls: Vec<_> = proxies.iter().map(|proxy| target.url_at(proxy.addr(), 0)).collect();
+        let backend = serve(&dir, &urls, &[])?;
+        let bed = Self { dir, _server: None, _target: Some(target), proxies, backend };
+        bed.all_up()?;
+        Ok(Some(bed))
+    }
+
+    /// The ready line waits for one path only.
+    fn all_up(&self) -> Result<()> {
+        self.until("all paths are up", |engine| up(engine) == self.proxies.len())?;
+        Ok(())
     }
 
     fn status(&self) -> Result<Value> {
@@ -116,6 +134,15 @@ impl Bed {
         ensure!(out.trim() == "ok", "{out}");
         Ok(())
     }
+}
+
+/// `vcp-iscsi serve` over these paths.
+fn serve(dir: &TempDir, urls: &[String], args: &[&str]) -> Result<Backend> {
+    let control = dir.path().join("control.sock").display().to_string();
+    let mut all = vec!["--control", &control, "--keepalive-ms", "2000"];
+    urls[1..].iter().for_each(|path| all.extend(["--path", path]));
+    all.extend(args);
+    Backend::vcp_iscsi(&urls[0], &all)
 }
 
 /// The engine's part of the status.
@@ -211,8 +238,7 @@ fn a_path_of_another_portal_group_dies_and_loses_nothing() -> Result<()> {
 ///
 /// `store`: what lies at that time somewhere between initiator and target arrives in the end, as if something stored it.
 /// Only the login ends that as well; a reset is made for networks that forget what is not acknowledged.
-fn half_open(groups: &[u16], store: bool) -> Result<Value> {
-    let bed = Bed::new(groups, &[], &[])?;
+fn half_open(bed: &Bed, store: bool) -> Result<Value> {
     let mut driver = Driver::connect(bed.backend.socket(), 1)?;
     let mut load = Load::new(43, 1024);
     load.run(&mut driver, 0, 16, 500, |_| Ok(()))?;
@@ -223,7 +249,7 @@ fn half_open(groups: &[u16], store: bool) -> Result<Value> {
     // Some of these take the path that is dead.
     load.run(&mut driver, 0, 16, 100, |_| Ok(()))?;
     let took = start.elapsed();
-    println!("half-open path, groups {groups:?}: 100 requests in {took:?} with the failover in them");
+    println!("half-open path: 100 requests in {took:?} with the failover in them");
     ensure!(took < Duration::from_secs(15), "failover took {took:?}");
     bed.until("commands have left the path", |engine| count(engine, "failovers") > 0)?;
 
@@ -236,7 +262,7 @@ fn half_open(groups: &[u16], store: bool) -> Result<Value> {
     bed.proxies[0].hold(false);
     bed.proxies[0].wait_finished(old, SOON).context("the end of the old connections")?;
     bed.proxies[0].refuse(false);
-    bed.until("the path is back", |engine| in_use(engine).len() == groups.len())?;
+    bed.until("the path is back", |engine| in_use(engine).len() == bed.proxies.len())?;
     load.run(&mut driver, 0, 16, 500, |_| Ok(()))?;
     driver.flush()?;
     load.verify_all(&mut driver).context("an old write came after a newer one")?;
@@ -247,16 +273,34 @@ fn half_open(groups: &[u16], store: bool) -> Result<Value> {
 
 #[test]
 fn writes_of_a_half_open_path_are_ended_by_a_login_through_another_portal() -> Result<()> {
-    let engine = half_open(&[1, 1], true)?;
+    let engine = half_open(&Bed::new(&[1, 1], &[], &[])?, true)?;
     ensure!(count(&engine, "fences") > 0 && count(&engine, "unit_resets") == 0, "{engine:#}");
     Ok(())
 }
 
 #[test]
 fn writes_of_a_half_open_path_of_another_group_are_ended_by_a_reset() -> Result<()> {
-    let engine = half_open(&[1, 2], false)?;
+    let engine = half_open(&Bed::new(&[1, 2], &[], &[])?, false)?;
     ensure!(count(&engine, "unit_resets") > 0 && count(&engine, "fences") == 0, "{engine:#}");
     Ok(())
+}
+
+/// As with our target: the login in the name of the lost session ends it with others, too.
+fn half_open_to(kind: Kind) -> Result<()> {
+    let Some(bed) = Bed::over(kind)? else { return Ok(()) };
+    let engine = half_open(&bed, true)?;
+    ensure!(count(&engine, "fences") > 0 && count(&engine, "unit_resets") == 0, "{engine:#}");
+    Ok(())
+}
+
+#[test]
+fn writes_of_a_half_open_path_to_tgtd_are_void() -> Result<()> {
+    half_open_to(Kind::Tgtd)
+}
+
+#[test]
+fn writes_of_a_half_open_path_to_istgt_are_void() -> Result<()> {
+    half_open_to(Kind::Istgt)
 }
 
 /// The same medium behind two servers with targets of their own; one is killed with commands underway, and comes back.

@@ -24,8 +24,10 @@ const QUIET_WITHIN: Duration = Duration::from_millis(300);
 const RESET_AGAIN_MIN: Duration = Duration::from_millis(100);
 /// Longest such pause.
 const RESET_AGAIN_MAX: Duration = Duration::from_secs(10);
-/// Time limits for connecting and logging in in the name of a lost session: the portal answers, or it does not.
-const FENCE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time limit for connecting in the name of a lost session: to a portal that answers.
+const FENCE_CONNECT: Duration = Duration::from_millis(500);
+/// Time limit for logging in in its name; a target may take its time to end the old session.
+const FENCE_LOGIN: Duration = Duration::from_secs(3);
 
 /// A reset of the unit. No command is sent while there is one.
 #[derive(Debug)]
@@ -143,8 +145,8 @@ impl IscsiEngine {
             let mut fence = options.as_ref().clone();
             // The same name at another portal.
             fence.fixed_isid = Some(options.isid());
-            fence.timeouts.connect = fence.timeouts.connect.min(FENCE_TIMEOUT);
-            fence.timeouts.login = fence.timeouts.login.min(FENCE_TIMEOUT);
+            fence.timeouts.connect = fence.timeouts.connect.min(FENCE_CONNECT);
+            fence.timeouts.login = fence.timeouts.login.min(FENCE_LOGIN);
             fence.url.portal = self.paths[via].options.url.portal.clone();
             let path = &mut self.paths[index];
             let Some(doubt) = &mut path.doubt else { return false };

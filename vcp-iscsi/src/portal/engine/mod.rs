@@ -63,7 +63,7 @@ const SETTLED: Duration = Duration::from_secs(10);
 /// At most one line of the same kind in the log in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 /// With several paths, a former process's session on one that is not reached within this time is made sure of by a reset.
-const START_PATIENCE: Duration = Duration::from_secs(1);
+const START_PATIENCE: Duration = Duration::from_secs(3);
 
 /// See the [module](self).
 #[derive(Debug)]

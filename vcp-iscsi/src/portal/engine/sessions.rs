@@ -36,6 +36,12 @@ impl IscsiEngine {
             self.anomaly(index, "session-lost", &chain(error), now);
         }
         self.take_back(index, blamed, error, now);
+        if let Some(doubt) = &mut self.paths[index].doubt
+            && doubt.place.is_none()
+        {
+            // It will not come to its first login soon.
+            doubt.reset_at = doubt.reset_at.min(now);
+        }
         self.paths[index].look = None;
         self.paths[index].sizing = false;
         self.paths[index].access = None;
