@@ -69,14 +69,17 @@ fn spawn(socket: &Path, url: &str, args: &[String]) -> Result<Proc> {
     Ok(proc)
 }
 
+/// A chunk and, for a write, its version.
+type Asked = (usize, Option<u32>);
+
 /// What is known of the disk and of what is in flight.
 pub(crate) struct Load {
     random: u64,
     /// Version of each chunk; 0: never written.
     versions: Vec<u32>,
     busy: Vec<bool>,
-    /// Chunk and, for a write, its version; by queue and slot.
-    slots: Vec<Vec<Option<(usize, Option<u32>)>>>,
+    /// By queue and slot.
+    slots: Vec<Vec<Option<Asked>>>,
     started: u32,
     pub(crate) done: u64,
 }
@@ -338,7 +341,7 @@ fn late_write_of_a_killed_process_to_istgt_is_void() -> Result<()> {
 }
 
 /// Writes at random and reads back what it wrote, with checksums, over and over while the backend dies.
-const FIO: &str = r#"
+pub(crate) const FIO: &str = r#"
 wait_disk vda
 value mq $(ls /sys/block/vda/mq | wc -l)
 # VIRTIO_F_RING_PACKED is bit 34.

@@ -10,13 +10,14 @@ use rustix::process::Signal;
 use serde_json::Value;
 use vcp_tests::backend::{START, serve};
 use vcp_tests::front::REQUEST;
+use vcp_tests::guest::QemuGuest;
 use vcp_tests::proc::{Cmd, Output, Proc, Stream};
 use vcp_tests::proxy::Proxy;
 use vcp_tests::survivor::{Event, Survivor};
 use vcp_tests::target::{self, Kind, Spec, Target};
 use vcp_tests::{Result, tool};
 
-use crate::kill::{Load, QUEUES};
+use crate::kill::{FIO, Load, QUEUES};
 
 /// How long an upgrade may take on a loaded machine, the start of the new process included.
 const UPGRADE: Duration = Duration::from_secs(60);
@@ -207,6 +208,32 @@ fn with_tgtd() -> Result<()> {
 #[test]
 fn with_istgt_and_digests() -> Result<()> {
     in_a_row(Kind::Istgt, true, 5, &["--header-digest", "crc32c", "--data-digest", "crc32c"])
+}
+
+/// Stock QEMU and a stock guest, which sees nothing of it; no `reconnect=`, for there is nothing to connect again.
+#[test]
+fn a_guest_of_qemu_does_not_notice() -> Result<()> {
+    if !target::have(Kind::Ours) || !tool::have(&["qemu-system-x86_64", "fio"]) {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(16 << 20))?;
+    let server = Server::start(&target.url(0), &[])?;
+    let guest = QemuGuest::new().program("/usr/bin/fio").disk(&server.socket, 2).property("packed=on");
+    let mut guest = guest.start(&FIO.replace("SECONDS", "12"))?;
+    guest.wait_value("running")?;
+    for n in 0..5 {
+        std::thread::sleep(Duration::from_millis(500));
+        let out = server.upgrade(&[]).with_context(|| format!("hand-over {n}"))?;
+        ensure!(out.status.success(), "hand-over {n}: {}{}", out.stdout, out.stderr);
+    }
+    let outcome = guest.wait()?;
+    ensure!(outcome.status == 0 && outcome.number("fio")? == 0, "fio failed:\n{}", outcome.console);
+    ensure!(outcome.number("issued")? == 8, "fio did nothing:\n{}", outcome.console);
+    ensure!(outcome.number("mq")? == 2 && outcome.number("packed")? == 1, "not as asked for");
+    ensure!(outcome.number("errors")? == 0, "the guest complains:\n{}", outcome.console);
+    let metrics = server.ask("metrics")?;
+    ensure!(metrics["loop"]["take_overs"] == 5, "{metrics}");
+    Ok(())
 }
 
 /// With `--new-pid` the old process ends, well, and nothing of the disk does.

@@ -13,10 +13,13 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, getpid, kill_process};
 
 use crate::process::Signals;
+
+/// A signal of which nothing comes is passed on again after so many seconds.
+const AGAIN_S: i64 = 2;
 
 /// Stays as the anchor of whoever holds the other end of `lifeline`, until that one ends. Returns whether it ended well.
 ///
@@ -24,16 +27,26 @@ use crate::process::Signals;
 /// The system refused; the successor ends then.
 pub fn hold(mut lifeline: UnixStream, signals: &Signals) -> io::Result<bool> {
     lifeline.set_nonblocking(true)?;
+    // The signal to pass on.
+    let mut pending: Option<u8> = None;
     loop {
         let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::new(&lifeline, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let again = pending.map(|_| Timespec { tv_sec: AGAIN_S, tv_nsec: 0 });
+        let woken = match poll(&mut fds, again.as_ref()) {
+            Ok(woken) => woken,
+            Err(rustix::io::Errno::INTR) => 1,
             Err(error) => return Err(error.into()),
-        }
+        };
         let [signal, spoke] = fds.map(|fd| !fd.revents().is_empty());
         if signal && let Some(signal) = signals.take() {
+            pending = Some(u8::try_from(signal).unwrap_or_default());
+        }
+        // Also once more if nothing comes of it: a successor that is handing over itself may have taken it, and ended.
+        if (signal || woken == 0)
+            && let Some(signal) = pending
+        {
             // A successor that is gone needs none.
-            let _ = lifeline.write_all(&[u8::try_from(signal).unwrap_or_default()]);
+            let _ = lifeline.write_all(&[signal]);
         }
         if spoke {
             match lifeline.read(&mut [0]) {
@@ -88,5 +101,27 @@ impl Lifeline {
     /// This process ends well.
     pub fn finish(mut self) {
         let _ = self.0.write_all(&[0]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_are_passed_on_and_the_end_is_told() {
+        for well in [true, false] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            // An embedded process's signal is 0.
+            let (signals, end) = Signals::embedded().unwrap();
+            let anchor = std::thread::spawn(move || hold(ours, &signals).unwrap());
+            drop(end);
+            theirs.read_exact(&mut [0]).unwrap();
+            if well {
+                theirs.write_all(&[0]).unwrap();
+            }
+            drop(theirs);
+            assert_eq!(anchor.join().unwrap(), well);
+        }
     }
 }

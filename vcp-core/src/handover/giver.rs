@@ -76,8 +76,13 @@ impl Successor {
         let channel = Channel::new(stream)
             .map_err(|error| GiveError::Peer { what: "is not there", source: error.into() })?;
         let mut successor = Self { channel, program: String::new(), pid: 0 };
-        successor.prepare(giving)?;
-        Ok(successor)
+        match successor.prepare(giving) {
+            Ok(()) => Ok(successor),
+            Err(error) => {
+                successor.refuse(&crate::process::chain(&error));
+                Err(error)
+            }
+        }
     }
 
     fn prepare(&mut self, giving: &Giving) -> Result<(), GiveError> {

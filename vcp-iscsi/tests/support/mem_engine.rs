@@ -6,6 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use vcp_core::handover::Fds;
+use vcp_core::handover::state::{BadState, NotNow};
+
 use super::engine::{Completion, Engine, Lun, Op, Outcome, Request, Wait};
 
 /// What tests look at and turn while the device runs.
@@ -44,6 +47,12 @@ impl MemEngine {
         let control = Arc::new(Mutex::new(Control { disk, ..Control::default() }));
         let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
         Self { lun, depth, queued: VecDeque::new(), dropped: Vec::new(), control, event }
+    }
+
+    /// Another one on the same disk.
+    #[allow(dead_code)] // Not by every test program.
+    pub fn sharing(lun: Lun, depth: usize, control: &Arc<Mutex<Control>>) -> Self {
+        Self { control: Arc::clone(control), ..Self::new(lun, depth) }
     }
 
     fn carry_out(&self, control: &mut Control, request: &Request) -> Outcome {
@@ -124,6 +133,17 @@ impl Engine for MemEngine {
         let pause = if held { Duration::from_millis(2) } else { Duration::ZERO };
         let deadline = (!self.queued.is_empty()).then(|| Instant::now() + pause);
         Wait { fd: Some(self.event.as_fd()), writable: false, deadline }
+    }
+
+    fn export(&self, _fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
+        match self.queued.len() + self.dropped.len() {
+            0 => Ok(serde_json::json!("in memory")),
+            some => Err(NotNow::Busy(format!("{some} requests"))),
+        }
+    }
+
+    fn import(&mut self, state: serde_json::Value, _fds: &mut Fds, _now: Instant) -> Result<(), BadState> {
+        if state == "in memory" { Ok(()) } else { Err(BadState::Text(state.to_string())) }
     }
 
     fn take_change(&mut self) -> bool {
