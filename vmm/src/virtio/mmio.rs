@@ -222,7 +222,10 @@ impl MmioTransport {
             reg::QUEUE_READY => u32::from(queue.is_some_and(|q| q.ready)),
             reg::INTERRUPT_STATUS => self.interrupt_status(s),
             reg::STATUS => s.status,
-            reg::CONFIG_GENERATION => self.interrupt.generation.load(Ordering::Acquire),
+            reg::CONFIG_GENERATION => {
+                let told = self.interrupt.generation.load(Ordering::Acquire);
+                told.wrapping_add(s.device.config_generation())
+            }
             // No shared memory regions: length and base are all ones (4.2.2).
             reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
             _ => 0,

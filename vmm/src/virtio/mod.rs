@@ -90,6 +90,10 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes configuration space; what is not writable is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// How often the configuration space has changed, other than by the driver; counted before the new bytes can be read.
+    fn config_generation(&self) -> u32 {
+        0
+    }
     /// True if another process signals [`Interrupt::call_fd`], so that the transport cannot know when.
     fn called_by_fd(&self) -> bool;
     /// Starts the device: the driver has set `DRIVER_OK`. After an error the device is as after [`VirtioDevice::reset`].

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,9 @@ pub struct Front {
     state: Mutex<State>,
     /// Apart from the rest, so that reading it never waits for a backend.
     config: Mutex<Vec<u8>>,
+    /// Changes of the configuration so far. Counted before the change, under its lock: who sees the new bytes sees the
+    /// new count.
+    changes: AtomicU32,
 }
 
 impl std::fmt::Debug for Front {
@@ -78,7 +82,7 @@ impl Front {
         let offered = session.features() & kind.features | kind.own_features;
         let config = Mutex::new(session.config().to_vec());
         let state = Mutex::new(State { session: Some(session), ..State::default() });
-        Self { name: name.to_owned(), kind, offered, recovers, state, config }
+        Self { name: name.to_owned(), kind, offered, recovers, state, config, changes: AtomicU32::new(0) }
     }
 
     /// What messages call the device.
@@ -115,6 +119,11 @@ impl Front {
                 *byte = *value;
             }
         }
+    }
+
+    /// How often the configuration space has changed by itself.
+    pub fn config_generation(&self) -> u32 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// A driver's write to the configuration space; what it may not write is left as it is.
@@ -183,7 +192,8 @@ impl Front {
         for (offset, byte) in &state.written {
             session.write_config(*offset, &[*byte])?;
         }
-        if run.begun {
+        let goes_on = run.begun;
+        if goes_on {
             self.can_go_on(session, state.log.is_some(), *features, memory, &queues)?;
         } else {
             state.log = None;
@@ -191,8 +201,10 @@ impl Front {
         let sizes = &self.kind.queue_max_sizes;
         session.set_log(&mut state.log, sizes.len() as u16, sizes.iter().copied().max().unwrap_or(0))?;
         session.set_memory(memory)?;
+        // From the first queue on there may be requests that only the log knows of, even if this start fails.
+        run.begun = true;
         for queue in queues {
-            let base = match (*features & F_RING_PACKED != 0, run.begun) {
+            let base = match (*features & F_RING_PACKED != 0, goes_on) {
                 (true, _) => PACKED_START,
                 (false, false) => 0,
                 (false, true) => u32::from(index(memory, queue.used_ring, &self.name)?),
@@ -204,7 +216,6 @@ impl Front {
             let max_size = sizes.get(usize::from(queue.index)).copied().unwrap_or(0);
             session.start_queue(memory, queue, base, *features, max_size, call)?;
         }
-        run.begun = true;
         Ok(())
     }
 
@@ -252,10 +263,19 @@ impl Front {
 
     /// A queue that could not be stopped is stopped all the same if the connection is gone, and the process with it.
     fn or_dead(&self, state: &State, stopped: Result<()>) -> Result<()> {
-        if stopped.is_err() && self.lost(state) {
-            state.process.as_ref().map_or(Ok(()), |pidfd| make_sure_dead(&self.name, pidfd))
-        } else {
-            stopped
+        if stopped.is_ok() || !self.lost(state) {
+            return stopped;
+        }
+        match &state.process {
+            Some(pidfd) => make_sure_dead(&self.name, pidfd),
+            None => {
+                // Somebody else's process cannot be killed; one that closed its connection has no reason to go on.
+                tracing::warn!(
+                    device = self.name,
+                    "the backend is lost and cannot be stopped for a reset of the device"
+                );
+                Ok(())
+            }
         }
     }
 
@@ -354,6 +374,7 @@ impl Front {
         if *config == new {
             return;
         }
+        self.changes.fetch_add(1, Ordering::AcqRel);
         *config = new;
         drop(config);
         tracing::info!(device = self.name, "the configuration has changed");

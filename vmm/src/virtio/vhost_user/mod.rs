@@ -137,6 +137,9 @@ impl VirtioDevice for VhostUserDevice {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         self.front.write_config(offset, data);
     }
+    fn config_generation(&self) -> u32 {
+        self.front.config_generation()
+    }
     fn activate(&mut self, activation: Activation) -> Result<()> {
         self.front.activate(activation)
     }

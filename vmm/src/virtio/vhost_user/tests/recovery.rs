@@ -133,6 +133,7 @@ fn configuration_that_changed_is_told_to_the_driver() {
     // The size is the backend's, the write cache the driver's, the number of queues ours.
     assert_eq!([read(0), read(32), read(34)], [9, 1, 2]);
     assert_eq!(bed.line.changes.load(Ordering::SeqCst), 1);
+    assert_eq!(bed.device.config_generation(), 1);
     bed.next(&larger).unwrap();
     assert_eq!(bed.line.changes.load(Ordering::SeqCst), 1, "nothing new, nothing said");
 }
@@ -284,6 +285,14 @@ fn a_start_that_the_backend_does_not_live_through_is_made_good_by_the_next() {
         let next = bed.next(&Script::default()).unwrap();
         assert_eq!((next.times(SET_VRING_KICK), next.times(SET_INFLIGHT_FD)), (2, 1), "{dies_at}");
     }
+    // One queue has run already: what is done with it is not done again.
+    const SET_VRING_ENABLE: u32 = 18;
+    let mut bed = bed(&Script { dies_at: Some(SET_VRING_ENABLE), ..Script::default() });
+    bed.start();
+    bed.set_index(0, 0x3000, 5);
+    let next = bed.next(&Script::default()).unwrap();
+    assert_eq!(next.pairs(SET_VRING_BASE), [(0, 5), (1, 0)]);
+    assert_eq!((bed.log.times(GET_INFLIGHT_FD), next.times(GET_INFLIGHT_FD)), (1, 0));
     // Where nobody would make it good, the driver is told.
     let (link, _) = Script { dies_at: Some(SET_VRING_KICK), ..Script::default() }.link();
     let mut device = VhostUserDevice::new("disk0", blk::kind(2, false), link, false).unwrap();
