@@ -56,7 +56,7 @@ pub(super) struct EpollRings<'a> {
 }
 
 impl EpollRings<'_> {
-    fn break_queue(&mut self, queue: usize, error: RingError) {
+    fn break_queue(&mut self, queue: usize, error: &RingError) {
         self.broken[queue] = true;
         self.metrics.broken_queues.add(1);
         tracing::warn!(queue, %error, "queue stopped: the driver broke a rule");
@@ -87,10 +87,11 @@ impl Rings for EpollRings<'_> {
             None => take_split(state.get_queue_mut(), self.indirect, map, chain),
         };
         drop(state);
-        match taken.and_then(|taken| if taken { flight.took(queue, chain).map(|()| true) } else { Ok(false) }) {
+        match taken.and_then(|taken| if taken { flight.took(queue, chain).map(|()| true) } else { Ok(false) })
+        {
             Ok(taken) => taken,
             Err(error) => {
-                self.break_queue(at, error);
+                self.break_queue(at, &error);
                 false
             }
         }
@@ -106,7 +107,7 @@ impl Rings for EpollRings<'_> {
         let Some(vring) = self.vrings.get(at) else { return };
         match vring.add_used(id.head, len_bytes) {
             Ok(()) => self.used[at] = true,
-            Err(_) => self.break_queue(at, RingError::RingMemory(0)),
+            Err(_) => self.break_queue(at, &RingError::RingMemory(0)),
         }
     }
 
@@ -117,7 +118,7 @@ impl Rings for EpollRings<'_> {
     fn fail(&mut self, id: ChainId, error: RingError) {
         let at = usize::from(id.queue);
         if self.flights.get_mut(at).is_some_and(|flight| flight.ended(id)) {
-            self.break_queue(at, error);
+            self.break_queue(at, &error);
         }
     }
 }

@@ -15,7 +15,7 @@ mod packed;
 mod ring;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use chain::{Chain, ChainId, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS};
 pub use packed::{PackedQueue, PackedStart};

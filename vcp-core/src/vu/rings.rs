@@ -14,6 +14,8 @@
 //! ```
 
 mod export;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -142,7 +144,8 @@ impl RingSet {
             let same = RingAddresses { desc, avail, used, ..ring.addresses() } == ring.addresses();
             return if same { Ok(()) } else { Err(PortError::Running { queue }) };
         }
-        if desc % 16 != 0 || avail % (if packed { 4 } else { 2 }) != 0 || used % 4 != 0 {
+        let aligned = [(desc, 16), (avail, if packed { 4 } else { 2 }), (used, 4)];
+        if !aligned.iter().all(|(addr, to)| addr.is_multiple_of(*to)) {
             return Err(PortError::Alignment { queue, desc, avail, used });
         }
         vring.setup = RingAddresses { size: vring.setup.size, desc, avail, used };
@@ -367,7 +370,7 @@ impl RingSet {
                 }
             }
             Ok(false) => {}
-            Err(error) => self.break_queue(queue, error),
+            Err(error) => self.break_queue(queue, &error),
         }
     }
 
@@ -381,7 +384,7 @@ impl RingSet {
             }
             match vring.ring.as_mut().map(|ring| ring.arm(&self.map)) {
                 Some(Ok(pending)) => more |= pending || vring.flight.has_again(),
-                Some(Err(error)) => self.break_queue(queue, error),
+                Some(Err(error)) => self.break_queue(queue, &error),
                 None => {}
             }
         }
@@ -396,13 +399,13 @@ impl RingSet {
                 continue;
             }
             if let Some(Err(error)) = vring.ring.as_mut().map(|ring| ring.disarm(&self.map)) {
-                self.break_queue(queue, error);
+                self.break_queue(queue, &error);
             }
         }
     }
 
     /// Stops one queue whose driver broke a rule, and says so through its error descriptor.
-    fn break_queue(&mut self, queue: usize, error: RingError) {
+    fn break_queue(&mut self, queue: usize, error: &RingError) {
         let vring = &mut self.vrings[queue];
         if let Some(ring) = vring.ring.take() {
             vring.base = ring.base();
@@ -426,7 +429,7 @@ impl Rings for RingSet {
         match vring.take(queue, &self.map, chain) {
             Ok(taken) => taken,
             Err(error) => {
-                self.break_queue(usize::from(queue), error);
+                self.break_queue(usize::from(queue), &error);
                 false
             }
         }
@@ -442,7 +445,7 @@ impl Rings for RingSet {
         }
         match vring.ring.as_mut().map(|ring| ring.put_used(&self.map, id.head, len_bytes)) {
             Some(Ok(())) => vring.unpublished = true,
-            Some(Err(error)) => self.break_queue(queue, error),
+            Some(Err(error)) => self.break_queue(queue, &error),
             None => self.metrics.stale_completions.add(1),
         }
     }
@@ -462,7 +465,7 @@ impl Rings for RingSet {
         let queue = usize::from(id.queue);
         let Some(vring) = self.vrings.get_mut(queue) else { return };
         if vring.flight.ended(id) {
-            self.break_queue(queue, error);
+            self.break_queue(queue, &error);
         }
     }
 }

@@ -25,7 +25,7 @@ const DATA: u64 = 0x8000;
 
 /// A driver of either kind of ring; each request has a number, which it carries in its first eight bytes.
 #[derive(Debug)]
-struct Driver {
+pub(crate) struct Driver {
     kind: Kind,
     outstanding: HashMap<u16, u64>,
     next: u64,
@@ -38,7 +38,7 @@ enum Kind {
 }
 
 impl Driver {
-    fn new(map: &Arc<GuestMap>, is_packed: bool) -> Self {
+    pub(crate) fn new(map: &Arc<GuestMap>, is_packed: bool) -> Self {
         let kind = if is_packed {
             Kind::Packed(PackedDriver::new(map, RING, SIZE, true))
         } else {
@@ -47,18 +47,18 @@ impl Driver {
         Self { kind, outstanding: HashMap::new(), next: 1 }
     }
 
-    fn map(&self) -> &Arc<GuestMap> {
+    pub(crate) fn map(&self) -> &Arc<GuestMap> {
         match &self.kind {
             Kind::Split(ring) => &ring.map,
             Kind::Packed(ring) => &ring.map,
         }
     }
 
-    fn is_packed(&self) -> bool {
+    pub(crate) fn is_packed(&self) -> bool {
         matches!(self.kind, Kind::Packed(_))
     }
 
-    fn addresses(&self) -> RingAddresses {
+    pub(crate) fn addresses(&self) -> RingAddresses {
         match &self.kind {
             Kind::Split(ring) => {
                 RingAddresses { size: SIZE, desc: ring.desc, avail: ring.avail, used: ring.used }
@@ -69,7 +69,7 @@ impl Driver {
 
     /// What a front end sends that learned nothing from the process before: QEMU knows the used index of a split ring
     /// and nothing of a packed one.
-    fn base(&self) -> u32 {
+    pub(crate) fn base(&self) -> u32 {
         match &self.kind {
             Kind::Split(ring) => ring.used_idx().into(),
             Kind::Packed(_) => 0x8000_8000,
@@ -77,7 +77,7 @@ impl Driver {
     }
 
     /// Adds a request of `descs` descriptors (0: an indirect one), if there is room.
-    fn add(&mut self, descs: usize) {
+    pub(crate) fn add(&mut self, descs: usize) {
         let place = self.next % 16;
         let data = DATA + 0x100 * place;
         let buffers: Vec<_> = (0..descs.max(2) as u64).map(|n| (data + 16 * n, 16, n != 0)).collect();
@@ -97,7 +97,7 @@ impl Driver {
     }
 
     /// Numbers of the requests that were answered. An answer to what is not outstanding panics.
-    fn collect(&mut self) -> Vec<u64> {
+    pub(crate) fn collect(&mut self) -> Vec<u64> {
         let mut numbers = Vec::new();
         loop {
             let used = match &mut self.kind {
@@ -109,7 +109,11 @@ impl Driver {
         }
     }
 
-    fn start(&self, base: u32, log: Option<&Arc<LogArea>>) -> Result<(Ring, Option<Vec<u16>>), RingError> {
+    pub(crate) fn start(
+        &self,
+        base: u32,
+        log: Option<&Arc<LogArea>>,
+    ) -> Result<(Ring, Option<Vec<u16>>), RingError> {
         let start = StartAt {
             queue: 1,
             at: self.addresses(),
@@ -124,11 +128,11 @@ impl Driver {
     }
 }
 
-fn memory() -> Arc<GuestMap> {
+pub(crate) fn memory() -> Arc<GuestMap> {
     Arc::new(GuestMap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap())
 }
 
-fn area(is_packed: bool) -> Arc<LogArea> {
+pub(crate) fn area(is_packed: bool) -> Arc<LogArea> {
     let format = if is_packed { LogFormat::Packed } else { LogFormat::Split };
     let (spec, file) = LogArea::create(2, SIZE, format).unwrap();
     Arc::new(LogArea::map(spec, file, format).unwrap())
