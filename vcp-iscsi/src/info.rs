@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::discover::{human_bytes, one_off};
 use crate::engine::Lun;
 use crate::portal::login::{Negotiated, Purpose};
-use crate::portal::probe::Found;
+use crate::portal::probe::{Access, Found};
 use crate::portal::{Client, SessionArgs};
 use crate::url::Url;
 
@@ -45,6 +45,10 @@ pub struct Report {
     pub unmapped_reads_zero: bool,
     /// World-wide name (VPD page 83h).
     pub designator: Option<String>,
+    /// All names of the unit as `--unit-id` takes them, the best one first.
+    pub unit_ids: Vec<String>,
+    /// Target port group of this portal and its state (ALUA), if the unit has such.
+    pub access: Option<Access>,
     /// Revolutions per minute; 1 for solid state; `None` if not told.
     pub rotation_rate: Option<u16>,
     /// The unit as a guest's disk gets it.
@@ -91,10 +95,18 @@ fn report(url: &Url, address: [u8; 8], found: &Found, session: Negotiated) -> Re
         provisioning,
         unmapped_reads_zero: capacity.unmapped_reads_zero,
         designator: found.designator.clone(),
+        unit_ids: found.names.unit.iter().map(ToString::to_string).collect(),
+        access: found.access,
         rotation_rate: found.rotation.filter(|&r| r != 0),
         lun: found.lun(false),
         session,
     }
+}
+
+/// An access state in words.
+fn describe_access(access: Access) -> String {
+    let group = access.group.map_or_else(String::new, |group| format!(", target port group {group}"));
+    format!("{}{group}{}", access.state, if access.preferred { ", preferred" } else { "" })
 }
 
 fn table(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
@@ -113,7 +125,8 @@ fn table(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
         ),
         ("device", format!("{} {} {}", lun.vendor, lun.product, lun.revision)),
         ("serial", lun.serial.clone()),
-        ("designator", report.designator.clone().unwrap_or_else(|| "-".to_owned())),
+        ("unit id", if report.unit_ids.is_empty() { "-".to_owned() } else { report.unit_ids.join(", ") }),
+        ("access", report.access.map_or_else(|| "one way for all".to_owned(), describe_access)),
         ("read-only", yes(lun.read_only).to_owned()),
         ("write cache", format!("{}, FUA {}", if lun.write_cache { "on" } else { "off" }, yes(lun.fua))),
         (

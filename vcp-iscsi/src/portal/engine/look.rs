@@ -196,7 +196,8 @@ impl IscsiEngine {
     pub(super) fn look_again(&mut self, now: Instant) {
         for index in 0..self.paths.len() {
             let path = &mut self.paths[index];
-            if matches!(path.phase, Phase::Up) && path.look.is_none() && !path.sizing && self.reset.is_none() {
+            if matches!(path.phase, Phase::Up) && path.look.is_none() && !path.sizing && self.reset.is_none()
+            {
                 if path.rescan {
                     self.start_look(index, now);
                 } else if path.check_at.is_some_and(|at| at <= now) {
