@@ -252,6 +252,13 @@ fn a_killed_backend_of_packed_rings_loses_nothing() -> Result<()> {
     survives(Kind::Ours, true, 20, &["--poll-us", "0"])
 }
 
+/// Which of the dead process's sessions a write was on, nobody knows: all of them end before it is repeated.
+#[test]
+fn a_killed_backend_with_several_sessions_loses_nothing() -> Result<()> {
+    survives(Kind::Ours, true, 10, &["--sessions", "2"])?;
+    survives(Kind::Tgtd, false, 5, &["--sessions", "2"])
+}
+
 #[test]
 fn a_killed_backend_of_tgtd_loses_nothing() -> Result<()> {
     survives(Kind::Tgtd, false, 8, &[])
