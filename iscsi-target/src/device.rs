@@ -384,3 +384,7 @@ fn encode_sense(sense: &Sense, descriptor: bool, out: &mut [u8; 32]) -> usize {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;
