@@ -10,7 +10,7 @@ use guest_images::helper::HelperVm;
 use guest_images::rootfs::{self, RootFs};
 use guest_images::{bare, linux};
 use rustix::process::{Pid, Signal, kill_process};
-use vcp_tests::backend;
+use vcp_tests::backend::{self, Backend};
 use vcp_tests::bad_target::BadTarget;
 use vcp_tests::guest::Outcome;
 use vcp_tests::proc::{Proc, Stream};
@@ -236,6 +236,30 @@ fn backend_behind_a_socket_is_sought_again_unless_the_user_does_not_want_that() 
     ensure!(
         err.contains("disk0: the vhost-user backend closed its connection; the guest was stopped"),
         "{err}"
+    );
+    Ok(())
+}
+
+/// A backend that keeps no log dies at work: nobody knows what it had begun, and no successor may guess.
+#[test]
+fn backend_without_a_log_ends_the_run_if_it_dies_at_work() -> Result<()> {
+    if !ring3()? || !tool::have(&["qemu-storage-daemon"]) {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let backend = Backend::qsd(&target, 0, 1)?;
+    let run = Run::start(&format!("socket={}", backend.socket().display()), CHURN)?;
+    run.proc.wait_line(Stream::Out, "blocks of", STEP)?;
+    backend.proc().kill()?;
+    // The next one must be there to be refused.
+    run.said("cannot connect to the vhost-user socket", 1)?;
+    let serve = backend::serve(backend.socket())?.arg(target.url(0)).spawn()?;
+    serve.wait_line(Stream::Out, "ready:", STEP)?;
+    let status = run.proc.wait(STEP)?;
+    let err = run.proc.stream(Stream::Err);
+    ensure!(
+        status.code() == Some(1) && err.contains("requests in flight and kept no log of them"),
+        "{status}: {err}"
     );
     Ok(())
 }

@@ -90,8 +90,8 @@ pub fn examine() -> Report {
 }
 
 fn probes(report: &mut Report) {
-    let ring3 = probe::measure(probe::Ring::Three);
-    let ring0 = probe::measure(probe::Ring::Zero);
+    let ring3 = probe::measure(probe::Ring::Three, EMULATED_MIPS);
+    let ring0 = probe::measure(probe::Ring::Zero, EMULATED_MIPS);
     let item = |name, result: &std::result::Result<f64, String>| match result {
         Ok(mips) => Item::ok(name, format!("ran at {mips:.0} million instructions/s")),
         Err(e) => Item::new(name, Status::No, e.as_str(), "see the kernel's log (dmesg) for KVM's messages"),

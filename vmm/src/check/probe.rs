@@ -31,8 +31,23 @@ const LONG_ENOUGH: Duration = Duration::from_millis(10);
 /// A probe that takes longer than this hangs.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Speed of a loop in this ring, in million instructions a second.
-pub(super) fn measure(ring: Ring) -> Result<f64, String> {
+/// Tries until a probe is believed to be slow: on a busy host the scheduler takes its thread's CPU away now and then.
+const TRIES: u32 = 3;
+
+/// Speed of a loop in this ring, in million instructions a second: the best of some tries, or the first that reaches
+/// `enough`.
+pub(super) fn measure(ring: Ring, enough: f64) -> Result<f64, String> {
+    let mut best = 0.0f64;
+    for _ in 0..TRIES {
+        best = best.max(measure_once(ring)?);
+        if best >= enough {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+fn measure_once(ring: Ring) -> Result<f64, String> {
     let mut turns = FIRST_TURNS;
     let mut time = within_deadline(ring, turns)?;
     if time < LONG_ENOUGH {
