@@ -19,6 +19,7 @@ mod monitor;
 mod monitor_kill;
 mod multipath;
 mod net;
+mod ops;
 mod recovery;
 mod servers;
 mod support;

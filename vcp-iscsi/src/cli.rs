@@ -54,6 +54,21 @@ pub enum Command {
     TakeOver(TakeOverArgs),
 }
 
+impl Cli {
+    /// Whether a password stands in an argument, where every user of the host can read it as long as the process lives.
+    #[must_use]
+    pub fn shows_a_password(&self) -> bool {
+        let shows = |url: &Url| url.password.is_some();
+        match &self.command {
+            Command::Serve(args) => args.disks().unwrap_or_default().iter().any(|disk| shows(&disk.url)),
+            Command::Discover(args) => shows(&args.url),
+            Command::Info(args) => shows(&args.url),
+            #[allow(unreachable_patterns)] // Other commands name no unit.
+            _ => false,
+        }
+    }
+}
+
 /// Reads the command line; ends the process on wrong usage, `--help`, `--version` and `--print-capabilities`.
 #[must_use]
 pub fn parse() -> Cli {

@@ -24,6 +24,11 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     init_log(cli.log.as_deref()).unwrap_or_else(|error| usage(&error.to_string()));
+    if cli.shows_a_password() {
+        tracing::warn!(
+            "the password in the URL shows in the process list; give --chap-secret-file, or --url-file to serve"
+        );
+    }
     match cli.command {
         Command::Serve(args) => {
             let disks = args.disks().unwrap_or_else(|error| usage(&error));

@@ -111,6 +111,17 @@ impl Rings for EpollRings<'_> {
         }
     }
 
+    fn available(&self, queue: u16) -> u16 {
+        let (Some(vring), Some(map)) = (self.vrings.get(usize::from(queue)), &self.map) else { return 0 };
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        if !queue.ready() {
+            return 0;
+        }
+        let next = std::num::Wrapping(queue.next_avail());
+        queue.avail_idx(&**map, std::sync::atomic::Ordering::Relaxed).map_or(0, |index| (index - next).0)
+    }
+
     fn wanted(&self, id: ChainId) -> bool {
         self.flights.get(usize::from(id.queue)).is_some_and(|flight| flight.is_current(id))
     }

@@ -396,6 +396,11 @@ impl VirtQueue for PackedQueue {
         self.store_event(map, 0, EVENTS_OFF)
     }
 
+    /// 1 for any number: there is no index that counts them.
+    fn available(&self, map: &GuestMap) -> u16 {
+        self.flags(map, self.avail.index).is_ok_and(|flags| self.avail.is_available(flags)).into()
+    }
+
     fn base(&self) -> u32 {
         u32::from(self.avail.bits()) | u32::from(self.published.bits()) << 16
     }

@@ -139,6 +139,13 @@ impl VirtQueue for Ring {
         }
     }
 
+    fn available(&self, map: &GuestMap) -> u16 {
+        match self {
+            Self::Split(ring) => ring.available(map),
+            Self::Packed(ring) => ring.available(map),
+        }
+    }
+
     fn base(&self) -> u32 {
         match self {
             Self::Split(ring) => ring.base(),
