@@ -112,11 +112,12 @@ impl Bucket {
         u64::try_from(spare).unwrap_or(u64::MAX)
     }
 
-    /// Another rate from now on. A debt stays; what is saved is cut to the new burst.
+    /// Another rate from now on. What is saved is cut to the new burst; a debt, which was made at the old rate, is
+    /// forgiven: at a much lower one it could take hours to pay.
     pub fn change(&mut self, rate: Rate, now_ns: u64) {
         self.refill(now_ns);
         self.rate = rate;
-        self.level = self.level.min(i128::from(rate.burst) * PARTS);
+        self.level = self.level.clamp(0, i128::from(rate.burst) * PARTS);
     }
 }
 

@@ -161,6 +161,16 @@ fn limits_change_while_they_hold_requests_back() {
     // Faster: what is missing comes sooner.
     limiter.change(iops(1000), start);
     assert_eq!(limiter.closed_until(), Some(start + Duration::from_millis(1)));
+    // Much slower, with a debt from before: not longer than for one token.
+    limiter.spend(1 << 30, start);
+    limiter.change(Change { iops: None, bps: Some(Rate::new(2, Some(1)).ok()) }, start);
+    limiter.change(Change { iops: Some(None), bps: None }, start + Duration::from_secs(1));
+    limiter.spend(1 << 30, start + Duration::from_secs(1));
+    limiter
+        .change(Change { iops: None, bps: Some(Rate::new(1, Some(1)).ok()) }, start + Duration::from_secs(2));
+    assert!(limiter.closed_until().unwrap() <= start + Duration::from_secs(3));
+    limiter = Limiter::new(Limits { iops: Rate::new(1, Some(1)).ok(), bps: None }, start);
+    limiter.spend(0, start);
     // None: at once.
     limiter.change(Change { iops: Some(None), bps: None }, start + Duration::from_micros(10));
     assert!(limiter.is_open());
