@@ -10,7 +10,7 @@ use vcp_tests::front::Op;
 use vcp_tests::proc::Proc;
 use vcp_tests::{Result, procfs};
 
-use super::bed::{Bed, DEADLINE, bed};
+use super::bed::{Bed, DEADLINE, bed, each};
 
 /// SIGTERM is obeyed within this.
 const STOP: Duration = Duration::from_secs(5);
@@ -50,16 +50,15 @@ fn stuck(rules: &str, now: &str) -> Result<()> {
 /// With a command that hangs, a connection that stalls, a logout that is never answered.
 #[test]
 fn sigterm_with_a_target_that_hangs() -> Result<()> {
-    stuck("read hang", "")?;
-    stuck("read stall", "")?;
-    stuck("read hang\nlogout hang", "")?;
-    stuck("read hang\nlogout stall", "")
+    each(&["read hang", "read stall", "read hang\nlogout hang", "read hang\nlogout stall"], |rules| {
+        stuck(rules, "")
+    })
 }
 
 /// With a connection lost, and each attempt to get it back stuck in another way.
 #[test]
 fn sigterm_while_the_session_is_not_to_be_had() -> Result<()> {
-    for how in [
+    let ways = [
         "connect* close",
         "connect* reset",
         "connect* stall",
@@ -72,10 +71,8 @@ fn sigterm_while_the_session_is_not_to_be_had() -> Result<()> {
         "inquiry* hang",
         "ready* stall",
         "capacity* status 8",
-    ] {
-        stuck(&format!("{how}\nread reset"), "")?;
-    }
-    Ok(())
+    ];
+    each(&ways, |how| stuck(&format!("{how}\nread reset"), ""))
 }
 
 /// With the whole target process gone: nothing listens any more.
@@ -103,9 +100,9 @@ fn sigterm_with_the_target_stopped() -> Result<()> {
 /// Before it serves: in the first connection, login or probing.
 #[test]
 fn sigterm_during_the_start() -> Result<()> {
-    for how in
-        ["connect* stall", "login* stall", "login#2- stall", "luns* hang", "inquiry* stall", "mode* hang"]
-    {
+    let ways =
+        ["connect* stall", "login* stall", "login#2- stall", "luns* hang", "inquiry* stall", "mode* hang"];
+    each(&ways, |how| {
         let target = BadTarget::start(how)?;
         let dir = tempfile::tempdir()?;
         let proc = serve(&dir.path().join("s"))?.arg(target.url()).spawn()?;
@@ -113,6 +110,6 @@ fn sigterm_during_the_start() -> Result<()> {
         waits_idly(proc.pid(), how)?;
         ends(&proc, how)?;
         ensure!(!dir.path().join("s").exists(), "{how}: the socket file stays behind");
-    }
-    Ok(())
+        Ok(())
+    })
 }

@@ -98,7 +98,8 @@ fn line_06_window_never_shrinks_and_contradictions_are_ignored() -> Result<()> {
         "read#3-40 add status max-cmd-sn -20
          write#3-40 add status exp-cmd-sn 100
          write#41-80 add status max-cmd-sn -1000",
-        &[],
+        // Where no answer has opened the window, the one to a ping does.
+        &["--keepalive-ms", "50"],
     )?;
     load(&mut bed, 400)?;
     bed.had_sessions(1)?;

@@ -79,6 +79,7 @@ impl BadTarget {
         };
         let stream = TcpStream::connect(address("control=")?)?;
         stream.set_read_timeout(Some(DEADLINE * 2))?;
+        stream.set_nodelay(true)?;
         Ok(Self { portal: address("portal=")?, control: Mutex::new(BufReader::new(stream)), proc })
     }
 
@@ -104,7 +105,7 @@ impl BadTarget {
 
     fn ask(&self, line: &str, many: bool) -> Result<Vec<String>> {
         let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        writeln!(control.get_mut(), "{line}")?;
+        control.get_mut().write_all(format!("{line}\n").as_bytes())?;
         let mut lines = Vec::new();
         loop {
             let mut text = String::new();

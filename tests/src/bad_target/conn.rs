@@ -261,7 +261,10 @@ impl State {
         self.later(id, outs, manner.after, manner.truncate);
     }
 
-    fn execute(&mut self, id: usize, task: Task, bhs: &Bhs) {
+    fn execute(&mut self, id: usize, mut task: Task, bhs: &Bhs) {
+        if self.options.depth > 0 && self.conns[id].later >= self.options.depth {
+            task.actions = vec![Action::Status(Status::TASK_SET_FULL.0)];
+        }
         if task.actions.contains(&Action::Hang) {
             self.conns[id].hung.push(task);
             self.note(id, "event", "hung", None);
@@ -311,10 +314,14 @@ impl State {
         let (Some(after), Some(shared)) = (after, self.shared.upgrade()) else {
             return self.send(id, outs, truncate);
         };
+        self.conns[id].later += 1;
         thread::spawn(move || {
             // The delay is the answer's, not a wait for something.
             thread::sleep(after);
-            shared.update(|s| s.send(id, outs, truncate));
+            shared.update(|s| {
+                s.conns[id].later -= 1;
+                s.send(id, outs, truncate);
+            });
         });
     }
 

@@ -22,10 +22,11 @@ use crate::Result;
 /// Serves one client until it goes.
 pub fn serve(shared: &Arc<Shared>, mut stream: TcpStream) {
     let Ok(reader) = stream.try_clone() else { return };
+    let _ = stream.set_nodelay(true);
     for text in BufReader::new(reader).lines() {
         let Ok(text) = text else { return };
         let answer = answer(shared, &text).unwrap_or_else(|error| format!("error: {error:#}"));
-        if writeln!(stream, "{answer}").is_err() {
+        if stream.write_all(format!("{answer}\n").as_bytes()).is_err() {
             return;
         }
     }

@@ -188,6 +188,8 @@ pub struct Options {
     pub in_segment_bytes: usize,
     /// `lun N`: number of the only unit.
     pub lun: u64,
+    /// `depth N`: with so many answers still to come (see `slow`), further commands get TASK SET FULL; 0: no limit.
+    pub depth: usize,
     /// `time2wait S`, of Logout Responses.
     pub time2wait_s: u16,
 }
@@ -206,6 +208,7 @@ impl Default for Options {
             apart: false,
             in_segment_bytes: 16384,
             lun: 0,
+            depth: 0,
             time2wait_s: 0,
         }
     }
@@ -385,6 +388,7 @@ impl Options {
             "apart" => self.apart = yes()?,
             "in-segment" => self.in_segment_bytes = small(value)?,
             "lun" => self.lun = small(value)?,
+            "depth" => self.depth = small(value)?,
             "time2wait" => self.time2wait_s = small(value)?,
             _ => return Ok(false),
         }

@@ -46,6 +46,8 @@ pub struct Conn {
     pub(super) next_ttt: u32,
     /// The text that is being sent in pieces: to which task, under which tag, what is left.
     pub(super) text: Option<(u32, u32, Vec<u8>)>,
+    /// Answers still to come.
+    pub(super) later: usize,
     /// What was sent while stalled.
     pub(super) held_back: Vec<Out>,
 }
@@ -73,6 +75,7 @@ impl Conn {
             logged_out: false,
             next_ttt: 0x100,
             text: None,
+            later: 0,
             held_back: Vec::new(),
         }
     }
