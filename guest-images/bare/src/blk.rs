@@ -10,6 +10,7 @@ use virtio_drivers::transport::{DeviceStatus, Transport};
 
 use crate::config::Config;
 use crate::memory;
+use crate::packed::PackedRing;
 use crate::ring::{Parts, Ring};
 use crate::runtime::{Clock, println};
 
@@ -20,7 +21,8 @@ const F_SIZE_MAX: u64 = 1 << 1;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
-const NAMES: [(u64, &str); 11] = [
+const F_RING_PACKED: u64 = 1 << 34;
+const NAMES: [(u64, &str); 12] = [
     (F_SIZE_MAX, "SIZE_MAX"),
     (1 << 2, "SEG_MAX"),
     (F_RO, "RO"),
@@ -32,6 +34,7 @@ const NAMES: [(u64, &str); 11] = [
     (1 << 13, "DISCARD"),
     (1 << 14, "WRITE_ZEROES"),
     (1 << 29, "EVENT_IDX"),
+    (F_RING_PACKED, "PACKED"),
 ];
 
 /// Why the guest ends with status 1.
@@ -109,10 +112,26 @@ pub struct Done {
     pub ticks: u64,
 }
 
+/// The disk's queue, of either layout.
+enum Queue {
+    Split(Ring),
+    Packed(PackedRing),
+}
+
+/// Has whichever it is do something.
+macro_rules! ring {
+    ($queue:expr, $ring:ident => $do:expr) => {
+        match $queue {
+            Queue::Split($ring) => $do,
+            Queue::Packed($ring) => $do,
+        }
+    };
+}
+
 /// An open disk.
 pub struct Disk {
     transport: MmioTransport<'static>,
-    ring: Ring,
+    ring: Queue,
     offered: u64,
     capacity: u64,
     slots: &'static mut [Slot],
@@ -139,7 +158,12 @@ impl Disk {
         if config.indirect {
             wanted |= Feature::RING_INDIRECT_DESC.bits();
         }
-        let features = offered & wanted;
+        // Offered only where the user asked the monitor for it (packed=on).
+        wanted |= F_RING_PACKED;
+        let mut features = offered & wanted;
+        if features & Feature::RING_INDIRECT_DESC.bits() == 0 {
+            features &= !F_RING_PACKED;
+        }
         transport.write_driver_features(features);
         let so_far = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER | DeviceStatus::FEATURES_OK;
         transport.set_status(so_far);
@@ -148,10 +172,15 @@ impl Disk {
         }
         let capacity = capacity(&transport)?;
         let has = |feature: Feature| features & feature.bits() != 0;
-        let ring = Ring::new(&mut transport, has(Feature::RING_INDIRECT_DESC), has(Feature::RING_EVENT_IDX))?;
+        let ring = if features & F_RING_PACKED != 0 {
+            Queue::Packed(PackedRing::new(&mut transport)?)
+        } else {
+            let (indirect, event_idx) = (has(Feature::RING_INDIRECT_DESC), has(Feature::RING_EVENT_IDX));
+            Queue::Split(Ring::new(&mut transport, indirect, event_idx)?)
+        };
         transport.set_status(so_far | DeviceStatus::DRIVER_OK);
 
-        let count = ring.slots().min(config.depth);
+        let count = ring!(&ring, ring => ring.slots()).min(config.depth);
         if count < config.depth {
             println!("guest: the queue holds {count} requests, not qd={}", config.depth);
         }
@@ -199,7 +228,7 @@ impl Disk {
         println!(
             "disk {number}: capacity {capacity} sectors ({mib} MiB), block {block} bytes, serial {id:?}"
         );
-        let (offered, slots) = (self.offered, self.ring.slots());
+        let (offered, slots) = (self.offered, ring!(&self.ring, ring => ring.slots()));
         println!("disk {number}: features {offered:#x}{}, {slots} slots", Features(offered));
         Ok(())
     }
@@ -272,7 +301,7 @@ impl Disk {
 
     /// Returns how often the device was kicked.
     pub fn kicks(&self) -> u64 {
-        self.ring.kicks
+        ring!(&self.ring, ring => ring.kicks)
     }
 
     /// Returns the data of a slot that is not in flight.
@@ -297,19 +326,20 @@ impl Disk {
         }
         let data = self.data[at * each..].as_ptr() as u64;
         let device_writes = matches!(op, Op::Read | Op::GetId);
-        self.ring.prepare(
-            slot,
-            Parts { header: header as u64, data, data_len: len as u32, device_writes, status: status as u64 },
-        );
+        let parts =
+            Parts { header: header as u64, data, data_len: len as u32, device_writes, status: status as u64 };
         self.slots[at] = Slot { op: op as u32, sector, started: self.clock.now(), busy: true };
-        self.ring.submit(slot);
+        ring!(&mut self.ring, ring => {
+            ring.prepare(slot, parts);
+            ring.submit(slot);
+        });
         self.inflight += 1;
         Ok(())
     }
 
     /// Takes one completion if there is one.
     pub fn poll(&mut self) -> Result<Option<Done>, Error> {
-        let Some(slot) = self.ring.complete()? else { return Ok(None) };
+        let Some(slot) = ring!(&mut self.ring, ring => ring.complete())? else { return Ok(None) };
         let at = usize::from(slot);
         let Some(state) = self.slots.get_mut(at).filter(|s| s.busy) else {
             return Err(Error::Device("it completed a request twice"));
@@ -343,7 +373,7 @@ impl Disk {
 
     /// Kicks the device if it wants to be.
     pub fn kick(&mut self) {
-        self.ring.kick(&mut self.transport);
+        ring!(&mut self.ring, ring => ring.kick(&mut self.transport));
     }
 
     /// Waits until nothing is in flight.

@@ -27,6 +27,7 @@ mod config;
 mod histogram;
 mod load;
 mod memory;
+mod packed;
 mod ring;
 mod runtime;
 mod verify;

@@ -19,7 +19,7 @@ const F_INDIRECT: u16 = 4;
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 /// Largest queue that we set up.
-const MAX_SIZE: u32 = 1024;
+pub const MAX_SIZE: u32 = 1024;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
