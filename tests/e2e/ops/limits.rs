@@ -12,6 +12,9 @@ use vcp_tests::{Result, pattern, procfs};
 
 use super::Server;
 
+/// Behind what the load verifies.
+const ELSEWHERE: u64 = 1 << 20;
+
 /// A limited disk takes the time that it must, sleeps meanwhile, and loses nothing; a changed limit holds at once.
 #[test]
 fn a_limit_holds_and_changes_at_run_time() -> Result<()> {
@@ -37,19 +40,19 @@ fn a_limit_holds_and_changes_at_run_time() -> Result<()> {
     server.ask(&json!({"cmd": "limit", "bps": "64K", "bps_burst": "4K"}))?;
     let start = Instant::now();
     for n in 0..2 {
-        driver.write(0, &pattern::make(n, 0, 64 << 10))?;
+        driver.write(ELSEWHERE, &pattern::make(n, ELSEWHERE, 64 << 10))?;
     }
     let took = start.elapsed();
     ensure!(took >= Duration::from_millis(900), "64 KiB behind 64 KiB at 64K/s took {took:?}");
     // A request that is held back by a limit goes on when the limit goes.
     server.ask(&json!({"cmd": "limit", "bps": 1, "bps_burst": 1}))?;
-    driver.write(0, &pattern::make(3, 0, 4096))?;
-    driver.submit(0, &Op::Read { offset: 0, len: 4096 })?;
+    driver.write(ELSEWHERE, &pattern::make(3, ELSEWHERE, 4096))?;
+    driver.submit(0, &Op::Read { offset: ELSEWHERE, len: 4096 })?;
     ensure!(driver.in_flight(0) == 1);
     server.ask(&json!({"cmd": "limit", "bps": null}))?;
     let done = driver.wait(0, REQUEST)?;
     let Ok(data) = done.result else { anyhow::bail!("the read failed") };
-    pattern::check(3, 0, &data)?;
+    pattern::check(3, ELSEWHERE, &data)?;
     for wrong in [json!({"iops": "much"}), json!({"speed": 1}), json!({"device": "disk9", "iops": 1})] {
         let mut request = json!({"cmd": "limit"});
         request
