@@ -293,7 +293,8 @@ impl Session {
         match &mut self.logout {
             Some(logout) => logout.latest = logout.latest.min(latest),
             None => {
-                self.logout = Some(Logout { latest, due: false, itt: None, deadline: latest, answered: None })
+                self.logout =
+                    Some(Logout { latest, due: false, itt: None, deadline: latest, answered: None });
             }
         }
     }

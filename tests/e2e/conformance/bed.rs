@@ -47,8 +47,8 @@ pub(super) fn bed_with(target: BadTarget, lun: u64, args: &[&str], features: u64
     Ok(Bed { target, backend, driver, control, _dir: dir })
 }
 
-/// Options that have the time limits of tests: commands 1 s, pings 1 s.
-pub(super) const FAST: &[&str] = &["--command-timeout-ms", "1000", "--keepalive-ms", "1000"];
+/// Options that have the time limits of tests: commands 1 s, pings 2 s.
+pub(super) const FAST: &[&str] = &["--command-timeout-ms", "1000", "--keepalive-ms", "2000"];
 
 impl Bed {
     /// Writes the pattern of `seed` over the first `len` bytes, then gives the target its rules.

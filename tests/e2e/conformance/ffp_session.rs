@@ -11,7 +11,7 @@ use crate::support::output;
 /// 7143 11.18).
 #[test]
 fn ffp_15_2_ping_request() -> Result<()> {
-    let bed = bed("", &["--keepalive-ms", "100"])?;
+    let bed = bed("", &["--keepalive-ms", "300"])?;
     bed.target.wait("in", "nop-out", 3)?;
     let pings = bed.sent("nop-out")?;
     for pair in pings.windows(2) {
@@ -31,7 +31,7 @@ fn ffp_15_2_ping_request() -> Result<()> {
 /// FFP 15.3: what was received is acknowledged though nothing is asked: by the next ping (RFC 7143 11.18, 4.2.2.2).
 #[test]
 fn ffp_15_3_exp_stat_sn_is_confirmed_while_idle() -> Result<()> {
-    let mut bed = bed("option apart yes", &["--keepalive-ms", "100"])?;
+    let mut bed = bed("option apart yes", &["--keepalive-ms", "300"])?;
     bed.writes(1, 0, 4096)?;
     let last = bed.target.seen("out", "ScsiResponse")?.pop().context("no response")?;
     let seen = bed.target.count("in", "nop-out")?;

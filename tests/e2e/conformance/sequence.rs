@@ -49,7 +49,7 @@ fn line_01_task_tags_are_unique_among_live_tasks() -> Result<()> {
 /// sending; immediate PDUs carry the current one and do not advance it.
 #[test]
 fn line_03_line_04_cmd_sn_counts_commands_in_order() -> Result<()> {
-    let mut bed = bed("", &["--keepalive-ms", "20"])?;
+    let mut bed = bed("", &["--keepalive-ms", "300"])?;
     load(&mut bed, 400)?;
     bed.target.wait("in", "nop-out", 2)?;
     load(&mut bed, 100)?;
@@ -78,7 +78,7 @@ fn line_05_nothing_is_sent_above_max_cmd_sn() -> Result<()> {
 /// Line 5, RFC 7143 4.2.2.1: a closed window holds commands back and pings not; it is opened by any PDU.
 #[test]
 fn line_05_closed_window_holds_commands_but_no_pings() -> Result<()> {
-    let mut bed = bed("option window 1", &["--keepalive-ms", "100"])?;
+    let mut bed = bed("option window 1", &["--keepalive-ms", "300"])?;
     bed.prepare(1, 4096, "read window 0")?;
     bed.reads(1, 0, 4096)?;
     bed.target.forget()?;
@@ -99,7 +99,7 @@ fn line_06_window_never_shrinks_and_contradictions_are_ignored() -> Result<()> {
          write#3-40 add status exp-cmd-sn 100
          write#41-80 add status max-cmd-sn -1000",
         // Where no answer has opened the window, the one to a ping does.
-        &["--keepalive-ms", "50"],
+        &["--keepalive-ms", "300"],
     )?;
     load(&mut bed, 400)?;
     bed.had_sessions(1)?;
@@ -177,7 +177,7 @@ fn line_08_stat_sn_jump_leads_to_recovery() -> Result<()> {
 /// count.
 #[test]
 fn line_09_stat_sn_counts_only_where_it_is_valid() -> Result<()> {
-    let mut bed = bed("option in-segment 1024", &["--keepalive-ms", "100"])?;
+    let mut bed = bed("option in-segment 1024", &["--keepalive-ms", "300"])?;
     bed.prepare(
         1,
         4096,

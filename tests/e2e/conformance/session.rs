@@ -248,7 +248,7 @@ fn line_31_answers_to_abort_task() -> Result<()> {
 #[test]
 fn line_37_orderly_logout_waits_for_answer_and_fin() -> Result<()> {
     for rule in ["", "logout slow 300", "logout keep-open", "logout first nop 5"] {
-        let mut bed = bed(rule, &["--keepalive-ms", "50"])?;
+        let mut bed = bed(rule, &["--keepalive-ms", "300"])?;
         bed.writes(1, 0, LEN)?;
         let (status, _) = bed.backend.proc().terminate(DEADLINE)?;
         ensure!(status.success());

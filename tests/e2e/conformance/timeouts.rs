@@ -110,7 +110,7 @@ fn aborted_write_does_not_act_later() -> Result<()> {
 /// NOP keepalive: the round trip is measured, smoothed, and told in the status.
 #[test]
 fn round_trip_of_pings_is_measured() -> Result<()> {
-    let bed = bed("ping* slow 30", &["--keepalive-ms", "100"])?;
+    let bed = bed("ping* slow 30", &["--keepalive-ms", "300"])?;
     bed.target.wait("in", "nop-out", 4)?;
     let rtt = || -> Result<Option<u64>> { Ok(bed.status()?["paths"][0]["round_trip_us"].as_u64()) };
     eventually("a round trip in the status", || Ok(rtt()?.is_some()))?;
@@ -134,7 +134,7 @@ fn silent_target_is_found_by_pings() -> Result<()> {
 /// A ping that stays unanswered while everything else is answered is no reason to drop the session.
 #[test]
 fn unanswered_ping_beside_answered_commands_is_no_silence() -> Result<()> {
-    let mut bed = bed("ping* hang", &["--keepalive-ms", "400"])?;
+    let mut bed = bed("ping* hang", &["--keepalive-ms", "300"])?;
     bed.prepare(1, LEN, "")?;
     let end = Instant::now() + Duration::from_millis(1500);
     while Instant::now() < end {
