@@ -35,12 +35,12 @@ const JOB: &str = r#"
 set -e
 ip link set lo up
 T=iqn.2026-11.vcp:bench
-BIN/iscsi-target serve --listen 127.0.0.1:3260 --target $T --lun mem:64M --lun mem:64M --lun mem:64M >/tmp/target 2>&1 &
+/bench/iscsi-target serve --listen 127.0.0.1:3260 --target $T --lun mem:64M --lun mem:64M --lun mem:64M >/tmp/target 2>&1 &
 ready() { for i in $(seq 300); do grep -q '^ready:' $1 && return; sleep 0.1; done; cat $1; exit 1; }
 ready /tmp/target
-BIN/vcp-iscsi serve --socket-path /tmp/a.sock iscsi://127.0.0.1:3260/$T/1 >/tmp/a 2>&1 &
+/bench/vcp-iscsi serve --socket-path /tmp/a.sock iscsi://127.0.0.1:3260/$T/1 >/tmp/a 2>&1 &
 A=$!
-BIN/vcp-iscsi serve --poll-us 0 --socket-path /tmp/b.sock iscsi://127.0.0.1:3260/$T/2 >/tmp/b 2>&1 &
+/bench/vcp-iscsi serve --poll-us 0 --socket-path /tmp/b.sock iscsi://127.0.0.1:3260/$T/2 >/tmp/b 2>&1 &
 B=$!
 ready /tmp/a
 ready /tmp/b
@@ -53,8 +53,8 @@ busy() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
 load() {
   before=$(busy)
   case "$1" in
-    vcp-iscsi) BIN/vcp bench blk --json --socket /tmp/a.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $A >/tmp/out ;;
-    "vcp-iscsi poll=0") BIN/vcp bench blk --json --socket /tmp/b.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $B >/tmp/out ;;
+    vcp-iscsi) /bench/vcp bench blk --json --socket /tmp/a.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $A >/tmp/out ;;
+    "vcp-iscsi poll=0") /bench/vcp bench blk --json --socket /tmp/b.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $B >/tmp/out ;;
     *) fio --name=load --filename=/dev/sda --direct=1 --ioengine=libaio --rw=$2 --bs=$3 --iodepth=$4 --runtime=$5 \
          --time_based --norandommap --output-format=json --output=/tmp/out >/dev/null ;;
   esac
@@ -69,8 +69,7 @@ for who in vcp-iscsi "vcp-iscsi poll=0" kernel; do load "$who" write 128k 8 2; d
 /// # Errors
 /// A program is missing, or the job in the helper VM failed.
 pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
-    let dir = bin.to_str().context("the path of the programs is not UTF-8")?;
-    let mut job = JOB.replace("BIN/", &format!("{dir}/"));
+    let mut job = JOB.to_owned();
     for _ in 0..rounds {
         for (rw, bs, depth) in CASES {
             for who in [OURS[0], OURS[1], KERNEL] {
@@ -81,7 +80,8 @@ pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let runs = u64::from(rounds) * CASES.len() as u64 * 3;
     let mut vm = HelperVm::new().deadline(Duration::from_secs(300 + runs * u64::from(secs + 3)));
     for program in ["iscsi-target", "vcp-iscsi", "vcp"] {
-        vm = vm.program(bin.join(program))?;
+        // Not where they lie: /tmp is empty in there.
+        vm = vm.program_at(&bin.join(program), &format!("/bench/{program}"))?;
     }
     vm = vm.program("/usr/sbin/iscsistart")?.program("/usr/bin/fio")?;
     let done = vm.module("iscsi_tcp").module("sd_mod").run(&job)?;

@@ -4,6 +4,7 @@ mod blk;
 mod goals;
 mod kernel;
 mod matrix;
+mod plot;
 mod report;
 mod stats;
 mod strace;

@@ -1,18 +1,15 @@
 //! What a benchmark leaves behind: a table on the terminal, `target/bench/NAME.json` with every round, and
-//! `target/bench/NAME.html` with the same figures as bars. Measuring is the benchmarks' own business.
+//! `target/bench/NAME.html` with the same figures as bars ([`plot`]). Measuring is the benchmarks' own business.
 
 use std::fmt::Write as _;
 
 use anyhow::{Context, Result};
-use plotters::prelude::*;
 use serde::Serialize;
 
 use super::goals::Goal;
+use super::plot;
 use super::stats::{Summary, ratio};
 use crate::cmd;
-
-/// More would be a picture that nobody can look at as a whole.
-const CASES_PER_PLOT: usize = 9;
 
 /// One figure that is measured for every case and contender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -80,7 +77,7 @@ impl Report {
         let json = directory.join(format!("{}.json", self.name));
         std::fs::write(&json, serde_json::to_string_pretty(&self)?)
             .with_context(|| format!("cannot write {}", json.display()))?;
-        for (name, svg) in self.plots()? {
+        for (name, svg) in plot::all(&self)? {
             let path = directory.join(name);
             std::fs::write(&path, svg).with_context(|| format!("cannot write {}", path.display()))?;
         }
@@ -139,84 +136,10 @@ impl Report {
             let _ = write!(page, "<p>{}</p>", escape(line));
         }
         let _ = write!(page, "<pre>{}</pre>", escape(table));
-        for (_, svg) in self.plots()? {
+        for (_, svg) in plot::all(self)? {
             page.push_str(&svg);
         }
         Ok(page)
-    }
-
-    /// File name and picture of every metric, of at most [`CASES_PER_PLOT`] cases each.
-    fn plots(&self) -> Result<Vec<(String, String)>> {
-        let mut cases: Vec<&str> = Vec::new();
-        for row in &self.rows {
-            if !cases.contains(&row.case.as_str()) {
-                cases.push(&row.case);
-            }
-        }
-        let mut plots = Vec::new();
-        for (index, metric) in self.metrics.iter().enumerate() {
-            for (part, cases) in cases.chunks(CASES_PER_PLOT).enumerate() {
-                let rows: Vec<&Row> =
-                    self.rows.iter().filter(|row| cases.contains(&row.case.as_str())).collect();
-                let title: String =
-                    metric.title.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-                plots.push((format!("{}-{title}-{}.svg", self.name, part + 1), self.plot(index, &rows)?));
-            }
-        }
-        Ok(plots)
-    }
-
-    /// Bars of one metric: a group for each case, a colour for each contender.
-    fn plot(&self, index: usize, rows: &[&Row]) -> Result<String> {
-        let metric = self.metrics[index];
-        let mut contenders: Vec<&str> = Vec::new();
-        for row in rows {
-            if !contenders.contains(&row.contender.as_str()) {
-                contenders.push(&row.contender);
-            }
-        }
-        let top = rows.iter().map(|row| row.summary[index].max).fold(0.0, f64::max) * 1.1;
-        if top <= 0.0 {
-            return Ok(String::new());
-        }
-        let height = 120 + 22 * u32::try_from(rows.len())?;
-        let mut svg = String::new();
-        {
-            let area = SVGBackend::with_string(&mut svg, (900, height)).into_drawing_area();
-            area.fill(&WHITE)?;
-            let better = if metric.more_is_better { "more is better" } else { "less is better" };
-            let count = rows.len() as f64;
-            let mut chart = ChartBuilder::on(&area)
-                .caption(format!("{}, {better}", metric.title), ("sans-serif", 18))
-                .margin(12)
-                .x_label_area_size(28)
-                .y_label_area_size(250)
-                .build_cartesian_2d(0.0..top, 0.0..count)?;
-            let name = |y: &f64| {
-                let place = (count - y.ceil()).max(0.0) as usize;
-                rows.get(place).map_or(String::new(), |row| format!("{} {}", row.case, row.contender))
-            };
-            chart
-                .configure_mesh()
-                .disable_y_mesh()
-                .y_labels(rows.len() * 2)
-                .y_label_formatter(&|y| if (y.fract() - 0.5).abs() < 0.01 { name(y) } else { String::new() })
-                .draw()?;
-            for (place, row) in rows.iter().enumerate() {
-                let y = count - place as f64;
-                let colour =
-                    Palette99::pick(contenders.iter().position(|c| *c == row.contender).unwrap_or(0));
-                let summary = row.summary[index];
-                chart.draw_series([Rectangle::new(
-                    [(0.0, y - 0.85), (summary.median, y - 0.15)],
-                    colour.filled(),
-                )])?;
-                let whisker = [(summary.min, y - 0.5), (summary.max, y - 0.5)];
-                chart.draw_series([PathElement::new(whisker.to_vec(), BLACK.stroke_width(1))])?;
-            }
-            area.present()?;
-        }
-        Ok(svg)
     }
 }
 
