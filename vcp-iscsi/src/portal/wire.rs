@@ -29,12 +29,12 @@ use super::net::Stream;
 use super::observe::observe_sent;
 use crate::recorder::Recorder;
 
-/// Bytes taken from the socket at once into private memory: the answers to a batch of 32 reads of 4 KiB fit, and half of
-/// one of 16 KiB. This and the next two were chosen by measurement, see `docs/decisions/data-path.md`.
+/// Bytes taken from the socket at once into private memory: the answers to a batch of 32 reads of 4 KiB fit, and seven
+/// of 32 KiB. This and the next two were chosen by measurement, see `docs/decisions/data-path.md`.
 pub const RX_STAGING_BYTES: usize = 256 << 10;
 /// The rest of a payload at least this long is received into guest memory without a copy. To copy a shorter one costs
 /// less than a call of its own.
-pub const RX_DIRECT_MIN_BYTES: u32 = 16 << 10;
+pub const RX_DIRECT_MIN_BYTES: u32 = 32 << 10;
 /// Bytes staged where the next payload is expected to be long, and behind a payload that is received directly: room for
 /// the next header, and for short PDUs between long ones.
 pub const RX_HEADER_ROOM_BYTES: usize = 1 << 10;
