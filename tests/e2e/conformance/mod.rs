@@ -15,6 +15,7 @@ mod ending;
 mod ffp;
 mod ffp_session;
 mod login;
+mod random;
 mod sequence;
 mod session;
 mod status;
