@@ -15,7 +15,6 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,9 +25,9 @@ use serde_json::{Map, Value, json};
 use crate::ask::{Ask, Told};
 use crate::handover::Fds;
 use crate::handover::state::{BadState, PageState, SocketState};
-use crate::http::{Endpoint, HttpServer};
+use crate::http::HttpServer;
 use crate::metrics::{DeviceMetrics, LoopMetrics, Samples, families, page};
-use crate::vu::listen::{ListenError, SocketFile};
+use crate::vu::listen::SocketFile;
 
 /// Adds the application's own fields to `status`.
 pub type StatusSource = Box<dyn FnMut() -> Map<String, Value> + Send>;
@@ -54,23 +53,25 @@ struct Client {
     successor: Option<bool>,
 }
 
-/// Where the set-up thread listens for people and their tools.
-#[derive(Clone, Debug, Default)]
-pub struct ControlOptions<'a> {
-    /// Control socket.
-    pub socket: Option<&'a Path>,
-    /// Page of metrics.
-    pub metrics: Option<&'a Endpoint>,
-}
-
 /// The control socket, the page of metrics and their clients; does nothing if none was asked for.
 pub struct Control {
     socket: Option<SocketFile>,
     clients: Vec<Client>,
     http: Option<HttpServer>,
     state: State,
-    take_over: bool,
+    take_over: TakeOver,
     wanted: Option<Wanted>,
+}
+
+/// Whether another process may take over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TakeOver {
+    /// It may try.
+    Free,
+    /// One is trying.
+    Busy,
+    /// This process is not made for it.
+    Never,
 }
 
 /// A process that wants to take over ([`crate::handover`]). It was told that it may try.
@@ -91,23 +92,8 @@ struct State {
 }
 
 impl Control {
-    /// Listens where `options` say.
-    ///
-    /// # Errors
-    /// [`ListenError`].
+    /// Serves `socket` and the page behind `http`; neither, if none was asked for.
     pub fn new(
-        options: &ControlOptions<'_>,
-        loop_metrics: Arc<LoopMetrics>,
-        devices: Vec<(Arc<str>, Arc<DeviceMetrics>)>,
-        ask: AskSource,
-        extra: StatusSource,
-    ) -> Result<Self, ListenError> {
-        let socket = options.socket.map(SocketFile::bind).transpose()?;
-        let http = options.metrics.map(HttpServer::bind).transpose()?;
-        Ok(Self::over(socket, http, loop_metrics, devices, ask, extra))
-    }
-
-    fn over(
         socket: Option<SocketFile>,
         http: Option<HttpServer>,
         loop_metrics: Arc<LoopMetrics>,
@@ -125,7 +111,7 @@ impl Control {
             });
         }
         let state = State { loop_metrics, devices, ask, extra };
-        Self { socket, clients: Vec::new(), http, state, take_over: false, wanted: None }
+        Self { socket, clients: Vec::new(), http, state, take_over: TakeOver::Never, wanted: None }
     }
 
     /// For another process: the sockets. Clients come again.
@@ -145,7 +131,7 @@ impl Control {
     ) -> Result<Self, BadState> {
         let socket = socket.map(|socket| SocketFile::import(socket, fds)).transpose()?;
         let http = page.map(|page| HttpServer::import(page, fds)).transpose()?;
-        Ok(Self::over(socket, http, loop_metrics, devices, ask, extra))
+        Ok(Self::new(socket, http, loop_metrics, devices, ask, extra))
     }
 
     fn files(&mut self) -> impl Iterator<Item = &mut SocketFile> {
@@ -163,7 +149,7 @@ impl Control {
     }
 
     /// Whether another process may ask to take over.
-    pub(crate) fn allow_take_over(&mut self, allowed: bool) {
+    pub(crate) fn allow_take_over(&mut self, allowed: TakeOver) {
         self.take_over = allowed;
     }
 
@@ -231,12 +217,18 @@ impl Control {
                     while let Some(end) = client.input.iter().position(|&byte| byte == b'\n') {
                         let line: Vec<u8> = client.input.drain(..=end).collect();
                         let answer = match take_over_request(&line) {
-                            Some(_) if !self.take_over => refused("this process cannot be taken over"),
+                            Some(_) if self.take_over == TakeOver::Never => {
+                                refused("this process cannot be taken over")
+                            }
+                            Some(_) if self.take_over == TakeOver::Busy => {
+                                refused("another hand-over is under way")
+                            }
                             Some(_) if !is_trusted(&client.stream) => {
                                 refused("only root and the user of this process may take over")
                             }
                             Some(keep_pid) => {
                                 client.successor = Some(keep_pid);
+                                self.take_over = TakeOver::Busy;
                                 json!({"ok": true})
                             }
                             None => self.state.answer(&line),
@@ -415,9 +407,11 @@ impl State {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
+    use std::path::Path;
 
     use super::*;
     use crate::ask::Rest;
+    use crate::http::Endpoint;
     use crate::metrics::{Family, Unit};
 
     static PARTS: Family = Family::counter("vcp_test_parts", Unit::None, "Parts");
@@ -449,8 +443,8 @@ mod tests {
         device.read.ok.add(7);
         let extra: StatusSource = Box::new(|| Map::from_iter([("more".to_owned(), json!(1))]));
         let parts = vec![(Arc::from("disk0"), device), (Arc::from("disk1"), Arc::default())];
-        let options = ControlOptions { socket: Some(socket), metrics };
-        Control::new(&options, Arc::default(), parts, ask(), extra).unwrap()
+        let http = metrics.map(|endpoint| HttpServer::bind(endpoint).unwrap());
+        Control::new(Some(SocketFile::bind(socket).unwrap()), http, Arc::default(), parts, ask(), extra)
     }
 
     fn answers(control: &mut Control, path: &Path, requests: &str) -> Vec<Value> {

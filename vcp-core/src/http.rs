@@ -62,11 +62,13 @@ impl fmt::Display for Endpoint {
 /// What is served: content type and text.
 pub(crate) type Page = (&'static str, String);
 
+#[derive(Debug)]
 enum Listener {
     Tcp(TcpListener),
     Unix(SocketFile),
 }
 
+#[derive(Debug)]
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
@@ -93,6 +95,7 @@ impl AsFd for Stream {
     }
 }
 
+#[derive(Debug)]
 struct Client {
     stream: Stream,
     input: Vec<u8>,
@@ -102,7 +105,8 @@ struct Client {
 }
 
 /// The server.
-pub(crate) struct HttpServer {
+#[derive(Debug)]
+pub struct HttpServer {
     listener: Listener,
     endpoint: Endpoint,
     clients: Vec<Client>,
@@ -110,7 +114,10 @@ pub(crate) struct HttpServer {
 
 impl HttpServer {
     /// Listens.
-    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub fn bind(endpoint: &Endpoint) -> Result<Self, ListenError> {
         let (listener, endpoint) = match endpoint {
             Endpoint::Unix(path) => (Listener::Unix(SocketFile::bind(path)?), endpoint.clone()),
             Endpoint::Tcp(address) => {

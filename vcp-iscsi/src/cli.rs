@@ -10,6 +10,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
+use vcp_core::process::confine::Mode as ConfineMode;
 
 use crate::capabilities;
 use crate::discover::DiscoverArgs;
@@ -170,6 +171,9 @@ pub struct ServeArgs {
     /// Fail requests when the target was away for so many seconds, until it is back [default: they wait]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub give_up_s: Option<u64>,
+    /// Give up rights that are not needed: files, ports, processes, system calls, memory
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub confine: ConfineMode,
     /// End when the process that started this one ends
     #[arg(long)]
     pub exit_with_parent: bool,

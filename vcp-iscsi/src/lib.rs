@@ -7,6 +7,7 @@
 pub mod blk;
 pub mod capabilities;
 pub mod cli;
+mod confine;
 pub mod discover;
 pub mod engine;
 pub mod handover;

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,17 +10,19 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags};
 use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
+use vcp_core::http::{Endpoint, HttpServer};
 use vcp_core::process::{Signals, exit_with_parent};
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
 use crate::blk::BlkDevice;
 use crate::cli::{DiskSpec, ServeArgs, ServerKind};
+use crate::confine::{self, Needs};
 use crate::engine::{Engine, Lun};
 use crate::handover::offer::{DiskOffer, Offer, poll_us};
 use crate::handover::program;
 use crate::limit::Limits;
-use crate::notify::notify;
+use crate::notify::Manager;
 use crate::portal::{IscsiEngine, Options};
 use crate::recorder::StoreOptions;
 use crate::url::Url;
@@ -58,11 +60,16 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         disks.push(DiskSpec { fd, paths, ..DiskSpec::new(socket, url) });
     }
     let plans = plans(args, disks)?;
+    // Everything that is listened on, before the process gives up the right to.
+    let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
+    let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
+    let manager = Manager::find();
+    let report = confine::confine(args.confine, needs(args, &plans))?;
     let options = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
     let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(End::Signal) };
-    let mut ready = "ready:".to_owned();
+    let mut ready = format!("ready: confined={}", report.summary());
     let mut offers = Vec::new();
     let devices = plans
         .into_iter()
@@ -82,31 +89,43 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         .collect();
     // What a later process would be offered: the same filter for the log, wherever it came from.
     let log = log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
-    let offer = Offer { cpu: args.cpu, poll_us: poll_us(args.poll_us), log, disks: offers };
+    let offer =
+        Offer { cpu: args.cpu, poll_us: poll_us(args.poll_us), log, confine: args.confine, disks: offers };
     let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
     let options = ServeOptions {
         cpu: args.cpu,
         poll: args.poll_us,
-        control: args.control.clone(),
-        metrics: args.metrics.clone(),
+        control,
+        metrics,
         giving: Some(Giving { program: program(), offer }),
     };
-    let extra = Box::new(serde_json::Map::new);
-    let ready = move || announce(&ready);
+    let extra = confine::status(&report);
+    let ready = move || announce(&ready, &manager);
     match args.server {
-        ServerKind::Poll => Ok(vcp_core::vu::serve(devices, &options, signals, extra, ready)?),
+        ServerKind::Poll => Ok(vcp_core::vu::serve(devices, options, signals, extra, ready)?),
         ServerKind::Epoll => {
-            vcp_core::epoll::serve(devices, &options, signals, extra, ready)?;
+            vcp_core::epoll::serve(devices, options, signals, extra, ready)?;
             Ok(End::Signal)
         }
     }
 }
 
 /// Says that front ends can connect.
-pub(crate) fn announce(ready: &str) {
+pub(crate) fn announce(ready: &str, manager: &Manager) {
     // A reader that went away is no reason to end.
     let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
-    notify("READY=1");
+    manager.notify("READY=1");
+}
+
+/// What the process needs from here on.
+fn needs(args: &ServeArgs, plans: &[Plan]) -> Needs {
+    let mut sockets: Vec<PathBuf> = plans.iter().map(|plan| plan.socket.path().to_owned()).collect();
+    sockets.extend(args.control.clone());
+    if let Some(Endpoint::Unix(path)) = &args.metrics {
+        sockets.push(path.clone());
+    }
+    let captures = args.recorder_dir.iter().cloned().collect();
+    Needs { queues: plans.iter().map(|plan| plan.queues).collect(), sockets, captures }
 }
 
 /// What the ready line says of one device.

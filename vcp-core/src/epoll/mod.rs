@@ -353,7 +353,7 @@ fn converse<D: RingDevice>(
 /// [`ServeError`].
 pub fn serve<D: RingDevice>(
     devices: Vec<DeviceSpec<D>>,
-    options: &ServeOptions,
+    mut options: ServeOptions,
     signals: &Signals,
     extra: StatusSource,
     ready: impl FnOnce(),
@@ -370,7 +370,8 @@ pub fn serve<D: RingDevice>(
         .collect();
     let servers = servers?;
     let ask = ask_devices(servers.iter().map(|server| Arc::clone(&server.asked)).collect());
-    let mut control = Control::new(&options.control_options(), Arc::default(), parts, ask, extra)?;
+    let (socket, http) = (options.control.take(), options.metrics.take());
+    let mut control = Control::new(socket, http, Arc::default(), parts, ask, extra);
     ready();
     let result = loop {
         let mut fds = vec![PollFd::new(signals, PollFlags::IN)];

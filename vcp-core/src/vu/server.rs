@@ -4,7 +4,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -19,13 +18,13 @@ use super::handler::{Facts, Handler};
 use super::listen::{ListenError, SocketFile};
 use super::port::{Answer, Command, Port, What};
 use crate::ask::Ask;
-use crate::control::{AskSource, Control, ControlOptions, StatusSource};
+use crate::control::{AskSource, Control, StatusSource, TakeOver};
 use crate::device::RingDevice;
 use crate::handover::anchor::Lifeline;
 use crate::handover::giver::Giving;
 use crate::handover::state::BadState;
 use crate::handover::taker::TakeError;
-use crate::http::Endpoint;
+use crate::http::HttpServer;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
 use crate::poll::{CpuError, DataLoop, PollMode, check_cpu, pin_to};
@@ -60,10 +59,10 @@ pub struct ServeOptions {
     pub cpu: Option<usize>,
     /// What an idle data thread does.
     pub poll: PollMode,
-    /// Control socket.
-    pub control: Option<PathBuf>,
+    /// Control socket. It is there already: a confined process opens none.
+    pub control: Option<SocketFile>,
     /// Page of metrics.
-    pub metrics: Option<Endpoint>,
+    pub metrics: Option<HttpServer>,
     /// What another process is offered that wants to take over; without it none can.
     pub giving: Option<Giving>,
 }
@@ -127,7 +126,7 @@ pub enum End {
 /// [`ServeError`].
 pub fn serve<D: RingDevice>(
     devices: Vec<DeviceSpec<D>>,
-    options: &ServeOptions,
+    mut options: ServeOptions,
     signals: &Signals,
     extra: StatusSource,
     ready: impl FnOnce(),
@@ -147,10 +146,11 @@ pub fn serve<D: RingDevice>(
     }
     let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
     let ask = ask_device(Arc::clone(&mailbox));
-    let control = Control::new(&options.control_options(), Arc::clone(&loop_metrics), parts, ask, extra)?;
+    let (socket, http) = (options.control.take(), options.metrics.take());
+    let control = Control::new(socket, http, Arc::clone(&loop_metrics), parts, ask, extra);
     let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
         .map_err(system("create an epoll instance"))?;
-    let server = Server::start(entries, control, data, mailbox, options)?;
+    let server = Server::start(entries, control, data, mailbox, &options)?;
     ready();
     server.run(signals)
 }
@@ -171,12 +171,11 @@ impl Server {
     /// Starts the data thread.
     pub(super) fn start<D: RingDevice>(
         entries: Vec<Entry>,
-        mut control: Control,
+        control: Control,
         data: DataLoop<D>,
         mailbox: Arc<Mailbox<Command>>,
         options: &ServeOptions,
     ) -> Result<Self, ServeError> {
-        control.allow_take_over(options.giving.is_some());
         let data = DataThread::start(data, options.cpu, &mailbox)?;
         let giving = options.giving.clone();
         Ok(Self { entries, control, mailbox, data, giving, give: None, lifeline: None })
@@ -242,6 +241,11 @@ impl Server {
                     accept(index, entry, &self.mailbox);
                 }
             }
+            self.control.allow_take_over(match (&self.giving, &self.give) {
+                (None, _) => TakeOver::Never,
+                (Some(_), None) => TakeOver::Free,
+                (Some(_), Some(_)) => TakeOver::Busy,
+            });
             self.control.serve();
             if let Some(anchor) = self.hand_over() {
                 return Ok(End::HandedOver(anchor));
@@ -254,8 +258,7 @@ impl Server {
         let now = Instant::now();
         if let (Some(wanted), Some(giving)) = (self.control.take_successor(), &self.giving) {
             match Give::start(wanted.stream, wanted.keep_pid, giving.clone(), now) {
-                Ok(give) if self.give.is_none() => self.give = Some(give),
-                Ok(_) => tracing::warn!("a hand-over was refused: another one is under way"),
+                Ok(give) => self.give = Some(give),
                 Err(error) => tracing::warn!(%error, "a hand-over was refused"),
             }
         }
@@ -272,12 +275,6 @@ impl Server {
                 Some(anchor)
             }
         }
-    }
-}
-
-impl ServeOptions {
-    pub(crate) fn control_options(&self) -> ControlOptions<'_> {
-        ControlOptions { socket: self.control.as_deref(), metrics: self.metrics.as_ref() }
     }
 }
 

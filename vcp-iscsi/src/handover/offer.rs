@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use iscsi::scsi;
 use serde::{Deserialize, Serialize};
 use vcp_core::poll::PollMode;
+use vcp_core::process::confine::Mode as ConfineMode;
 
 use crate::portal::options::{Credentials, DigestChoice, PathPolicy, Timeouts};
 use crate::portal::probe::{Found, UnitId};
@@ -22,6 +23,8 @@ pub struct Offer {
     pub poll_us: String,
     /// What is logged.
     pub log: Option<String>,
+    /// `--confine`.
+    pub confine: ConfineMode,
     /// The devices, in order.
     pub disks: Vec<DiskOffer>,
 }
@@ -78,6 +81,11 @@ struct UrlOffer {
 }
 
 impl DiskOffer {
+    /// Where its captures go.
+    pub(crate) fn capture_dir(&self) -> Option<PathBuf> {
+        self.options.recorder.as_ref().map(|store| store.dir.clone())
+    }
+
     /// Of a device that is about to be served.
     #[must_use]
     pub fn of(name: &str, socket: PathBuf, queues: u16, engine: &IscsiEngine) -> Self {

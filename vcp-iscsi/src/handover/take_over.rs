@@ -11,13 +11,16 @@ use clap::Args;
 use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
 use vcp_core::handover::taker::Taker;
+use vcp_core::process::confine::Report;
 use vcp_core::process::{Signals, exit_with_parent, set_log_level};
 use vcp_core::vu::{End, ServeOptions};
 
-use super::offer::Offer;
+use super::offer::{DiskOffer, Offer};
 use super::program;
 use crate::blk::BlkDevice;
+use crate::confine::{self, Needs};
 use crate::engine::Engine;
+use crate::notify::Manager;
 use crate::portal::IscsiEngine;
 use crate::serve::{announce, describe};
 
@@ -66,11 +69,19 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
     {
         tracing::warn!(error, "the old process's log filter is not understood");
     }
-    match build(offer) {
-        Ok(Built { devices, options, ready }) => {
+    let manager = Manager::find();
+    let sockets = offer.disks.iter().map(|disk| disk.socket.clone()).chain([args.control.clone()]);
+    let needs = Needs {
+        queues: offer.disks.iter().map(|disk| disk.queues).collect(),
+        sockets: sockets.collect(),
+        captures: offer.disks.iter().filter_map(DiskOffer::capture_dir).collect(),
+    };
+    let confined = confine::confine(offer.confine, needs);
+    match confined.and_then(|report| Ok((build(offer, &report)?, report))) {
+        Ok((Built { devices, options, ready }, report)) => {
             let options = ServeOptions { giving: Some(Giving { program: program(), offer: app }), ..options };
-            let extra = Box::new(serde_json::Map::new);
-            let ready = move || announce(&ready);
+            let extra = confine::status(&report);
+            let ready = move || announce(&ready, &manager);
             Ok(vcp_core::vu::take_over(taker, devices, &options, signals, extra, ready)?)
         }
         Err(error) => {
@@ -105,11 +116,11 @@ struct Built {
     ready: String,
 }
 
-fn build(offer: Offer) -> Result<Built> {
+fn build(offer: Offer, confined: &Report) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let options = ServeOptions { cpu: offer.cpu, poll, ..ServeOptions::default() };
-    let mut ready = "ready:".to_owned();
+    let mut ready = format!("ready: confined={}", confined.summary());
     let mut devices = Vec::new();
     for disk in offer.disks {
         let (name, lun) = (Arc::<str>::from(disk.name.as_str()), disk.lun());

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use vcp_core::handover::giver::Giving;
 use vcp_core::mem::GuestMap;
 use vcp_core::poll::PollMode;
 use vcp_core::process::Signals;
@@ -58,14 +59,17 @@ impl Server {
         let specs = vec![DeviceSpec { name: "disk0".into(), socket, device }];
         let (signals, stop) = Signals::embedded().unwrap();
         let poll = if let Kind::Poll(mode) = kind { mode } else { PollMode::Adaptive };
-        let options = ServeOptions { poll, control: Some(dir.path().join("ctl")), ..ServeOptions::default() };
+        let giving = Giving { program: "test".into(), offer: serde_json::json!({"offered": 1}) };
+        let control_socket = Some(SocketFile::bind(&dir.path().join("ctl")).unwrap());
+        let options =
+            ServeOptions { poll, control: control_socket, giving: Some(giving), ..ServeOptions::default() };
         let (ready, is_ready) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let extra = Box::new(serde_json::Map::new);
             let ready = move || ready.send(()).unwrap();
             match kind {
-                Kind::Poll(_) => vcp_core::vu::serve(specs, &options, &signals, extra, ready).map(drop),
-                Kind::Epoll => vcp_core::epoll::serve(specs, &options, &signals, extra, ready),
+                Kind::Poll(_) => vcp_core::vu::serve(specs, options, &signals, extra, ready).map(drop),
+                Kind::Epoll => vcp_core::epoll::serve(specs, options, &signals, extra, ready),
             }
         });
         is_ready.recv_timeout(DEADLINE).expect("the server gets ready");

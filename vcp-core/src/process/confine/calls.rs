@@ -26,6 +26,9 @@ const ALLOWED: &[i64] = &[
     // Files and descriptors; Landlock says which files.
     libc::SYS_close,
     libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
     libc::SYS_fallocate,
     libc::SYS_fcntl,
     libc::SYS_fdatasync,
@@ -116,6 +119,8 @@ const ALLOWED: &[i64] = &[
 /// Older forms that the C library still uses on this architecture.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_HERE: &[i64] = &[
+    libc::SYS_access,
+    libc::SYS_dup2,
     libc::SYS_epoll_wait,
     libc::SYS_open,
     libc::SYS_poll,

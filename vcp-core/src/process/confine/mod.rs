@@ -19,7 +19,10 @@ mod rights;
 use std::path::PathBuf;
 
 /// What to do where the kernel cannot do everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Everything that this kernel and this user can, and say what could not be done
     #[default]
