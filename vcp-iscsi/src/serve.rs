@@ -69,7 +69,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
     let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(End::Signal) };
-    let mut ready = format!("ready: confined={}", report.summary());
+    let mut ready = "ready:".to_owned();
     let mut offers = Vec::new();
     let devices = plans
         .into_iter()
@@ -100,6 +100,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         giving: Some(Giving { program: program(), offer }),
     };
     let extra = confine::status(&report);
+    ready.push_str(&format!(" confined={}", report.summary()));
     let ready = move || announce(&ready, &manager);
     match args.server {
         ServerKind::Poll => Ok(vcp_core::vu::serve(devices, options, signals, extra, ready)?),

@@ -120,7 +120,7 @@ fn build(offer: Offer, confined: &Report) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let options = ServeOptions { cpu: offer.cpu, poll, ..ServeOptions::default() };
-    let mut ready = format!("ready: confined={}", confined.summary());
+    let mut ready = "ready:".to_owned();
     let mut devices = Vec::new();
     for disk in offer.disks {
         let (name, lun) = (Arc::<str>::from(disk.name.as_str()), disk.lun());
@@ -132,5 +132,6 @@ fn build(offer: Offer, confined: &Report) -> Result<Built> {
         ready.push_str(&describe(&disk.socket, disk.queues, &lun, bytes));
         devices.push((name, device));
     }
+    ready.push_str(&format!(" confined={}", confined.summary()));
     Ok(Built { devices, options, ready })
 }
