@@ -162,6 +162,18 @@ impl Bed {
     }
 }
 
+/// Connects a driver after the one before went. A process that another test starts just then holds that one's socket for a
+/// moment (between fork and exec), and as long as it is open a second front end is refused.
+pub(super) fn next_driver(backend: &Backend) -> Result<Driver> {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        match Driver::connect(backend.socket(), 1) {
+            Err(_) if backend.proc().is_running() && Instant::now() < end => {}
+            result => return result,
+        }
+    }
+}
+
 /// Does something for each case, all at once: for cases that mostly wait.
 pub(super) fn each<T: Sync + std::fmt::Debug>(
     cases: &[T],

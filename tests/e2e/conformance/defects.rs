@@ -3,10 +3,10 @@
 
 use anyhow::ensure;
 use vcp_tests::Result;
-use vcp_tests::front::{Driver, Failure, Op};
+use vcp_tests::front::{Failure, Op};
 use vcp_tests::pattern;
 
-use super::bed::{DEADLINE, FAST, bed, bed_of};
+use super::bed::{DEADLINE, FAST, bed, bed_of, next_driver};
 
 const LEN: usize = 4096;
 
@@ -154,7 +154,7 @@ fn defect_i_front_end_that_goes_with_requests_underway() -> Result<()> {
         // A kick right before the socket closes.
         driver.submit(0, &Op::Flush)?;
         drop(driver);
-        driver = Driver::connect(backend.socket(), 1)?;
+        driver = next_driver(&backend)?;
         ensure!(backend.proc().is_running());
     }
     pattern::check(1, 0, &driver.read(0, LEN)?)?;

@@ -7,11 +7,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, ensure};
-use vcp_tests::front::Driver;
 use vcp_tests::load::Load;
 use vcp_tests::{Result, pattern};
 
-use super::bed::{FAST, bed};
+use super::bed::{FAST, bed, next_driver};
 
 /// Seeds of every run.
 const FEW: (u64, u64) = (1, 40);
@@ -141,7 +140,7 @@ fn holds(seed: u64) -> Result<()> {
     // A new front end finds a device that works.
     let super::bed::Bed { target, backend, driver, .. } = bed;
     drop(driver);
-    let mut driver = Driver::connect(backend.socket(), 1)?;
+    let mut driver = next_driver(&backend)?;
     load.verify_all(&mut driver)?;
     target.judge()
 }
