@@ -164,23 +164,34 @@ fn table(out: &mut impl Write, reports: &[TargetReport]) -> std::io::Result<()> 
     if reports.is_empty() {
         return writeln!(out, "no targets that this initiator may see");
     }
-    for target in reports {
-        writeln!(out, "{}  at {}", target.name, target.portals.join(" "))?;
+    for (at, target) in reports.iter().enumerate() {
+        if at > 0 {
+            writeln!(out)?;
+        }
+        writeln!(out, "{}", target.name)?;
+        for portal in &target.portals {
+            writeln!(out, "  portal {portal}")?;
+        }
+        if target.luns.as_ref().is_some_and(|luns| !luns.is_empty()) {
+            writeln!(out, "  {:<8} {:>10} {:>12}  DEVICE", "LUN", "SIZE", "BLOCK BYTES")?;
+        }
         for unit in target.luns.iter().flatten() {
             match (&unit.error, unit.size_bytes) {
                 (None, Some(bytes)) => writeln!(
                     out,
-                    "  LUN {:<5} {:>10}  {:>5} B blocks  {}",
+                    "  LUN {:<4} {:>10} {:>12}  {}",
                     unit.lun,
                     human_bytes(bytes),
                     unit.block_bytes.unwrap_or_default(),
                     unit.product.as_deref().unwrap_or_default()
                 )?,
-                (why, _) => writeln!(out, "  LUN {:<5} {}", unit.lun, why.as_deref().unwrap_or("unknown"))?,
+                (why, _) => writeln!(out, "  LUN {:<4} {}", unit.lun, why.as_deref().unwrap_or("unknown"))?,
             }
         }
         if let Some(error) = &target.error {
             writeln!(out, "  LUNs unknown: {error}")?;
+        } else if target.luns.as_ref().is_some_and(Vec::is_empty) {
+            writeln!(out, "  no LUN that this initiator may see")?;
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! `vcp-iscsi info`: what a logical unit is and what the session with it agreed on.
 
+use std::fmt;
 use std::io::Write;
 
 use anyhow::Context;
@@ -109,91 +110,122 @@ fn describe_access(access: Access) -> String {
     format!("{}{group}{}", access.state, if access.preferred { ", preferred" } else { "" })
 }
 
+/// The parameters of a session in words, as `serve` says them once.
+impl fmt::Display for Negotiated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digest = |on: bool| if on { "CRC32C" } else { "none" };
+        let size = |bytes: u32| human_bytes(bytes.into());
+        write!(f, "portal {}", self.portal)?;
+        if let Some(group) = self.portal_group_tag {
+            write!(f, " (group {group})")?;
+        }
+        write!(
+            f,
+            ", isid {}, tsih {}, authentication {}, HeaderDigest {}, DataDigest {}, InitialR2T {}, ImmediateData {}, \
+             MaxOutstandingR2T {}, MaxBurstLength {}, FirstBurstLength {}, MaxRecvDataSegmentLength {} (target's {}), \
+             ErrorRecoveryLevel {}, {} commands at once",
+            self.isid,
+            self.tsih,
+            self.chap.as_ref().map_or_else(|| "none".to_owned(), |algorithm| format!("CHAP ({algorithm})")),
+            digest(self.header_digest),
+            digest(self.data_digest),
+            yes(self.initial_r2t),
+            yes(self.immediate_data),
+            self.max_outstanding_r2t,
+            size(self.max_burst_bytes),
+            size(self.first_burst_bytes),
+            size(self.max_receive_bytes),
+            size(self.max_send_bytes),
+            self.error_recovery_level,
+            self.command_window,
+        )
+    }
+}
+
+fn yes(is: bool) -> &'static str {
+    if is { "yes" } else { "no" }
+}
+
+/// A number of blocks, and what that is in bytes.
+fn blocks(lun: &Lun, n: u32) -> String {
+    match n {
+        0 => "-".to_owned(),
+        u32::MAX => "any".to_owned(),
+        n => format!("{n} blocks ({})", human_bytes(u64::from(n) * u64::from(lun.block_bytes))),
+    }
+}
+
 fn table(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
-    let (lun, session) = (&report.lun, &report.session);
-    let yes = |b: bool| if b { "yes" } else { "no" };
-    let blocks = |n: u32| if n == 0 { "-".to_owned() } else { format!("{n} blocks") };
-    let rows = [
-        ("url", report.url.clone()),
+    writeln!(out, "{}", report.url)?;
+    section(out, "unit", &unit_rows(report))?;
+    section(out, "limits", &limit_rows(&report.lun))?;
+    section(out, "session", &session_rows(&report.session))
+}
+
+fn section(out: &mut impl Write, title: &str, rows: &[(&str, String)]) -> std::io::Result<()> {
+    writeln!(out, "\n{title}")?;
+    rows.iter().try_for_each(|(name, value)| writeln!(out, "  {name:<22} {value}"))
+}
+
+fn unit_rows(report: &Report) -> Vec<(&'static str, String)> {
+    let lun = &report.lun;
+    let ids = if report.unit_ids.is_empty() { "-".to_owned() } else { report.unit_ids.join(", ") };
+    let rotation = match report.rotation_rate {
+        None => "not told".to_owned(),
+        Some(1) => "solid state".to_owned(),
+        Some(rpm) => format!("{rpm} rpm"),
+    };
+    vec![
         ("size", format!("{} ({} bytes)", human_bytes(report.size_bytes), report.size_bytes)),
-        (
-            "blocks",
-            format!(
-                "{} of {} bytes, physical {} bytes",
-                lun.blocks, lun.block_bytes, report.physical_block_bytes
-            ),
-        ),
+        ("logical blocks", format!("{} of {} bytes", lun.blocks, lun.block_bytes)),
+        ("physical blocks", format!("{} bytes", report.physical_block_bytes)),
         ("device", format!("{} {} {}", lun.vendor, lun.product, lun.revision)),
         ("serial", lun.serial.clone()),
-        ("unit id", if report.unit_ids.is_empty() { "-".to_owned() } else { report.unit_ids.join(", ") }),
+        ("unit id", ids),
+        ("LUN address", report.lun_address.clone()),
         ("access", report.access.map_or_else(|| "one way for all".to_owned(), describe_access)),
         ("read-only", yes(lun.read_only).to_owned()),
-        ("write cache", format!("{}, FUA {}", if lun.write_cache { "on" } else { "off" }, yes(lun.fua))),
-        (
-            "provisioning",
-            format!("{}, unmapped reads as zeroes: {}", report.provisioning, yes(report.unmapped_reads_zero)),
-        ),
-        (
-            "transfer",
-            format!(
-                "max {}, optimal {}, granularity {}",
-                blocks(lun.max_transfer_blocks),
-                blocks(lun.opt_transfer_blocks),
-                blocks(lun.min_transfer_blocks)
-            ),
-        ),
-        (
-            "discard",
-            format!(
-                "max {}, granularity {}, alignment {}",
-                blocks(lun.max_discard_blocks),
-                blocks(lun.discard_granularity),
-                lun.discard_alignment
-            ),
-        ),
-        (
-            "write zeroes",
-            format!(
-                "max {}, may unmap: {}",
-                blocks(lun.max_write_zeroes_blocks),
-                yes(lun.write_zeroes_may_unmap)
-            ),
-        ),
+        ("write cache", if lun.write_cache { "on" } else { "off" }.to_owned()),
+        ("force unit access", yes(lun.fua).to_owned()),
+        ("provisioning", report.provisioning.to_owned()),
+        ("unmapped reads zeroes", yes(report.unmapped_reads_zero).to_owned()),
+        ("medium", rotation),
+    ]
+}
+
+fn limit_rows(lun: &Lun) -> Vec<(&'static str, String)> {
+    vec![
+        ("transfer", blocks(lun, lun.max_transfer_blocks)),
+        ("optimal transfer", blocks(lun, lun.opt_transfer_blocks)),
+        ("transfer granularity", blocks(lun, lun.min_transfer_blocks)),
+        ("discard", blocks(lun, lun.max_discard_blocks)),
+        ("discard granularity", blocks(lun, lun.discard_granularity)),
+        ("discard alignment", blocks(lun, lun.discard_alignment)),
+        ("write zeroes", blocks(lun, lun.max_write_zeroes_blocks)),
+        ("write zeroes unmaps", yes(lun.write_zeroes_may_unmap).to_owned()),
+    ]
+}
+
+fn session_rows(session: &Negotiated) -> Vec<(&'static str, String)> {
+    let digest = |on: bool| if on { "CRC32C" } else { "none" }.to_owned();
+    let size = |bytes: u32| human_bytes(bytes.into());
+    let dash = || "-".to_owned();
+    vec![
         ("portal", session.portal.clone()),
-        (
-            "session",
-            format!(
-                "isid {} tsih {} portal group {}, {} commands at once",
-                session.isid,
-                session.tsih,
-                session.portal_group_tag.map_or_else(|| "-".to_owned(), |t| t.to_string()),
-                session.command_window
-            ),
-        ),
+        ("portal group", session.portal_group_tag.map_or_else(dash, |tag| tag.to_string())),
+        ("target alias", session.target_alias.clone().unwrap_or_else(dash)),
+        ("ISID, TSIH", format!("{}, {}", session.isid, session.tsih)),
         ("authentication", session.chap.clone().map_or_else(|| "none".to_owned(), |a| format!("CHAP, {a}"))),
-        ("digests", format!("header {}, data {}", yes(session.header_digest), yes(session.data_digest))),
-        (
-            "data",
-            format!(
-                "receive {}, send {}, burst {}, first burst {}",
-                human_bytes(session.max_receive_bytes.into()),
-                human_bytes(session.max_send_bytes.into()),
-                human_bytes(session.max_burst_bytes.into()),
-                human_bytes(session.first_burst_bytes.into())
-            ),
-        ),
-        (
-            "writes",
-            format!(
-                "InitialR2T {}, ImmediateData {}, {} R2Ts at once",
-                yes(session.initial_r2t),
-                yes(session.immediate_data),
-                session.max_outstanding_r2t
-            ),
-        ),
-    ];
-    for (name, value) in rows {
-        writeln!(out, "{name:<15} {value}")?;
-    }
-    Ok(())
+        ("HeaderDigest", digest(session.header_digest)),
+        ("DataDigest", digest(session.data_digest)),
+        ("InitialR2T", yes(session.initial_r2t).to_owned()),
+        ("ImmediateData", yes(session.immediate_data).to_owned()),
+        ("MaxOutstandingR2T", session.max_outstanding_r2t.to_string()),
+        ("MaxBurstLength", size(session.max_burst_bytes)),
+        ("FirstBurstLength", size(session.first_burst_bytes)),
+        ("receive data segment", size(session.max_receive_bytes)),
+        ("send data segment", size(session.max_send_bytes)),
+        ("ErrorRecoveryLevel", session.error_recovery_level.to_string()),
+        ("commands at once", session.command_window.to_string()),
+    ]
 }

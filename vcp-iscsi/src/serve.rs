@@ -23,6 +23,7 @@ use crate::handover::offer::{DiskOffer, Offer, poll_us};
 use crate::handover::program;
 use crate::limit::Limits;
 use crate::notify::Manager;
+use crate::portal::login::Negotiated;
 use crate::portal::{IscsiEngine, Options};
 use crate::recorder::StoreOptions;
 use crate::url::Url;
@@ -84,6 +85,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
             let device = BlkDevice::new(engine, plan.queues).limited(plan.limits, Instant::now());
             let bytes = engine_bytes + device.memory_bound_bytes();
             ready.push_str(&describe(path, plan.queues, &lun, bytes));
+            session_line(&name, &plan.options.url, device.engine().negotiated());
             DeviceSpec { name: Arc::from(name), socket: plan.socket, device }
         })
         .collect();
@@ -109,6 +111,11 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
             Ok(End::Signal)
         }
     }
+}
+
+/// Says once what was negotiated with the target, on a line of its own before the one that says `ready`.
+fn session_line(device: &str, url: &Url, session: &Negotiated) {
+    let _ = writeln!(std::io::stdout(), "session: {device} {url}: {session}");
 }
 
 /// Says that front ends can connect.

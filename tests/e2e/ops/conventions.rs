@@ -167,3 +167,40 @@ fn the_unit_template_is_valid() -> Result<()> {
     ensure!(out.status.success() && ours.is_empty(), "{}: {}", out.status, out.stderr);
     Ok(())
 }
+
+/// What was negotiated is told once, before the line that says `ready`.
+#[test]
+fn the_negotiated_parameters_are_told_once() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(1 << 20).digests(true))?;
+    let dir = tempfile::tempdir()?;
+    let proc = vcp_tests::backend::serve(&dir.path().join("s"))?
+        .args(["--header-digest", "crc32c", &target.url(0)])
+        .spawn()?;
+    proc.wait_line(Stream::Out, "ready:", START)?;
+    let text = proc.stream(Stream::Out);
+    let lines: Vec<&str> = text.lines().collect();
+    ensure!(lines.len() == 2 && lines[1].starts_with("ready: "), "{text}");
+    let wanted = [
+        "session: disk0 ",
+        target.iqn(),
+        &target.portal().to_string(),
+        "HeaderDigest CRC32C",
+        "DataDigest none",
+        "InitialR2T",
+        "MaxBurstLength",
+        "commands at once",
+    ];
+    for word in wanted {
+        ensure!(lines[0].contains(word), "no {word:?} in {}", lines[0]);
+    }
+    Ok(())
+}
+
+/// Errors about a unit name portal, target and LUN.
+#[test]
+fn a_missing_lun_is_named_with_its_portal() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(1 << 20))?;
+    let portal = target.portal().to_string();
+    let out = vcp_iscsi(["info", &format!("iscsi://{portal}/{}/9", target.iqn())])?.run(COMMAND)?;
+    one_error(&out, 1, &[target.iqn(), &portal, "no LUN 9", "it has 0"])
+}

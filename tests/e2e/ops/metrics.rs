@@ -74,8 +74,10 @@ fn violations_retries_and_lost_sessions_are_told_by_name() -> Result<()> {
         driver.read(0, 4096)?;
     }
     target.now("reset")?;
+    let page = server.page_that("a new session", |page| {
+        page.disk("vcp_iscsi_reconnects_total", "").is_ok_and(|count| count >= 1.0)
+    })?;
     driver.read(0, 4096)?;
-    let page = server.page()?;
     ensure!(page.disk("vcp_iscsi_violations_total", "violation=\"data_sn_gap\"")? >= 1.0);
     ensure!(page.disk("vcp_iscsi_retries_total", "cause=\"unit_attention\"")? >= 1.0);
     ensure!(page.disk("vcp_iscsi_sessions_lost_total", "")? >= 1.0);

@@ -87,7 +87,7 @@ impl Server {
             if holds(&page) {
                 return Ok(page);
             }
-            ensure!(Instant::now() < end, "{what} does not become true: {:?}", page.series);
+            ensure!(Instant::now() < end, "{what} does not become true: {}", self.proc.tail());
             std::thread::yield_now();
         }
     }

@@ -234,6 +234,7 @@ impl Client {
             }
         };
         let no_lun = |client: &Self| PortalError::NoLun {
+            portal: client.portal.clone(),
             target: client.target(),
             lun: lun.to_string(),
             there: list.as_deref().map_or_else(|_| "it does not list its LUNs".to_owned(), describe_luns),
@@ -242,9 +243,12 @@ impl Client {
         match self.probe(address)? {
             Ok(found) => Ok((address, found)),
             Err(ProbeError::NoLun) => Err(no_lun(self)),
-            Err(source) => {
-                Err(PortalError::Probe { target: self.target(), lun: address.to_string(), source })
-            }
+            Err(source) => Err(PortalError::Probe {
+                portal: self.portal.clone(),
+                target: self.target(),
+                lun: address.to_string(),
+                source,
+            }),
         }
     }
 

@@ -84,8 +84,10 @@ pub enum PortalError {
         timeout: Duration,
     },
     /// The target has no such logical unit.
-    #[error("target {target} has no LUN {lun} ({there})")]
+    #[error("target {target} at {portal} has no LUN {lun} ({there})")]
     NoLun {
+        /// The portal.
+        portal: String,
         /// The target.
         target: String,
         /// The LUN asked for.
@@ -94,8 +96,10 @@ pub enum PortalError {
         there: String,
     },
     /// The unit cannot be used.
-    #[error("LUN {lun} of {target} cannot be used")]
+    #[error("LUN {lun} of {target} at {portal} cannot be used")]
     Probe {
+        /// The portal.
+        portal: String,
         /// The target.
         target: String,
         /// The LUN.

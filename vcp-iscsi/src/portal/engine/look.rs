@@ -68,6 +68,7 @@ impl IscsiEngine {
     fn probe_error(&self, index: usize, source: ProbeError) -> PortalError {
         let path = &self.paths[index];
         PortalError::Probe {
+            portal: path.options.url.portal.to_string(),
             target: path.options.url.target.clone().unwrap_or_default(),
             lun: path.lun.to_string(),
             source,
