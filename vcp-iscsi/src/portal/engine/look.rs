@@ -197,8 +197,7 @@ impl IscsiEngine {
     pub(super) fn look_again(&mut self, now: Instant) {
         for index in 0..self.paths.len() {
             let path = &mut self.paths[index];
-            if matches!(path.phase, Phase::Up) && path.look.is_none() && !path.sizing && self.reset.is_none()
-            {
+            if path.may_look() && self.reset.is_none() {
                 if path.rescan {
                     self.start_look(index, now);
                 } else if path.check_at.is_some_and(|at| at <= now) {
@@ -248,7 +247,8 @@ impl IscsiEngine {
             .iter()
             .filter(|path| path.wire.is_some())
             .flat_map(|path| {
-                let check = path.check_at.filter(|_| path.look.is_none() && matches!(path.phase, Phase::Up));
+                // What cannot be done yet is no reason to wake up: the end of what is in its way is.
+                let check = path.check_at.filter(|_| path.may_look() && self.reset.is_none());
                 [path.look.as_ref().and_then(|look| look.later), check]
             })
             .flatten()
@@ -257,6 +257,11 @@ impl IscsiEngine {
 }
 
 impl super::Path {
+    /// Whether its own command slot is free for a look.
+    fn may_look(&self) -> bool {
+        matches!(self.phase, Phase::Up) && self.look.is_none() && !self.sizing
+    }
+
     /// How long to wait before the state of a closed path is read again.
     fn closed_pause(&mut self, others: bool) -> Duration {
         let longest = if others { ACCESS_CHECK } else { ACCESS_CHECK_MAX };
