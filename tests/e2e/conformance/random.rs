@@ -70,6 +70,11 @@ fn field(random: &mut Random, event: &str) -> String {
     }
 }
 
+/// Whether the session of a seed has digests.
+fn digests(seed: u64) -> bool {
+    seed.is_multiple_of(3)
+}
+
 fn script(seed: u64) -> String {
     let mut random = Random(pattern::mix(seed ^ 0x5eed));
     let event = random.of(&["read", "read", "write", "write", "sync", "ping"]);
@@ -82,6 +87,7 @@ fn script(seed: u64) -> String {
     let is_io = matches!(event, "read" | "write");
     let action = match random.below(12) {
         0 => format!("{} {}", random.of(&["drop", "repeat", "swap"]), random.of(pdus)),
+        1 if digests(seed) => format!("{} {}", random.of(&["spoil-header", "spoil-data"]), random.of(pdus)),
         1 if event == "read" => format!("cut {} {}", random.of(&["data0", "data2"]), 4 + random.below(600)),
         2 if event == "read" => format!("{} {}", random.of(&["short", "missing"]), 1 + random.below(4096)),
         3 if is_io => format!("response {}", 1 + random.below(255)),
@@ -128,7 +134,8 @@ fn holds(seed: u64) -> Result<()> {
     let options: String =
         script.lines().filter(|l| l.contains("option")).map(|l| l.to_owned() + "\n").collect();
     let rule = script.lines().last().unwrap_or_default();
-    let mut bed = bed(&options, FAST)?;
+    let with_digests = [FAST, &["--header-digest", "crc32c", "--data-digest", "crc32c"]].concat();
+    let mut bed = bed(&options, if digests(seed) { &with_digests } else { FAST })?;
     bed.target.script(rule)?;
     let mut load = Load::new(seed, 64);
     load.run(&mut bed.driver, 0, 8, 200, |_| Ok(())).with_context(|| bed.story())?;
