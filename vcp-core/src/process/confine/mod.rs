@@ -112,6 +112,8 @@ impl Confinement {
             report.missing.push("everything: turned off".into());
             return Ok(report);
         }
+        // What rustix reads from the kernel once, at its first use: it panics if that is refused then.
+        let _ = rustix::param::page_size();
         limits::apply(self, &mut report);
         rights::apply(&mut report);
         files::apply(self, &mut report);
