@@ -23,7 +23,7 @@ use crate::support::vcp;
 /// How long one step may take: a start, a recovery, an end.
 const STEP: Duration = Duration::from_secs(60);
 /// How long the helper VM may take, everything emulated.
-const HELPER: Duration = Duration::from_secs(180);
+const HELPER: Duration = Duration::from_secs(280);
 /// What the guest does until it is told to stop.
 const CHURN: &str = "job=churn secs=3600 region=8M qd=32 timeout=60";
 /// Kills without being asked for more.
@@ -300,9 +300,11 @@ value SIZES $(cat /sys/block/vda/size /sys/block/vdb/size)
 # VIRTIO_F_RING_PACKED is bit 34; the string has bit 0 first.
 value PACKED $(cut -c35 /sys/block/vda/device/features)$(cut -c35 /sys/block/vdb/device/features)
 verify() {
-    fio --name=$1 --size=4M --rw=randwrite --bs=4k --ioengine=psync --fsync=64 --time_based --runtime=25 \
+    fio --name=$1 --size=4M --rw=randwrite --bs=4k --ioengine=psync --fsync=64 --time_based --runtime=15 \
         --verify=crc32c --verify_backlog=32 --verify_fatal=1 --minimal "$2" >/tmp/$1.log 2>&1
 }
+# Shows a guest that stands still for what it is: in flight, and done so far.
+( while sleep 10; do echo "vda $(cat /sys/block/vda/inflight /sys/block/vda/stat) vdb $(cat /sys/block/vdb/inflight /sys/block/vdb/stat)"; done ) &
 verify root --directory=/root &
 root=$!
 value LOAD started
@@ -343,7 +345,7 @@ read line <&3 || { cat /tmp/target.log; exit 1; }
   done ) 2>/dev/null &
 killer=$!
 url=iscsi://127.0.0.1:3260/iqn.2026-01.test.vcp:root
-timeout 110 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2     --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
+timeout 230 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2     --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
 status=$?
 kill $killer 2>/dev/null
 value RUN $status
