@@ -27,10 +27,10 @@ const METRICS: &[Metric] = &[
 
 const OURS: [&str; 2] = ["vcp-iscsi", "vcp-iscsi poll=0"];
 const KERNEL: &str = "kernel iscsi_tcp";
-/// Jiffies of `/proc/stat`.
-const TICK_US: f64 = 10_000.0;
+/// Microseconds in a second of one busy CPU.
+const SECOND_US: f64 = 1e6;
 
-/// What every run of the job prints: `BENCH contender|case|ticks|JSON of the load`.
+/// What every run of the job prints: `BENCH contender|case|busy/elapsed|JSON of the load`.
 const JOB: &str = r#"
 set -e
 ip link set lo up
@@ -39,27 +39,35 @@ T=iqn.2026-11.vcp:bench
 ready() { for i in $(seq 300); do grep -q '^ready:' $1 && return; sleep 0.1; done; cat $1; exit 1; }
 ready /tmp/target
 /bench/vcp-iscsi serve --socket-path /tmp/a.sock iscsi://127.0.0.1:3260/$T/1 >/tmp/a 2>&1 &
-A=$!
 /bench/vcp-iscsi serve --poll-us 0 --socket-path /tmp/b.sock iscsi://127.0.0.1:3260/$T/2 >/tmp/b 2>&1 &
-B=$!
 ready /tmp/a
 ready /tmp/b
 iscsistart -i iqn.2026-11.vcp:kernel -t $T -g 1 -a 127.0.0.1 -p 3260
 for i in $(seq 100); do [ -b /dev/sda ] && break; sleep 0.1; done
 [ -b /dev/sda ]
 echo none > /sys/block/sda/queue/scheduler
+# Hundredths of a second: since the start, and of them busy ones of both CPUs.
+clock() { awk '{printf "%d", $1 * 100}' /proc/uptime; }
 busy() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
 # load CONTENDER RW BS DEPTH SECS
 load() {
-  before=$(busy)
   case "$1" in
-    vcp-iscsi) /bench/vcp bench blk --json --socket /tmp/a.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $A >/tmp/out ;;
-    "vcp-iscsi poll=0") /bench/vcp bench blk --json --socket /tmp/b.sock --rw $2 --bs $3 --qd $4 --secs $5 --pid $B >/tmp/out ;;
+    vcp-iscsi) /bench/vcp bench blk --json --socket /tmp/a.sock --rw $2 --bs $3 --qd $4 --secs $5 >/tmp/out ;;
+    "vcp-iscsi poll=0") /bench/vcp bench blk --json --socket /tmp/b.sock --rw $2 --bs $3 --qd $4 --secs $5 >/tmp/out ;;
     *) fio --name=load --filename=/dev/sda --direct=1 --ioengine=libaio --rw=$2 --bs=$3 --iodepth=$4 --runtime=$5 \
          --time_based --norandommap --output-format=json --output=/tmp/out >/dev/null ;;
   esac
-  after=$(busy)
-  [ -z "$6" ] || echo "BENCH $1|$2 $3 $4|$((after - before))|$(tr -d '\n' </tmp/out)"
+}
+# measure CONTENDER RW BS DEPTH SECS: CPU time from the middle of the load, for fio takes seconds to start in here
+measure() {
+  load "$1" $2 $3 $4 $(($5 + 5)) &
+  pid=$!
+  sleep 4
+  b=$(busy); c=$(clock)
+  sleep $5
+  b=$(($(busy) - b)); c=$(($(clock) - c))
+  wait $pid
+  echo "BENCH $1|$2 $3 $4|$b/$c|$(tr -d '\n' </tmp/out)"
 }
 for who in vcp-iscsi "vcp-iscsi poll=0" kernel; do load "$who" write 128k 8 2; done
 "#;
@@ -73,12 +81,12 @@ pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     for _ in 0..rounds {
         for (rw, bs, depth) in CASES {
             for who in [OURS[0], OURS[1], KERNEL] {
-                job.push_str(&format!("load '{who}' {rw} {bs} {depth} {secs} measured\n"));
+                job.push_str(&format!("measure '{who}' {rw} {bs} {depth} {secs}\n"));
             }
         }
     }
     let runs = u64::from(rounds) * CASES.len() as u64 * 3;
-    let mut vm = HelperVm::new().deadline(Duration::from_secs(300 + runs * u64::from(secs + 3)));
+    let mut vm = HelperVm::new().deadline(Duration::from_secs(300 + runs * u64::from(secs + 12)));
     for program in ["iscsi-target", "vcp-iscsi", "vcp"] {
         // Not where they lie: /tmp is empty in there.
         vm = vm.program_at(&bin.join(program), &format!("/bench/{program}"))?;
@@ -134,18 +142,19 @@ pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
 /// IOPS, p50 and CPU per I/O of a line of the job.
 fn figures(line: &str) -> Option<[f64; 3]> {
     let mut fields = line.splitn(4, '|').skip(2);
-    let ticks: f64 = fields.next()?.parse().ok()?;
+    let (busy, elapsed) = fields.next()?.split_once('/')?;
+    let cpus = busy.parse::<f64>().ok()? / elapsed.parse::<f64>().ok()?;
     let load: Value = serde_json::from_str(fields.next()?).ok()?;
-    let (iops, p50, ios) = match load.get("jobs") {
-        None => (load["iops"].as_f64()?, load["latency_us"]["p50"].as_f64()?, load["ios"].as_f64()?),
+    let (iops, p50) = match load.get("jobs") {
+        None => (load["iops"].as_f64()?, load["latency_us"]["p50"].as_f64()?),
         Some(jobs) => {
             let kinds = [&jobs[0]["read"], &jobs[0]["write"]];
             let kind = kinds.into_iter().find(|kind| kind["total_ios"].as_u64() > Some(0))?;
             let p50_ns = kind["clat_ns"]["percentile"]["50.000000"].as_f64()?;
-            (kind["iops"].as_f64()?, p50_ns / 1000.0, kind["total_ios"].as_f64()?)
+            (kind["iops"].as_f64()?, p50_ns / 1000.0)
         }
     };
-    Some([iops, p50, ticks * TICK_US / ios.max(1.0)])
+    Some([iops, p50, cpus * SECOND_US / iops.max(1.0)])
 }
 
 #[cfg(test)]
@@ -154,10 +163,10 @@ mod tests {
 
     #[test]
     fn both_loads_are_understood() {
-        let ours = r#"vcp-iscsi|randread 4k 1|50|{"ios":1000,"iops":500.0,"latency_us":{"p50":12.5}}"#;
+        let ours = r#"vcp-iscsi|randread 4k 1|50/200|{"iops":500.0,"latency_us":{"p50":12.5}}"#;
         assert_eq!(figures(ours), Some([500.0, 12.5, 500.0]));
-        let fio = r#"kernel iscsi_tcp|write 128k 8|20|{"jobs":[{"read":{"total_ios":0},"write":{"total_ios":100,"iops":50.0,"clat_ns":{"percentile":{"50.000000":9000}}}}]}"#;
+        let fio = r#"kernel iscsi_tcp|write 128k 8|20/200|{"jobs":[{"read":{"total_ios":0},"write":{"total_ios":100,"iops":50.0,"clat_ns":{"percentile":{"50.000000":9000}}}}]}"#;
         assert_eq!(figures(fio), Some([50.0, 9.0, 2000.0]));
-        assert_eq!(figures("vcp-iscsi|x|1|{}"), None);
+        assert_eq!(figures("vcp-iscsi|x|1/2|{}"), None);
     }
 }
