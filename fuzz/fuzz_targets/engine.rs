@@ -1,0 +1,101 @@
+//! The whole engine under the block device model, against the model target of the simulation: every choice that a seed
+//! makes there - unit, load, timing, faults, lies - is made by the input here, so coverage leads the search.
+//!
+//! Holds: what the simulation's oracle checks (the disk as the guest knows it is the disk; every request is answered once,
+//! in bounded time; no lie passes for success; nothing is written to guest memory after the answer).
+#![no_main]
+#![allow(dead_code, unreachable_pub)] // The simulation's modules, as they are.
+
+use std::collections::BTreeSet;
+
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../vcp-iscsi/tests/sim/content.rs"]
+mod content;
+#[path = "../../vcp-iscsi/tests/sim/faults.rs"]
+mod faults;
+#[path = "../../vcp-iscsi/tests/sim/guest.rs"]
+mod guest;
+#[path = "../../vcp-iscsi/tests/sim/net.rs"]
+mod net;
+#[path = "../../vcp-iscsi/tests/sim/oracle.rs"]
+mod oracle;
+#[path = "../../vcp-iscsi/tests/sim/peer/mod.rs"]
+mod peer;
+#[path = "../../vcp-iscsi/tests/sim/scenario.rs"]
+mod scenario;
+#[path = "../../vcp-iscsi/tests/sim/trace.rs"]
+mod trace;
+#[path = "../../vcp-iscsi/tests/sim/world.rs"]
+mod world;
+
+/// In place of the simulation's generator: the same calls, answered from the input.
+mod rng {
+    use std::cell::RefCell;
+
+    thread_local! {
+        /// The input, and how much of it was used.
+        static INPUT: RefCell<(Vec<u8>, usize)> = const { RefCell::new((Vec::new(), 0)) };
+    }
+
+    pub fn input(bytes: &[u8]) {
+        INPUT.set((bytes.to_vec(), 0));
+    }
+
+    pub fn mix(mut x: u64) -> u64 {
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ x >> 31
+    }
+
+    /// Takes from the input while there is some, then goes on by itself.
+    #[derive(Clone, Debug)]
+    pub struct Rng(u64);
+
+    impl Rng {
+        pub fn new(seed: u64, stream: u64) -> Self {
+            Self(mix(seed ^ mix(stream + 1)))
+        }
+
+        pub fn next(&mut self) -> u64 {
+            let given = INPUT.with_borrow_mut(|(bytes, at)| {
+                let pair = bytes.get(*at..*at + 2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]));
+                *at += 2;
+                pair
+            });
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            // The upper bits decide ranges and chances.
+            given.map_or_else(|| mix(self.0), |pair| u64::from(pair) << 48 | mix(self.0) >> 16)
+        }
+
+        pub fn below(&mut self, end: u64) -> u64 {
+            if end == 0 { 0 } else { (u128::from(self.next()) * u128::from(end) >> 64) as u64 }
+        }
+
+        pub fn range(&mut self, low: u64, high: u64) -> u64 {
+            low + self.below(high - low + 1)
+        }
+
+        pub fn permille(&mut self, n: u64) -> bool {
+            self.below(1000) < n
+        }
+
+        pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+            from[self.below(from.len() as u64) as usize]
+        }
+
+        pub fn spread(&mut self, low: u64, high: u64) -> u64 {
+            let (low_log, high_log) = ((low.max(1) as f64).ln(), (high.max(1) as f64).ln());
+            let unit = self.below(1 << 32) as f64 / (1u64 << 32) as f64;
+            ((low_log + (high_log - low_log) * unit).exp() as u64).clamp(low, high)
+        }
+    }
+}
+
+fuzz_target!(|data: &[u8]| {
+    rng::input(data);
+    let scenario = scenario::Scenario::of(0);
+    if let Err(failure) = world::World::new(scenario, &BTreeSet::new(), false).run() {
+        panic!("at {:.6} ms: {}", failure.at_ns as f64 / 1e6, failure.what);
+    }
+});
