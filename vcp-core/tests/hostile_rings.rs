@@ -7,7 +7,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use support::{Desc, DriverRing, INDIRECT, NEXT, WRITE};
 use vcp_core::mem::GuestMap;
-use vcp_core::queue::{Chain, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS, RingError, SplitQueue, SplitStart, VirtQueue};
+use vcp_core::queue::{
+    Chain, MAX_CHAIN_BYTES, MAX_CHAIN_DESCRIPTORS, RingError, SplitQueue, SplitStart, VirtQueue,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY_BYTES: usize = 1 << 20;

@@ -228,7 +228,9 @@ impl RingSet {
         let (mut ring, logged) = match kept {
             // Only the ring itself knows what a packed one had in flight.
             Some((at, Ring::Packed(ring)))
-                if at == position && start.log.is_none() && ring.is_like(start.at, start.event_idx, start.indirect) =>
+                if at == position
+                    && start.log.is_none()
+                    && ring.is_like(start.at, start.event_idx, start.indirect) =>
             {
                 ring.check(&self.map).map_err(failed)?;
                 (Ring::Packed(ring), None)

@@ -185,8 +185,9 @@ impl LogArea {
         if !sealed {
             return Err(LogError::NotSealed);
         }
-        // Only what the queues need: a huge area costs the front end, not us.
-        let map = MmapRegion::from_file(FileOffset::new(file, spec.offset), need_bytes as usize)
+        // What the queues may need, as the features can still change; a huge area costs the front end, not us.
+        let map_bytes = spec.len_bytes.min(LogFormat::Packed.area_bytes(spec.queues, spec.queue_size));
+        let map = MmapRegion::from_file(FileOffset::new(file, spec.offset), map_bytes as usize)
             .map_err(|error| LogError::System { what: "map", error: error.to_string() })?;
         Ok(Self { map, spec })
     }

@@ -211,6 +211,18 @@ fn a_packed_ring_refuses_an_area_that_has_room_for_split_ones_only() {
     assert!(matches!(driver.start(driver.base(), Some(&log)), Err(RingError::Log(LogError::Size { .. }))));
 }
 
+#[test]
+fn an_area_that_came_before_the_features_serves_either_format() {
+    let (spec, file) = LogArea::create(2, SIZE, LogFormat::Packed).unwrap();
+    let log = Arc::new(LogArea::map(spec, file, LogFormat::Split).unwrap());
+    for is_packed in [true, false] {
+        let driver = Driver::new(&memory(), is_packed);
+        log.forget(LogFormat::Packed);
+        log.forget(LogFormat::Split);
+        driver.start(driver.base(), Some(&log)).unwrap();
+    }
+}
+
 /// A ring with some requests in flight and its log, in which these bytes are then overwritten.
 fn survives(is_packed: bool, requests: &[usize], junk: &[(usize, u8)]) {
     let mut driver = Driver::new(&memory(), is_packed);
