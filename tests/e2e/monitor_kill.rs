@@ -304,7 +304,7 @@ verify() {
         --verify=crc32c --verify_backlog=32 --verify_fatal=1 --minimal "$2" >/tmp/$1.log 2>&1
 }
 # Shows a guest that stands still for what it is: in flight, and done so far.
-( while sleep 10; do echo "vda $(cat /sys/block/vda/inflight /sys/block/vda/stat) vdb $(cat /sys/block/vdb/inflight /sys/block/vdb/stat)"; done ) &
+( while sleep 10; do for d in vda vdb; do echo $d $(cat /sys/block/$d/inflight /sys/block/$d/stat); done; done ) &
 verify root --directory=/root &
 root=$!
 value LOAD started
@@ -326,7 +326,8 @@ value ERRORS $(dmesg | grep -ciE 'i/o error|ext4-fs error|vd[ab].*error')
 const HELPER_JOB: &str = r#"
 value() { name=$1; shift; echo "@$name=$*"; }
 mkfifo /tmp/ready
-iscsi-target serve --listen 127.0.0.1:3260 --target iqn.2026-01.test.vcp:root --lun file:/dev/vda --lun mem:16M     >/tmp/ready 2>/tmp/target.log &
+iscsi-target serve --listen 127.0.0.1:3260 --target iqn.2026-01.test.vcp:root --lun file:/dev/vda --lun mem:16M \
+    >/tmp/ready 2>/tmp/target.log &
 target=$!
 exec 3</tmp/ready
 read line <&3 || { cat /tmp/target.log; exit 1; }
@@ -345,7 +346,9 @@ read line <&3 || { cat /tmp/target.log; exit 1; }
   done ) 2>/dev/null &
 killer=$!
 url=iscsi://127.0.0.1:3260/iqn.2026-01.test.vcp:root
-timeout 230 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2     --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
+timeout 230 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd \
+    --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2 \
+    --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
 status=$?
 kill $killer 2>/dev/null
 value RUN $status
