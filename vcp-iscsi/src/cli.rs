@@ -42,6 +42,7 @@ pub struct Cli {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // There is one of it in a process.
 pub enum Command {
     /// Serve logical units as vhost-user-blk devices
     Serve(ServeArgs),

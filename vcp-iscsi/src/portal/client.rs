@@ -247,7 +247,7 @@ impl Client {
                 portal: self.portal.clone(),
                 target: self.target(),
                 lun: address.to_string(),
-                source,
+                source: source.into(),
             }),
         }
     }

@@ -105,7 +105,7 @@ pub enum PortalError {
         /// The LUN.
         lun: String,
         /// Why.
-        source: ProbeError,
+        source: Box<ProbeError>,
     },
     /// It is not the unit that it was before the connection was lost, or that the other paths lead to.
     #[error("LUN {lun} of {target} at {portal} is another unit: {why}; not touching it")]

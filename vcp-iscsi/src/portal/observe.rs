@@ -30,7 +30,7 @@ pub(super) fn observe_sent(recorder: &mut Recorder, pdu: &TxPdu, jobs: &mut Jobs
     match jobs.data(data.slot) {
         Data::Guest(guest) => guest.copy_to(at, &mut first[..len]),
         Data::Private(bytes) => {
-            first[..len].copy_from_slice(bytes.get(at..at + len).unwrap_or(&[0; DATA_BYTES][..len]))
+            first[..len].copy_from_slice(bytes.get(at..at + len).unwrap_or(&[0; DATA_BYTES][..len]));
         }
     }
     recorder.sent(header, &first[..len], now);

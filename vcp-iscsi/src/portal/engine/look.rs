@@ -71,7 +71,7 @@ impl IscsiEngine {
             portal: path.options.url.portal.to_string(),
             target: path.options.url.target.clone().unwrap_or_default(),
             lun: path.lun.to_string(),
-            source,
+            source: source.into(),
         }
     }
 
