@@ -183,7 +183,7 @@ pub(super) fn each<T: Sync + std::fmt::Debug>(
     std::thread::scope(|scope| {
         let threads: Vec<_> = cases.iter().map(|case| scope.spawn(move || check(case))).collect();
         // All are joined, whatever the first says.
-        let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        let results: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
         for (case, result) in cases.iter().zip(results) {
             match result {
                 Ok(result) => result.with_context(|| format!("case {case:?}"))?,

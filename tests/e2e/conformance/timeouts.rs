@@ -79,7 +79,7 @@ fn second_answer_to_a_read_is_placed_nowhere() -> Result<()> {
     let mine = pattern::make(78, 0, LEN);
     bed.driver.set_memory(done.buffer, &mine)?;
     // A Data-In of 64 bytes for the first READ, by hand: DataSN 0, offset 0, window as it may be.
-    let mut pdu = vec![0_u8; 48 + 64];
+    let mut pdu = [0_u8; 48 + 64];
     pdu[0] = 0x25;
     pdu[7] = 64;
     pdu[16..20].copy_from_slice(&(read.field("itt")? as u32).to_be_bytes());
