@@ -7,6 +7,7 @@ mod beds;
 mod bench;
 mod chap;
 mod conformance;
+mod cut;
 mod discovery;
 mod disk;
 mod errors;

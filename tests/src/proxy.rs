@@ -55,6 +55,19 @@ struct Cut {
     after: u64,
 }
 
+/// Where one connection is cut: after so many bytes of a way; with a reset in place of an orderly end.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnCut {
+    /// The way whose bytes are counted.
+    pub way: Way,
+    /// Bytes that pass.
+    pub after: u64,
+    /// RST in place of FIN.
+    pub reset: bool,
+}
+
+type Chooser = Box<dyn FnMut() -> OwnCut + Send>;
+
 /// Changes a PDU of the target's, or swallows it.
 type Rewrite = Box<dyn FnMut(Vec<u8>) -> Option<Vec<u8>> + Send>;
 
@@ -69,6 +82,9 @@ struct State {
     reset: bool,
     record: bool,
     cut: Option<Cut>,
+    chooser: Option<Chooser>,
+    /// Connections that were cut where the chooser said.
+    own_cuts: usize,
     live: Vec<(usize, TcpStream, TcpStream)>,
     records: Vec<Record>,
     /// Ways that ended, two for each connection.
@@ -203,6 +219,16 @@ impl Proxy {
         self.shared.update(|s| s.cut = cut.map(|(way, after)| Cut { way, after }));
     }
 
+    /// Cuts each connection that begins from here on where `choose` says; `None`: no more are.
+    pub fn cut_each(&self, choose: Option<impl FnMut() -> OwnCut + Send + 'static>) {
+        self.shared.update(|s| s.chooser = choose.map(|choose| Box::new(choose) as Chooser));
+    }
+
+    /// Connections that were cut by [`cut_each`](Self::cut_each).
+    pub fn own_cuts(&self) -> usize {
+        self.shared.lock().own_cuts
+    }
+
     /// Whether new connections are closed at once.
     pub fn refuse(&self, refuse: bool) {
         self.shared.update(|s| s.refuse = refuse);
@@ -272,7 +298,7 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
     let _ = server.set_nodelay(true);
     let clones = (client.try_clone(), server.try_clone(), client.try_clone(), server.try_clone());
     let (Ok(c1), Ok(s1), Ok(c2), Ok(s2)) = clones else { return };
-    let (id, record) = shared.update(|s| {
+    let (id, record, own) = shared.update(|s| {
         s.open += 1;
         let id = s.accepted;
         s.live.push((id, c2, s2));
@@ -280,12 +306,14 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
             s.records.push(Record::default());
             s.records.len() - 1
         });
-        (id, record)
+        let own = s.chooser.as_mut().map(|choose| choose());
+        (id, record, own)
     });
+    let conn = Conn { id, record, own };
     let (up, down) = (Arc::clone(shared), Arc::clone(shared));
-    let back = thread::spawn(move || pump(&down, id, Way::ToInitiator, s1, c1, record));
+    let back = thread::spawn(move || pump(&down, conn, Way::ToInitiator, s1, c1));
     thread::spawn(move || {
-        pump(&up, id, Way::ToTarget, client, server, record);
+        pump(&up, conn, Way::ToTarget, client, server);
         let _ = back.join();
         up.update(|s| {
             s.open -= 1;
@@ -294,7 +322,16 @@ fn accept(shared: &Arc<Shared>, client: TcpStream, target: SocketAddr) {
     });
 }
 
-fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpStream, record: Option<usize>) {
+/// A connection, for both of its ways.
+#[derive(Clone, Copy)]
+struct Conn {
+    id: usize,
+    record: Option<usize>,
+    own: Option<OwnCut>,
+}
+
+fn pump(shared: &Shared, conn: Conn, way: Way, mut from: TcpStream, mut to: TcpStream) {
+    let Conn { id, record, own } = conn;
     let mut buf = vec![0; 64 << 10];
     let mut passed = 0;
     // A PDU that has not come whole; only where PDUs are rewritten.
@@ -321,13 +358,17 @@ fn pump(shared: &Shared, id: usize, way: Way, mut from: TcpStream, mut to: TcpSt
             while (state.stalled || id <= state.held) && !state.stop {
                 state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-            let left =
-                state.cut.filter(|c| c.way == way).map_or(u64::MAX, |c| c.after.saturating_sub(passed));
+            let all = state.cut.filter(|c| c.way == way).map_or(u64::MAX, |c| c.after);
+            let own_after = own.filter(|c| c.way == way).map_or(u64::MAX, |c| c.after);
+            let left = all.min(own_after).saturating_sub(passed);
             let keep = n.min(usize::try_from(left).unwrap_or(usize::MAX));
+            if keep < n && own_after <= all {
+                state.own_cuts += 1;
+            }
             if let Some(record) = record.and_then(|r| state.records.get_mut(r)) {
                 record.pieces.push((way, buf[..keep].to_vec()));
             }
-            (keep, state.reset)
+            (keep, own.map_or(state.reset, |own| own.reset))
         };
         if to.write_all(&buf[..keep]).is_err() {
             break;

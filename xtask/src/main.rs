@@ -9,6 +9,7 @@ mod demo;
 mod fuzz;
 mod packages;
 mod server;
+mod sim;
 mod soak;
 mod test;
 
@@ -46,6 +47,8 @@ enum Task {
     /// The long runs: `kill`
     #[command(subcommand)]
     Soak(soak::Soak),
+    /// Simulate session, recovery and multipath from seeds, in virtual time
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz { name, seconds } => fuzz::run(name.as_deref(), seconds),
         Task::Soak(soak) => soak::run(&soak),
+        Task::Sim(args) => sim::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,9 +1,11 @@
 //! `cargo xtask soak`: the long runs. CI runs the same code for a short while; here it goes on until the count is reached
 //! or something is lost.
 //!
+//! * [`cut`]: connections are cut at random bytes under a verifying load, again and again.
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
 //! * [`monitor`]: the same under `vcp run`, which starts it again.
 
+mod cut;
 mod kill;
 mod monitor;
 
@@ -13,6 +15,8 @@ use clap::Subcommand;
 /// What to wear out.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Soak {
+    /// Connections cut at random bytes, in either direction, under a verifying load
+    Cut(cut::Args),
     /// `kill -9` of vcp-iscsi under a verifying load, restart, reconnect
     Kill(kill::Args),
     /// `kill -9` of vcp-iscsi under `vcp run` with a verifying guest
@@ -25,6 +29,7 @@ pub(crate) enum Soak {
 /// Something was lost, answered twice, or did not come back.
 pub(crate) fn run(soak: &Soak) -> Result<()> {
     match soak {
+        Soak::Cut(args) => cut::run(args),
         Soak::Kill(args) => kill::run(args),
         Soak::Monitor(args) => monitor::run(args),
     }
