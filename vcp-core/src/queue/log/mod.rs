@@ -2,7 +2,7 @@
 //! (vhost-user specification, "Inflight I/O tracking"; `docs/decisions/in-flight-log.md`).
 //!
 //! The front end keeps the memory: it gets it from one process (`GET_INFLIGHT_FD`, [`LogArea::create`]) and hands it to the
-//! next (`SET_INFLIGHT_FD`, [`LogArea::map`]). [`SplitLog`] and [`PackedLog`] are the two formats of a queue's part. Nothing
+//! next (`SET_INFLIGHT_FD`, [`LogArea::map`]). `SplitLog` and `PackedLog` are the two formats of a queue's part. Nothing
 //! found in it is trusted: what does not hold together is a [`LogError`], and the queue does not start.
 //!
 //! **Order of stores.** A killed process stops between two instructions. Everything it stored before in program order is
