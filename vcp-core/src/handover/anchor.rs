@@ -13,13 +13,9 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::process::Signals;
-
-/// A signal of which nothing comes is passed on again after so many seconds.
-const AGAIN_S: i64 = 2;
 
 /// Stays as the anchor of whoever holds the other end of `lifeline`, until that one ends. Returns whether it ended well.
 ///
@@ -27,26 +23,16 @@ const AGAIN_S: i64 = 2;
 /// The system refused; the successor ends then.
 pub fn hold(mut lifeline: UnixStream, signals: &Signals) -> io::Result<bool> {
     lifeline.set_nonblocking(true)?;
-    // The signal to pass on.
-    let mut pending: Option<u8> = None;
     loop {
         let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::new(&lifeline, PollFlags::IN)];
-        let again = pending.map(|_| Timespec { tv_sec: AGAIN_S, tv_nsec: 0 });
-        let woken = match poll(&mut fds, again.as_ref()) {
-            Ok(woken) => woken,
-            Err(rustix::io::Errno::INTR) => 1,
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
-        };
+        }
         let [signal, spoke] = fds.map(|fd| !fd.revents().is_empty());
         if signal && let Some(signal) = signals.take() {
-            pending = Some(u8::try_from(signal).unwrap_or_default());
-        }
-        // Also once more if nothing comes of it: a successor that is handing over itself may have taken it, and ended.
-        if (signal || woken == 0)
-            && let Some(signal) = pending
-        {
-            // A successor that is gone needs none.
-            let _ = lifeline.write_all(&[signal]);
+            // A successor that is gone needs none; one that is handing over itself leaves it for the next.
+            let _ = lifeline.write_all(&[u8::try_from(signal).unwrap_or_default()]);
         }
         if spoke {
             match lifeline.read(&mut [0]) {
@@ -62,34 +48,39 @@ pub fn hold(mut lifeline: UnixStream, signals: &Signals) -> io::Result<bool> {
 #[derive(Debug)]
 pub struct Lifeline(UnixStream);
 
+/// What came over a [`Lifeline`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Nothing.
+    None,
+    /// The anchor got a signal.
+    Signal(u8),
+    /// The anchor is gone.
+    End,
+}
+
 impl Lifeline {
-    /// Holds on to `fd`: the anchor's signals reach this process from now on, and its end is this process's end.
+    /// Holds on to `fd`.
     ///
     /// # Errors
     /// The system refused.
-    pub fn follow(fd: OwnedFd) -> io::Result<Self> {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let stream = UnixStream::from(fd);
-        // Shared with the predecessor, which is about to end.
-        stream.set_nonblocking(false)?;
-        let mut listen = stream.try_clone()?;
-        let follow = move || {
-            let mut byte = [0];
-            loop {
-                match listen.read(&mut byte) {
-                    Ok(0) => break,
-                    Ok(_) => {
-                        let signal = Signal::from_named_raw(byte[0].into()).unwrap_or(Signal::TERM);
-                        let _ = kill_process(getpid(), signal);
-                    }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(_) => break,
-                }
-            }
-            // The anchor was killed; so is this.
-            let _ = kill_process(getpid(), Signal::KILL);
-        };
-        std::thread::Builder::new().name("lifeline".into()).spawn(follow)?;
+        stream.set_nonblocking(true)?;
         Ok(Self(stream))
+    }
+
+    /// What came.
+    pub fn listen(&mut self) -> Word {
+        let mut byte = [0];
+        match self.0.read(&mut byte) {
+            Ok(0) => Word::End,
+            Ok(_) => Word::Signal(byte[0]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Word::None
+            }
+            Err(_) => Word::End,
+        }
     }
 
     /// The descriptor, for the next successor.

@@ -47,6 +47,8 @@ pub enum ListenError {
 pub struct SocketFile {
     listener: UnixListener,
     path: PathBuf,
+    /// The same from the root: for another process, which is somewhere else.
+    absolute: PathBuf,
     /// Device and inode of the file that we made.
     identity: (u64, u64),
     /// Another process goes on listening: the file stays.
@@ -75,6 +77,7 @@ impl SocketFile {
         Ok(Self {
             listener,
             path: path.into(),
+            absolute: std::path::absolute(path).map_err(failed)?,
             identity: (meta.dev(), meta.ino()),
             given: Mutex::default(),
             released: false,
@@ -111,7 +114,15 @@ impl SocketFile {
             {
                 path = name;
             }
-            return Ok(Self { listener, path, identity: (0, 0), given: Mutex::default(), released: true });
+            let absolute = path.clone();
+            return Ok(Self {
+                listener,
+                path,
+                absolute,
+                identity: (0, 0),
+                given: Mutex::default(),
+                released: true,
+            });
         }
         let stream = UnixStream::from(socket);
         stream.peer_addr().map_err(|_| refused("it neither listens nor is connected"))?;
@@ -123,7 +134,8 @@ impl SocketFile {
             .map_err(|e| failed(&e))?;
         let ready = eventfd(1, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(|e| failed(&e))?;
         let given = Mutex::new(Some(stream));
-        Ok(Self { listener: ready.into(), path, identity: (0, 0), given, released: true })
+        let absolute = path.clone();
+        Ok(Self { listener: ready.into(), path, absolute, identity: (0, 0), given, released: true })
     }
 
     /// Whether it is one connection and not a socket that listens.
@@ -168,7 +180,7 @@ impl SocketFile {
             return Err(io::Error::other("a server for the one connection that it was given has no other"));
         }
         Ok(SocketState {
-            path: std::path::absolute(&self.path)?,
+            path: self.absolute.clone(),
             identity: self.identity,
             fd: fds.put_copy(&self.listener)?,
         })
@@ -184,7 +196,8 @@ impl SocketFile {
         }
         let failed = |source| BadState::System { what: "use a listening socket", source };
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { listener, path, identity, released: true, given: Mutex::default() })
+        let absolute = path.clone();
+        Ok(Self { listener, path, absolute, identity, released: true, given: Mutex::default() })
     }
 
     /// The file stays when this is dropped.

@@ -20,7 +20,7 @@ use super::port::{Answer, Command, Port, What};
 use crate::ask::Ask;
 use crate::control::{AskSource, Control, StatusSource, TakeOver};
 use crate::device::RingDevice;
-use crate::handover::anchor::Lifeline;
+use crate::handover::anchor::{Lifeline, Word};
 use crate::handover::giver::Giving;
 use crate::handover::state::BadState;
 use crate::handover::taker::TakeError;
@@ -219,6 +219,8 @@ impl Server {
             fds.extend(self.control.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let give = self.give.as_ref().map(Give::fd);
             fds.extend(give.map(|(fd, flags)| PollFd::new(fd, flags)));
+            let lifeline = self.lifeline.as_ref().map(Lifeline::stream);
+            fds.extend(lifeline.map(|fd| PollFd::new(fd, PollFlags::IN)));
             let give = self.give.as_ref().and_then(|give| give.timeout(Instant::now()));
             let timeout = [give, self.control.timeout()].into_iter().flatten().min();
             match rustix::event::poll(&mut fds, timeout.as_ref()) {
@@ -235,6 +237,15 @@ impl Server {
             }
             if fired[1] {
                 return Ok(End::Signal);
+            }
+            match self.lifeline.as_mut().map_or(Word::None, Lifeline::listen) {
+                Word::None => {}
+                Word::Signal(signal) => {
+                    tracing::info!(signal, "ending");
+                    return Ok(End::Signal);
+                }
+                // Killed, and so is this process: whoever did it may start the disk again at any moment.
+                Word::End => std::process::exit(1),
             }
             for (index, entry) in self.entries.iter_mut().enumerate() {
                 if fired[2 + index] {
