@@ -133,12 +133,7 @@ pub trait RingDevice: Send + 'static {
     ///
     /// # Errors
     /// The state is not understood.
-    fn import(
-        &mut self,
-        _state: serde_json::Value,
-        _fds: &mut Fds,
-        _now: Instant,
-    ) -> Result<(), BadState> {
+    fn import(&mut self, _state: serde_json::Value, _fds: &mut Fds, _now: Instant) -> Result<(), BadState> {
         Err(BadState::Text("this device cannot be taken over".into()))
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FileType, SealFlags};
 use serde::{Deserialize, Serialize};
-use vm_memory::{FileOffset, GuestMemoryRegion, GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::GuestMap;
 

@@ -80,7 +80,7 @@ impl Connection {
                     tracing::info!(device = &*name, "front end disconnected");
                 }
                 error => {
-                    tracing::warn!(device = &*name, %error, "front end disconnected after a bad message")
+                    tracing::warn!(device = &*name, %error, "front end disconnected after a bad message");
                 }
             }
         })?;

@@ -37,11 +37,7 @@ pub(crate) struct Facts {
 
 impl Facts {
     pub(crate) fn of<D: RingDevice>(device: &D) -> Self {
-        Self {
-            features: device.features(),
-            queues: device.queues(),
-            queue_size_max: device.queue_size_max(),
-        }
+        Self { features: device.features(), queues: device.queues(), queue_size_max: device.queue_size_max() }
     }
 }
 
@@ -274,7 +270,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         self.check_log(inflight.num_queues, inflight.queue_size)?;
         // With room for either format: a front end may ask before it sets features.
-        let (spec, file) = LogArea::create(inflight.num_queues, inflight.queue_size, LogFormat::Packed).map_err(failed)?;
+        let (spec, file) =
+            LogArea::create(inflight.num_queues, inflight.queue_size, LogFormat::Packed).map_err(failed)?;
         Ok((VhostUserInflight::new(spec.len_bytes, spec.offset, spec.queues, spec.queue_size), file))
     }
 

@@ -137,16 +137,47 @@ pub enum What {
     Reset,
     SetFeatures(u64),
     SetMemory(Arc<GuestMap>),
-    SetVringNum { queue: u32, size: u32 },
-    SetVringAddr { queue: u32, desc: u64, avail: u64, used: u64 },
-    SetVringBase { queue: u32, base: u32 },
-    GetVringBase { queue: u32 },
-    SetVringKick { queue: u32, fd: Option<File> },
-    SetVringCall { queue: u32, fd: Option<File> },
-    SetVringErr { queue: u32, fd: Option<File> },
-    SetVringEnable { queue: u32, enable: bool },
-    GetConfig { offset: u32, len_bytes: u32 },
-    SetConfig { offset: u32, data: Vec<u8> },
+    SetVringNum {
+        queue: u32,
+        size: u32,
+    },
+    SetVringAddr {
+        queue: u32,
+        desc: u64,
+        avail: u64,
+        used: u64,
+    },
+    SetVringBase {
+        queue: u32,
+        base: u32,
+    },
+    GetVringBase {
+        queue: u32,
+    },
+    SetVringKick {
+        queue: u32,
+        fd: Option<File>,
+    },
+    SetVringCall {
+        queue: u32,
+        fd: Option<File>,
+    },
+    SetVringErr {
+        queue: u32,
+        fd: Option<File>,
+    },
+    SetVringEnable {
+        queue: u32,
+        enable: bool,
+    },
+    GetConfig {
+        offset: u32,
+        len_bytes: u32,
+    },
+    SetConfig {
+        offset: u32,
+        data: Vec<u8>,
+    },
     SetChannel(UnixStream),
     /// For the data thread as a whole, not for the device.
     Stop(Box<StopOrder>),

@@ -164,8 +164,7 @@ impl Parts {
 impl<D: RingDevice> Built<D> {
     /// This process is the owner: the data thread first, everything else can wait.
     fn own(mut self, options: &ServeOptions) -> Result<Server, ServeError> {
-        let lifeline =
-            self.lifeline.map(Lifeline::new).transpose().map_err(system("follow the anchor"))?;
+        let lifeline = self.lifeline.map(Lifeline::new).transpose().map_err(system("follow the anchor"))?;
         self.entries.iter_mut().for_each(|entry| entry.socket.own());
         self.control.own();
         let mut server = Server::start(self.entries, self.control, self.data, self.mailbox, options)?;

@@ -14,7 +14,7 @@ use super::Report;
 const MAX_CAPABILITIES: u32 = 64;
 
 pub(super) fn apply(report: &mut Report) {
-    let may = capabilities(None).map(|sets| sets.effective).unwrap_or(CapabilitySet::empty());
+    let may = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
     if may.contains(CapabilitySet::SYS_ADMIN) {
         // SAFETY: neither flag touches memory, descriptors or the file system of this process.
         let result = unsafe { unshare_unsafe(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS) };
