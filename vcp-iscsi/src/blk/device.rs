@@ -547,11 +547,11 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
     }
 
     fn export(&self, fds: &mut Fds, now: Instant) -> Result<serde_json::Value, NotNow> {
-        self.to_state(fds, now)
+        self.make_state(fds, now)
     }
 
     fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
-        self.from_state(state, fds, now)
+        self.take_state(state, fds, now)
     }
 
     fn abandon(&mut self) {

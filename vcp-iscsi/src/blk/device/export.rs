@@ -29,7 +29,7 @@ struct State {
 }
 
 impl<E: Engine> BlkDevice<E> {
-    pub(super) fn to_state(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
+    pub(super) fn make_state(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
         let under_way = self.slots.len() - self.free.len();
         if under_way != 0 || !self.unsubmitted.is_empty() {
             return Err(NotNow::Busy(format!("{under_way} requests are under way")));
@@ -50,7 +50,7 @@ impl<E: Engine> BlkDevice<E> {
         serde_json::to_value(state).map_err(text)
     }
 
-    pub(super) fn from_state(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+    pub(super) fn take_state(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
         let json = |what| move |source| BadState::Json { what, source };
         let state: State = serde_json::from_value(state).map_err(json("the device"))?;
         if state.queues != self.queues {

@@ -59,7 +59,7 @@ struct Up {
 }
 
 impl IscsiEngine {
-    pub(super) fn to_state(&self, fds: &mut Fds) -> Result<Value, NotNow> {
+    pub(super) fn make_state(&self, fds: &mut Fds) -> Result<Value, NotNow> {
         let busy = |why: &str| Err(NotNow::Busy(why.to_owned()));
         let under_way = usize::from(self.depth()) - self.free.len();
         match () {
@@ -71,7 +71,7 @@ impl IscsiEngine {
             }
             () => {}
         }
-        let paths = self.paths.iter().map(|path| path.to_state(fds)).collect::<Result<_, _>>()?;
+        let paths = self.paths.iter().map(|path| path.make_state(fds)).collect::<Result<_, _>>()?;
         let state = State {
             found: self.found.clone(),
             lun_address: self.lun_address.0,
@@ -84,7 +84,7 @@ impl IscsiEngine {
             .map_err(|error| NotNow::Never(format!("the state cannot be written: {error}")))
     }
 
-    pub(super) fn from_state(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+    pub(super) fn take_state(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
         let state: State = serde_json::from_value(state)
             .map_err(|source| BadState::Json { what: "the iSCSI engine", source })?;
         if state.paths.len() != self.paths.len() {
@@ -93,7 +93,7 @@ impl IscsiEngine {
         }
         let slots = self.depth() + MAX_PATHS as u16;
         for (path, state) in self.paths.iter_mut().zip(state.paths) {
-            path.from_state(state, slots, fds, now)?;
+            path.take_state(state, slots, fds, now)?;
         }
         self.found = state.found;
         self.lun_address.0 = state.lun_address;
@@ -109,7 +109,7 @@ impl IscsiEngine {
 }
 
 impl Path {
-    fn to_state(&self, fds: &mut Fds) -> Result<PathState, NotNow> {
+    fn make_state(&self, fds: &mut Fds) -> Result<PathState, NotNow> {
         let busy = |why: &str| Err(NotNow::Busy(format!("{}: {why}", self.options.url)));
         if self.look.is_some() || self.rescan {
             return busy("the unit is being looked at");
@@ -137,7 +137,7 @@ impl Path {
         })
     }
 
-    fn from_state(
+    fn take_state(
         &mut self,
         state: PathState,
         slots: u16,

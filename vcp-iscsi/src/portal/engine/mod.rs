@@ -525,11 +525,11 @@ impl Engine for IscsiEngine {
     }
 
     fn export(&self, fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
-        self.to_state(fds)
+        self.make_state(fds)
     }
 
     fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
-        self.from_state(state, fds, now)
+        self.take_state(state, fds, now)
     }
 
     fn losses(&self) -> u64 {
