@@ -8,7 +8,7 @@
 //!   are long, only a header and what little comes with it is staged; the rest is received into guest memory directly,
 //!   together with the next header.
 //! - A socket that was emptied is not looked at again before the runner says that it is readable, if the runner does
-//!   that at all ([`Wire::readiness`]).
+//!   that at all (`Wire::readiness`).
 
 mod export;
 

@@ -5,7 +5,7 @@
 //! byte - is dealt with here by repetition, as often as [`MAX_FAILURES`] and the time limits allow; the device model
 //! only hears of what repetition will not cure.
 //!
-//! The engine is a *unit* - the table of requests underway ([`Jobs`], whose index is the slot and the task tag), the
+//! The engine is a *unit* - the table of requests underway (`Jobs`, whose index is the slot and the task tag), the
 //! queue of those that wait, what to do about sense data (`outcomes`) - over one or several *paths* (`path`), each a
 //! session with a portal. `choose` gives commands to paths, `sessions` loses sessions and gets them back, `look` makes
 //! sure that the same unit is at the end of each and reads its access state, `doubt` sees to it that a write that a lost
