@@ -2,8 +2,8 @@
 //!
 //! The new process's preparations are waited for on a thread of their own, so that the set-up thread serves on. Then it is
 //! tried to catch a moment with nothing in flight: the connections stop between two messages, the data thread stops
-//! taking chains, and if what is in flight ends within [`DRAIN_LIMIT`], the state goes out. If not, everything goes on and
-//! it is tried again a little later, until [`GIVE_UP`].
+//! taking chains, and if what is in flight ends within `DRAIN_LIMIT`, the state goes out. If not, everything goes on and
+//! it is tried again a little later, until `GIVE_UP`.
 
 use std::io;
 use std::os::unix::net::UnixStream;

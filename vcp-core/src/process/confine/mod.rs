@@ -3,10 +3,10 @@
 //! It opens what it needs (sockets to listen on, secrets, log), then calls [`Confinement::apply`] on its only thread;
 //! every thread that it starts later inherits the restrictions. In this order:
 //!
-//! 1. [`limits`]: descriptors, private memory, file size, no core dumps.
-//! 2. [`rights`]: own IPC and UTS namespaces where it may, no capabilities, no new privileges, not traceable.
-//! 3. [`files`]: Landlock - which files may be opened, no TCP port may be bound, no signals to others.
-//! 4. [`calls`]: seccomp - the system calls that a VCP makes, and no others.
+//! 1. `limits`: descriptors, private memory, file size, no core dumps.
+//! 2. `rights`: own IPC and UTS namespaces where it may, no capabilities, no new privileges, not traceable.
+//! 3. `files`: Landlock - which files may be opened, no TCP port may be bound, no signals to others.
+//! 4. `calls`: seccomp - the system calls that a VCP makes, and no others.
 //!
 //! Users, mount, process and network namespaces and control groups are the business of whoever starts the process:
 //! they cannot be had without rights that a VCP should not have to begin with.
