@@ -33,6 +33,8 @@ impl FromStr for PollMode {
 /// wake this thread: 10 us of CPU time each where a virtual machine sends an interrupt to a thread that halted, and the
 /// time until it runs. Measured with `cargo xtask bench blk`, see `docs/decisions/when-to-look.md`.
 const MAX: Duration = Duration::from_micros(100);
+/// An event as late as this was not delayed by somebody else: there is nothing to do. Looking ends at once.
+const RARE: Duration = Duration::from_millis(1);
 /// First budget after it had been given up.
 const FIRST: Duration = Duration::from_micros(4);
 /// With this many requests in flight of which the device moves long transfers, the adaptive rule does not look but
@@ -53,7 +55,7 @@ pub struct Load {
 ///
 /// The adaptive rule is the one QEMU's event loop uses: if the next event came soon after the thread stopped looking,
 /// looking a little longer would have caught it, so the budget doubles; if it came much later, looking was wasted, so
-/// the budget is halved, and in the end given up. Long transfers with several in flight are better served by sleeping.
+/// the budget is halved, and given up after a long sleep. Long transfers with several in flight are better served by sleeping.
 #[derive(Debug)]
 pub struct Spin {
     mode: PollMode,
@@ -84,7 +86,9 @@ impl Spin {
         if self.mode != PollMode::Adaptive || self.batches(load) {
             return;
         }
-        if idle > MAX {
+        if idle > RARE {
+            self.budget = Duration::ZERO;
+        } else if idle > MAX {
             // A single late event among many, because somebody else had the hardware thread, is not the end of it.
             self.budget = if self.budget > FIRST { self.budget / 2 } else { Duration::ZERO };
         } else if idle > self.budget {
@@ -126,6 +130,9 @@ mod tests {
         for _ in 0..5 {
             spin.slept(1000 * US, ONE);
         }
+        assert!(!spin.keeps_looking(Duration::ZERO, ONE));
+        spin.slept(90 * US, ONE);
+        spin.slept(1001 * US, ONE);
         assert!(!spin.keeps_looking(Duration::ZERO, ONE));
     }
 
