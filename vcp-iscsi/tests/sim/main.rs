@@ -70,7 +70,8 @@ fn run_seeds(from: u64, count: u64, scenario: impl Fn(u64) -> Scenario + Sync) -
                             tally.lost.fetch_add(report.sessions_lost, Ordering::Relaxed);
                         }
                         Err(failure) => {
-                            let small = shrink(scenario, BTreeSet::new(), failure, SHRINK_RUNS);
+                            let runs = setting("VCP_SIM_SHRINK_RUNS").unwrap_or(SHRINK_RUNS);
+                            let small = shrink(scenario, BTreeSet::new(), failure, runs);
                             let text = explain(&small.scenario, &small.skip);
                             failures.lock().expect("no panic").push(text);
                         }
@@ -91,13 +92,14 @@ fn explain(scenario: &Scenario, skip: &BTreeSet<usize>) -> String {
         format!("VCP_SIM_KINDS={} ", names.join(","))
     });
     let replay = format!(
-        "VCP_SIM_SEED={} VCP_SIM_OPS={} VCP_SIM_SKIP={} VCP_SIM_PATHS={}x{} VCP_SIM_WRITE_THROUGH={} {}\
+        "VCP_SIM_SEED={} VCP_SIM_OPS={} VCP_SIM_SKIP={} VCP_SIM_PATHS={}x{} VCP_SIM_BLOCKS={} VCP_SIM_WRITE_THROUGH={} {}\
          cargo test -p vcp-iscsi --test sim replay -- --ignored --nocapture",
         scenario.seed,
         scenario.ops,
         skipped.join(","),
         scenario.paths.0,
         scenario.paths.1,
+        scenario.unit.blocks,
         scenario.write_through,
         kinds.unwrap_or_default(),
     );
@@ -174,7 +176,12 @@ fn a_power_loss_between_the_steps_of_a_write() {
 /// Sessions whose commands act when nobody waits for them any more (defect D of other initiators).
 #[test]
 fn commands_of_a_lost_session_come_late() {
-    check("late commands", 1000, 200, only(&[Kind::HalfOpen, Kind::Slow, Kind::Cut, Kind::Stall]));
+    check("late commands", 1000, 200, |seed| {
+        let mut scenario = only(&[Kind::HalfOpen, Kind::Slow, Kind::Cut, Kind::Stall])(seed);
+        // Few blocks, so that each is soon written again.
+        (scenario.unit.blocks, scenario.ops) = (16, 90);
+        scenario
+    });
 }
 
 /// Every lie that can be told from the truth is (defects A, B, C).
@@ -200,11 +207,19 @@ fn lies_about_data() {
 /// Paths die and come back, access states change, writes are in doubt; with one portal group and with two.
 #[test]
 fn several_paths() {
-    const KINDS: &[Kind] =
-        &[Kind::PathDeath, Kind::AccessChange, Kind::Cut, Kind::HalfOpen, Kind::Stall, Kind::StopReading];
+    const KINDS: &[Kind] = &[
+        Kind::PathDeath,
+        Kind::AccessChange,
+        Kind::Cut,
+        Kind::HalfOpen,
+        Kind::Slow,
+        Kind::Stall,
+        Kind::StopReading,
+    ];
     check("several paths", 4000, 200, |seed| {
         let mut scenario = only(KINDS)(seed);
         scenario.paths = [(2, 1), (1, 2), (2, 2)][seed as usize % 3];
+        (scenario.unit.blocks, scenario.ops) = (16, 90);
         scenario
     });
 }
@@ -237,6 +252,7 @@ fn replay() {
     let Some(seed) = setting("VCP_SIM_SEED") else { return };
     let mut scenario = Scenario::of(seed);
     scenario.ops = setting("VCP_SIM_OPS").unwrap_or(scenario.ops);
+    scenario.unit.blocks = setting("VCP_SIM_BLOCKS").unwrap_or(scenario.unit.blocks);
     scenario.write_through = setting("VCP_SIM_WRITE_THROUGH").unwrap_or(scenario.write_through);
     if let Some((portals, sessions)) =
         std::env::var("VCP_SIM_PATHS").ok().as_deref().and_then(|p| p.split_once('x'))

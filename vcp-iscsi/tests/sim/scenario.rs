@@ -71,6 +71,7 @@ impl Scenario {
         // With two groups and a path to each, the unit has access states.
         let groups =
             if paths.0 > 1 && second == 2 { vec![(1, 0), (2, rng.pick(&[0, 1, 2]))] } else { vec![(1, 0)] };
+        let segment_bytes = rng.pick(&[512, 1024, 4096, 262_144]);
         Self {
             seed,
             ops,
@@ -88,6 +89,7 @@ impl Scenario {
             settings: Settings {
                 portals,
                 params: peer::params(&mut rng, digests),
+                segment_bytes,
                 window: rng.pick(&[1, 2, 8, 32]),
                 latency_ns: (latency / 10, latency * 4),
                 attention_at_login: rng.permille(500),

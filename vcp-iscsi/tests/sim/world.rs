@@ -42,6 +42,8 @@ enum Event {
     Faults,
     PowerUp,
     OpenWindows,
+    /// The target notices that a connection ended.
+    Noticed(ConnId),
     /// The state that a group had before.
     Access(usize, u8),
     Issue,
@@ -464,6 +466,10 @@ impl World {
                 }
             }
             Event::PowerUp => self.power_up(),
+            Event::Noticed(id) => {
+                trace!(self.trace, self.now, "target: conn {id} ended");
+                self.target.closed(id);
+            }
             Event::Access(group, state) => {
                 trace!(self.trace, self.now, "target: group {group} is in access state {state} again");
                 self.target.set_state(group, state);
@@ -546,9 +552,10 @@ impl World {
                 }
                 Item::Bytes(_) => self.send(id, false, Item::Reset),
                 Item::End | Item::Reset => {
-                    trace!(self.trace, self.now, "target: conn {id} ended");
-                    self.target.closed(id);
                     self.send(id, false, Item::End);
+                    // One that is busy notices late; until then, what it has of the session goes on.
+                    let late = if self.rng.permille(500) { self.rng.spread(MS, 20 * S) } else { 0 };
+                    self.at(self.now + late, Event::Noticed(id));
                 }
             }
         }

@@ -178,7 +178,7 @@ impl Connection {
                 let session = Session::new(Config {
                     queue_depth: target.settings.window,
                     max_recv_segment_bytes: n.max_recv_data_segment_bytes,
-                    max_send_segment_bytes: n.max_send_data_segment_bytes,
+                    max_send_segment_bytes: n.max_send_data_segment_bytes.min(target.settings.segment_bytes),
                     max_burst_bytes: n.max_burst_bytes,
                     first_burst_bytes: n.first_burst_bytes,
                     initial_r2t: n.initial_r2t,

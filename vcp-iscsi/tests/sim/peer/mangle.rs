@@ -138,7 +138,11 @@ impl Mangle {
                     _ => put32(&mut bhs, 40, offset.wrapping_sub(512)),
                 }
             }
-            Kind::EarlyGood => *early = true,
+            Kind::EarlyGood => {
+                // In place of the R2T: after the last one all data may have been sent, and then it is no lie that shows.
+                *early = true;
+                return Vec::new();
+            }
             _ => {}
         }
         vec![(bhs, data)]

@@ -46,6 +46,8 @@ pub struct Settings {
     pub portals: Vec<Portal>,
     pub params: Params,
     pub window: u16,
+    /// Longest data segment that the target sends, where it may send longer ones.
+    pub segment_bytes: u32,
     /// Shortest and longest time that a command takes, in nanoseconds.
     pub latency_ns: (u64, u64),
     /// POWER ON for the first command of a new nexus, as many targets do.
