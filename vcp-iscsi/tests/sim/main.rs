@@ -21,8 +21,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use faults::Kind;
+use iscsi::params::DigestPolicy;
 use scenario::Scenario;
 use shrink::shrink;
+use vcp_iscsi::portal::options::DigestChoice;
 use world::World;
 
 /// Seeds of a run in CI.
@@ -202,6 +204,19 @@ fn lies_about_data() {
         Kind::BitFlip,
     ];
     check("lies", 2000, 200, only(LIES));
+}
+
+/// With digests, no garbled bit passes for data, in whichever direction the target would send it.
+#[test]
+fn bits_turn_over() {
+    check("bits", 5000, 200, |seed| {
+        let mut scenario = only(&[Kind::BitFlip])(seed);
+        scenario.digests = (DigestChoice::Crc32c, DigestChoice::Crc32c);
+        (scenario.settings.params.header_digest, scenario.settings.params.data_digest) =
+            (DigestPolicy::Optional, DigestPolicy::Optional);
+        (scenario.fault_tick_ns, scenario.link_ns) = (2 * world::MS, (world::MS, 4 * world::MS));
+        scenario
+    });
 }
 
 /// Paths die and come back, access states change, writes are in doubt; with one portal group and with two.
