@@ -250,6 +250,35 @@ fn one_failed_part_fails_the_request_after_all_parts_ended() {
     assert_eq!((bed.device.metrics().read.failed.get(), bed.device.metrics().read.ok.get()), (1, 1));
 }
 
+/// The target may have lost power with the session, and with it what an earlier step had written to its cache. (Found by
+/// simulation.)
+#[test]
+fn a_write_in_several_steps_begins_again_when_a_session_was_lost_between_them() {
+    let mut bed = Bed::new(lun(512, 100), 2);
+    let lose_after = |bed: &Bed, n| bed.device.engine().control.lock().unwrap().lose_after = Some(n);
+    let first = (Op::Write { fua: false }, 0, 7);
+    let second = (Op::Write { fua: false }, 7, 3);
+    lose_after(&bed, 1);
+    assert_eq!(bed.one(OUT, 0, &[9; 512 * 10], 0).0, 0);
+    assert_eq!(bed.log(), [first, second, first, second]);
+    // Lost with its only step: that one was answered before or repeated whole.
+    lose_after(&bed, 1);
+    assert_eq!(bed.one(OUT, 0, &[9; 512], 0).0, 0);
+    assert_eq!(bed.log().len(), 1);
+    // The FLUSH of a write that is to be durable is a step as well.
+    bed.device.write_config(32, &[0]);
+    let one = (Op::Write { fua: false }, 0, 1);
+    lose_after(&bed, 1);
+    assert_eq!(bed.one(OUT, 0, &[5; 512], 0).0, 0);
+    assert_eq!(bed.log(), [one, (Op::Flush, 0, 0), one, (Op::Flush, 0, 0)]);
+    assert!(bed.one(IN, 0, &[], 512).2.iter().all(|&byte| byte == 5), "with its data");
+    // Without a volatile cache, each step is safe.
+    let mut bed = Bed::new(Lun { write_cache: false, ..lun(512, 100) }, 2);
+    lose_after(&bed, 1);
+    assert_eq!(bed.one(OUT, 0, &[9; 512 * 10], 0).0, 0);
+    assert_eq!(bed.log(), [first, second]);
+}
+
 #[test]
 fn bad_requests_get_the_status_that_the_specification_names() {
     let mut bed = Bed::new(lun(4096, 64), 4);

@@ -28,6 +28,9 @@ pub struct Control {
     /// The unit's new description.
     pub changed: Option<Lun>,
     pub peak_inflight: usize,
+    /// After so many more operations a session is lost.
+    pub lose_after: Option<usize>,
+    pub losses: u64,
 }
 
 #[derive(Debug)]
@@ -122,6 +125,13 @@ impl Engine for MemEngine {
         for _ in 0..3 {
             let Some(request) = self.queued.pop_back() else { break };
             let outcome = self.carry_out(&mut control, &request);
+            if let Some(left) = &mut control.lose_after {
+                *left -= 1;
+                if *left == 0 {
+                    control.lose_after = None;
+                    control.losses += 1;
+                }
+            }
             done.push(Completion { tag: request.tag, outcome, data: request.data });
         }
         any_dropped || done.len() != before
@@ -144,6 +154,10 @@ impl Engine for MemEngine {
 
     fn import(&mut self, state: serde_json::Value, _fds: &mut Fds, _now: Instant) -> Result<(), BadState> {
         if state == "in memory" { Ok(()) } else { Err(BadState::Text(state.to_string())) }
+    }
+
+    fn losses(&self) -> u64 {
+        self.control.lock().unwrap().losses
     }
 
     fn take_change(&mut self) -> bool {
