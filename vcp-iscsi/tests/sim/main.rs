@@ -94,14 +94,14 @@ fn explain(scenario: &Scenario, skip: &BTreeSet<usize>) -> String {
         format!("VCP_SIM_KINDS={} ", names.join(","))
     });
     let replay = format!(
-        "VCP_SIM_SEED={} VCP_SIM_OPS={} VCP_SIM_SKIP={} VCP_SIM_PATHS={}x{} VCP_SIM_BLOCKS={} VCP_SIM_WRITE_THROUGH={} {}\
+        "VCP_SIM_SEED={} VCP_SIM_OPS={} VCP_SIM_SKIP={} VCP_SIM_PATHS={}x{} VCP_SIM_SLOWLY={} VCP_SIM_WRITE_THROUGH={} {}\
          cargo test -p vcp-iscsi --test sim replay -- --ignored --nocapture",
         scenario.seed,
         scenario.ops,
         skipped.join(","),
         scenario.paths.0,
         scenario.paths.1,
-        scenario.unit.blocks,
+        scenario.think_ns == world::S,
         scenario.write_through,
         kinds.unwrap_or_default(),
     );
@@ -175,13 +175,20 @@ fn a_power_loss_between_the_steps_of_a_write() {
     });
 }
 
+/// Makes time for old commands to get in the way of newer ones: few blocks, each soon written again, and a guest that goes
+/// on while a command is slow.
+fn slowly(scenario: &mut Scenario) {
+    (scenario.unit.blocks, scenario.ops, scenario.depth) = (16, 90, 16);
+    (scenario.think_ns, scenario.fault_tick_ns, scenario.engine_depth) = (world::S, 300 * world::MS, 32);
+    scenario.settings.window = 32;
+}
+
 /// Sessions whose commands act when nobody waits for them any more (defect D of other initiators).
 #[test]
 fn commands_of_a_lost_session_come_late() {
-    check("late commands", 1000, 200, |seed| {
+    check("late commands", 10_000, 300, |seed| {
         let mut scenario = only(&[Kind::HalfOpen, Kind::Slow, Kind::Cut, Kind::Stall])(seed);
-        // Few blocks, so that each is soon written again.
-        (scenario.unit.blocks, scenario.ops) = (16, 90);
+        slowly(&mut scenario);
         scenario
     });
 }
@@ -231,10 +238,10 @@ fn several_paths() {
         Kind::Stall,
         Kind::StopReading,
     ];
-    check("several paths", 4000, 200, |seed| {
+    check("several paths", 20_000, 600, |seed| {
         let mut scenario = only(KINDS)(seed);
         scenario.paths = [(2, 1), (1, 2), (2, 2)][seed as usize % 3];
-        (scenario.unit.blocks, scenario.ops) = (16, 90);
+        slowly(&mut scenario);
         scenario
     });
 }
@@ -267,7 +274,10 @@ fn replay() {
     let Some(seed) = setting("VCP_SIM_SEED") else { return };
     let mut scenario = Scenario::of(seed);
     scenario.ops = setting("VCP_SIM_OPS").unwrap_or(scenario.ops);
-    scenario.unit.blocks = setting("VCP_SIM_BLOCKS").unwrap_or(scenario.unit.blocks);
+    if setting("VCP_SIM_SLOWLY") == Some(true) {
+        slowly(&mut scenario);
+    }
+    scenario.ops = setting("VCP_SIM_OPS").unwrap_or(scenario.ops);
     scenario.write_through = setting("VCP_SIM_WRITE_THROUGH").unwrap_or(scenario.write_through);
     if let Some((portals, sessions)) =
         std::env::var("VCP_SIM_PATHS").ok().as_deref().and_then(|p| p.split_once('x'))

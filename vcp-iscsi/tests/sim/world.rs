@@ -272,7 +272,9 @@ impl World {
                 moved |= self.take_sent();
                 // The driver sees answers and goes on.
                 if moved {
-                    self.issue();
+                    if self.scenario.think_ns < S {
+                        self.issue();
+                    }
                     self.think();
                 }
             }
