@@ -25,7 +25,6 @@ use iscsi::params::DigestPolicy;
 use scenario::Scenario;
 use shrink::shrink;
 use vcp_iscsi::portal::options::DigestChoice;
-use world::World;
 
 /// Seeds of a run in CI.
 const SEEDS: u64 = 2000;
@@ -64,7 +63,7 @@ fn run_seeds(from: u64, count: u64, scenario: impl Fn(u64) -> Scenario + Sync) -
                     }
                     tally.runs.fetch_add(1, Ordering::Relaxed);
                     let scenario = scenario(seed);
-                    match World::new(scenario.clone(), &BTreeSet::new(), false).run() {
+                    match world::run(&scenario, &BTreeSet::new(), false) {
                         Ok(report) => {
                             tally.answered.fetch_add(report.answered, Ordering::Relaxed);
                             tally.failed.fetch_add(report.failed, Ordering::Relaxed);
@@ -105,7 +104,7 @@ fn explain(scenario: &Scenario, skip: &BTreeSet<usize>) -> String {
         scenario.write_through,
         kinds.unwrap_or_default(),
     );
-    match World::new(scenario.clone(), skip, true).run() {
+    match world::run(scenario, skip, true) {
         Ok(_) => {
             let _ = writeln!(
                 text,
@@ -261,7 +260,7 @@ fn without_faults() {
 #[test]
 fn runs_are_repeatable() {
     for seed in (0..2000).step_by(97) {
-        let run = || World::new(Scenario::of(seed), &BTreeSet::new(), false).run().map(|report| report.hash);
+        let run = || world::run(&Scenario::of(seed), &BTreeSet::new(), false).map(|report| report.hash);
         let (one, other) = (run(), run());
         assert_eq!(one.ok(), other.ok(), "seed {seed}");
     }
@@ -290,7 +289,7 @@ fn replay() {
     }
     let skip = std::env::var("VCP_SIM_SKIP").unwrap_or_default();
     let skip = skip.split(',').filter_map(|number| number.parse().ok()).collect();
-    match World::new(scenario.clone(), &skip, true).run() {
+    match world::run(&scenario, &skip, true) {
         Ok(report) => println!(
             "seed {seed}: all well: {} requests, {} turns, {:.3} s, {} sessions lost",
             report.answered,

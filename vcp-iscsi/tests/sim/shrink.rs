@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::scenario::Scenario;
-use crate::world::{Failure, World};
+use crate::world::{Failure, run};
 
 /// What is left, and how it fails.
 pub struct Shrunk {
@@ -13,7 +13,7 @@ pub struct Shrunk {
 }
 
 fn fails(scenario: &Scenario, skip: &BTreeSet<usize>) -> Option<Box<Failure>> {
-    World::new(scenario.clone(), skip, false).run().err()
+    run(scenario, skip, false).err()
 }
 
 /// Shrinks a failing run, within so many runs.

@@ -82,6 +82,21 @@ enum Stage {
     Proof { next: u64 },
 }
 
+/// Runs a scenario. A panic is a failure like any other, but for its trace.
+pub fn run(scenario: &Scenario, skip: &BTreeSet<usize>, with_trace: bool) -> Result<Report, Box<Failure>> {
+    let run = || World::new(scenario.clone(), skip, with_trace).run();
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|cause| {
+        let text = cause.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| cause.downcast_ref::<&str>().map(|&text| text.to_owned()));
+        Err(Box::new(Failure {
+            what: format!("panicked: {}", text.unwrap_or_default()),
+            at_ns: 0,
+            happened: Vec::new(),
+            trace: Vec::new(),
+        }))
+    })
+}
+
 pub struct World {
     scenario: Scenario,
     base: Instant,
@@ -113,7 +128,7 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(scenario: Scenario, skip: &BTreeSet<usize>, with_trace: bool) -> Self {
+    fn new(scenario: Scenario, skip: &BTreeSet<usize>, with_trace: bool) -> Self {
         let base = Instant::now();
         let seed = scenario.seed;
         let net = SimNetwork::new(scenario.send_buffer_bytes);
@@ -169,7 +184,7 @@ impl World {
         world
     }
 
-    pub fn run(mut self) -> Result<Report, Box<Failure>> {
+    fn run(mut self) -> Result<Report, Box<Failure>> {
         match self.go() {
             Ok(()) => Ok(Report {
                 answered: self.guest.answered,
