@@ -19,7 +19,7 @@ use crate::support::{COMMAND, vcp};
 /// How long the bare-metal guest may take: a boot and four loads of a second.
 const BARE: Duration = Duration::from_secs(60);
 /// How long the helper VM may take, everything emulated.
-const HELPER: Duration = Duration::from_secs(170);
+const HELPER: Duration = Duration::from_secs(280);
 
 /// What `vcp check` tells.
 pub(crate) fn check() -> Result<Value> {

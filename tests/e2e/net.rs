@@ -11,7 +11,7 @@ use vcp_tests::guest::Outcome;
 use vcp_tests::{Result, tool};
 
 /// How long the helper VM may take, everything emulated; about 20 s on an idle machine.
-const HELPER: Duration = Duration::from_secs(180);
+const HELPER: Duration = Duration::from_secs(280);
 
 /// What the guest does. The second half comes after a reset of the device in the middle of its life.
 const GUEST_JOB: &str = r#"
