@@ -95,7 +95,7 @@ mod rng {
 fuzz_target!(|data: &[u8]| {
     rng::input(data);
     let scenario = scenario::Scenario::of(0);
-    if let Err(failure) = world::World::new(scenario, &BTreeSet::new(), false).run() {
+    if let Err(failure) = world::run(&scenario, &BTreeSet::new(), false) {
         panic!("at {:.6} ms: {}", failure.at_ns as f64 / 1e6, failure.what);
     }
 });
