@@ -63,7 +63,9 @@ impl Session {
         };
         let logout =
             self.logout.map(|l| if l.due { l.latest + self.config.logout_timeout } else { l.latest });
-        [Some(keepalive), logout, self.tmf.map(|t| t.deadline), self.scan_at].into_iter().flatten().min()
+        // One function at a time: what is overdue waits for its end.
+        let overdue = self.scan_at.filter(|_| self.tmf.is_none());
+        [Some(keepalive), logout, self.tmf.map(|t| t.deadline), overdue].into_iter().flatten().min()
     }
 
     /// Runs what is due.

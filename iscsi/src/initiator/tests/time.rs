@@ -252,6 +252,24 @@ fn no_command_follows_a_reset_before_its_answer() {
     assert_eq!(commands(&bench.sent()), 1, "the one behind it, now");
 }
 
+/// Found by simulation: a command's time ends while the unit is being reset, and nothing can be done about it before.
+#[test]
+fn a_command_whose_time_ends_during_a_reset_wakes_nobody() {
+    let mut bench = Bench::new();
+    let limit = Duration::from_secs(1);
+    let slow = bench.start(0, Command { timeout: limit, ..read(512) });
+    bench.session.reset_unit(slow.lun, bench.now + limit / 2);
+    let reset = bench.tmf();
+    bench.now += limit;
+    bench.session.timers(bench.now).unwrap();
+    assert!(bench.session.deadline().unwrap() > bench.now, "a deadline in the past is a busy loop");
+    bench.tmf_answer(reset.itt, TaskResponseCode::Complete).unwrap();
+    assert_eq!(
+        bench.session.next_event(),
+        Some(Event::Done { slot: slow.itt.0 as u16, outcome: Outcome::Aborted })
+    );
+}
+
 #[test]
 fn round_trips_are_measured_under_load_as_well() {
     let mut bench = Bench::new();
