@@ -79,7 +79,9 @@ impl HelperVm {
             modules: vec!["kvm_amd".into(), "tun".into()],
             disks: Vec::new(),
             memory_mib: 3072,
-            cpus: 2,
+            // Two for the CPUs of a guest inside, one for the channel processors: where they share one, guests fail more
+            // often (docs/decisions/emulated-kvm.md).
+            cpus: 3,
             deadline: Duration::from_secs(300),
             echo: false,
         }
