@@ -12,6 +12,8 @@ use libfuzzer_sys::fuzz_target;
 
 #[path = "../../vcp-iscsi/tests/sim/content.rs"]
 mod content;
+#[path = "../../vcp-iscsi/tests/sim/draw.rs"]
+mod draw;
 #[path = "../../vcp-iscsi/tests/sim/faults.rs"]
 mod faults;
 #[path = "../../vcp-iscsi/tests/sim/guest.rs"]
@@ -29,9 +31,11 @@ mod trace;
 #[path = "../../vcp-iscsi/tests/sim/world.rs"]
 mod world;
 
-/// In place of the simulation's generator: the same calls, answered from the input.
+/// In place of the simulation's generator: numbers from the input.
 mod rng {
     use std::cell::RefCell;
+
+    pub use crate::draw::mix;
 
     thread_local! {
         /// The input, and how much of it was used.
@@ -40,12 +44,6 @@ mod rng {
 
     pub fn input(bytes: &[u8]) {
         INPUT.set((bytes.to_vec(), 0));
-    }
-
-    pub fn mix(mut x: u64) -> u64 {
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ x >> 31
     }
 
     /// Takes from the input while there is some, then goes on by itself.
@@ -66,28 +64,6 @@ mod rng {
             self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
             // The upper bits decide ranges and chances.
             given.map_or_else(|| mix(self.0), |pair| u64::from(pair) << 48 | mix(self.0) >> 16)
-        }
-
-        pub fn below(&mut self, end: u64) -> u64 {
-            if end == 0 { 0 } else { (u128::from(self.next()) * u128::from(end) >> 64) as u64 }
-        }
-
-        pub fn range(&mut self, low: u64, high: u64) -> u64 {
-            low + self.below(high - low + 1)
-        }
-
-        pub fn permille(&mut self, n: u64) -> bool {
-            self.below(1000) < n
-        }
-
-        pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-            from[self.below(from.len() as u64) as usize]
-        }
-
-        pub fn spread(&mut self, low: u64, high: u64) -> u64 {
-            let (low_log, high_log) = ((low.max(1) as f64).ln(), (high.max(1) as f64).ln());
-            let unit = self.below(1 << 32) as f64 / (1u64 << 32) as f64;
-            ((low_log + (high_log - low_log) * unit).exp() as u64).clamp(low, high)
         }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(unreachable_pub)] // One program of several files.
 
 mod content;
+mod draw;
 mod faults;
 mod guest;
 mod net;
