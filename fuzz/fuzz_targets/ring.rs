@@ -36,7 +36,7 @@ const MEMORY_BYTES: usize = 64 << 10;
 const DESC: u64 = 0x0;
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
-/// Device-writable bytes that a run may have under way: more only makes it slow.
+/// Steps of a run: more only make it slow.
 const MAX_OPS: usize = 64;
 
 /// One queue, as a server runs it.
