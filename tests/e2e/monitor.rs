@@ -4,9 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_images::helper::HelperVm;
+use guest_images::bare;
 use guest_images::rootfs::{self, RootFs};
-use guest_images::{bare, linux};
 use serde_json::Value;
 use vcp_tests::backend::Backend;
 use vcp_tests::guest::Outcome;
@@ -14,12 +13,10 @@ use vcp_tests::proc::{Cmd, Stream};
 use vcp_tests::target::{Chap, Kind, Spec, Target};
 use vcp_tests::{Result, procfs, tool};
 
-use crate::support::{COMMAND, vcp};
+use crate::support::{COMMAND, helper_vm, vcp};
 
 /// How long the bare-metal guest may take: a boot and four loads of a second.
 const BARE: Duration = Duration::from_secs(60);
-/// How long the helper VM may take, everything emulated.
-const HELPER: Duration = Duration::from_secs(280);
 
 /// What `vcp check` tells.
 pub(crate) fn check() -> Result<Value> {
@@ -192,16 +189,7 @@ fn debian_guest_with_its_root_on_iscsi_under_our_monitor() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let image = dir.path().join("root.ext4");
     RootFs::new().size_bytes(192 << 20).fio()?.job(GUEST_JOB)?.build_to(&image)?;
-    let guest = linux::guest()?;
-    let ended = HelperVm::new()
-        .program_at(&tool::ours("vcp")?, "/usr/bin/vcp")?
-        .program_at(&tool::ours("vcp-iscsi")?, "/usr/bin/vcp-iscsi")?
-        .program_at(&tool::ours("iscsi-target")?, "/usr/bin/iscsi-target")?
-        .program_at(&guest.kernel, "/guest/vmlinuz")?
-        .program_at(&guest.initramfs, "/guest/initrd")?
-        .disk(&image)
-        .deadline(HELPER)
-        .run(HELPER_JOB)?;
+    let ended = helper_vm(&["vcp", "vcp-iscsi", "iscsi-target"])?.disk(&image).run(HELPER_JOB)?;
     let done = Outcome { status: ended.status, console: ended.output };
 
     ensure!(done.status == 0, "the helper VM's job failed:\n{}", done.console);

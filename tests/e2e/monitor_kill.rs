@@ -6,9 +6,8 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use guest_images::helper::HelperVm;
+use guest_images::bare;
 use guest_images::rootfs::{self, RootFs};
-use guest_images::{bare, linux};
 use rustix::process::{Pid, Signal, kill_process};
 use vcp_tests::backend::{self, Backend};
 use vcp_tests::bad_target::BadTarget;
@@ -18,12 +17,10 @@ use vcp_tests::target::{Kind, Spec, Target};
 use vcp_tests::{Result, procfs, tool};
 
 use crate::monitor::ring3;
-use crate::support::vcp;
+use crate::support::{helper_vm, vcp};
 
 /// How long one step may take: a start, a recovery, an end.
 const STEP: Duration = Duration::from_secs(60);
-/// How long the helper VM may take, everything emulated.
-const HELPER: Duration = Duration::from_secs(280);
 /// What the guest does until it is told to stop.
 const CHURN: &str = "job=churn secs=3600 region=8M qd=32 timeout=60";
 /// Kills without being asked for more.
@@ -370,16 +367,7 @@ fn debian_guest_verifies_while_its_vcps_are_killed() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let image = dir.path().join("root.ext4");
     RootFs::new().size_bytes(192 << 20).fio()?.job(GUEST_JOB)?.build_to(&image)?;
-    let guest = linux::guest()?;
-    let ended = HelperVm::new()
-        .program_at(&tool::ours("vcp")?, "/usr/bin/vcp")?
-        .program_at(&tool::ours("vcp-iscsi")?, "/usr/bin/vcp-iscsi")?
-        .program_at(&tool::ours("iscsi-target")?, "/usr/bin/iscsi-target")?
-        .program_at(&guest.kernel, "/guest/vmlinuz")?
-        .program_at(&guest.initramfs, "/guest/initrd")?
-        .disk(&image)
-        .deadline(HELPER)
-        .run(HELPER_JOB)?;
+    let ended = helper_vm(&["vcp", "vcp-iscsi", "iscsi-target"])?.disk(&image).run(HELPER_JOB)?;
     let done = Outcome { status: ended.status, console: ended.output };
     ensure!(done.status == 0, "the helper VM's job failed:\n{}", done.console);
     ensure!(done.number("RUN")? == 0, "vcp run failed:\n{}", done.console);

@@ -2,16 +2,13 @@
 //! requests of a stock Debian guest. All of it in the helper VM, where KVM is whole.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use guest_images::helper::HelperVm;
 use guest_images::linux;
 use vcp_tests::guest::Outcome;
 use vcp_tests::{Result, tool};
 
-/// How long the helper VM may take, everything emulated; about 20 s on an idle machine.
-const HELPER: Duration = Duration::from_secs(280);
+use crate::support::helper_vm;
 
 /// What the guest does. The second half comes after a reset of the device in the middle of its life.
 const GUEST_JOB: &str = r#"
@@ -73,15 +70,10 @@ fn debian_guest_pings_through_dpdk() -> Result<()> {
     if !tool::have(&["qemu-system-x86_64", "dpdk-testpmd"]) {
         return Ok(());
     }
-    let guest = linux::guest()?;
-    let mut helper = HelperVm::new()
-        .program_at(&tool::ours("vcp")?, "/usr/bin/vcp")?
+    let mut helper = helper_vm(&["vcp"])?
         .program_at(&tool::find("dpdk-testpmd").context("dpdk-testpmd")?, "/usr/bin/dpdk-testpmd")?
-        .program_at(&guest.kernel, "/guest/vmlinuz")?
-        .program_at(&guest.initramfs, "/guest/initrd")?
         .content("/guest/job", 0o644, linux::job_arg(GUEST_JOB))?
-        .memory_mib(2048)
-        .deadline(HELPER);
+        .memory_mib(2048);
     for name in ["librte_net_vhost.so", "librte_mempool_ring.so"] {
         let file = driver(name).with_context(|| format!("DPDK has no {name}"))?;
         helper = helper.program_at(&file, &Path::new("/pmds").join(name).display().to_string())?;

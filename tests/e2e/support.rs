@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use guest_images::helper::HelperVm;
+use guest_images::linux;
 use serde_json::Value;
 use vcp_tests::proc::{Cmd, Output};
 use vcp_tests::target::Chap;
@@ -11,6 +13,22 @@ use vcp_tests::{Result, tool};
 
 /// How long a command that talks to a target that answers may take.
 pub(crate) const COMMAND: Duration = Duration::from_secs(30);
+
+/// How long the helper VM may take for one start, everything emulated.
+const HELPER: Duration = Duration::from_secs(280);
+
+/// The helper VM with these programs of ours, and a Debian guest's kernel and initramfs under `/guest`.
+pub(crate) fn helper_vm(programs: &[&str]) -> Result<HelperVm> {
+    let guest = linux::guest()?;
+    let mut helper = HelperVm::new()
+        .program_at(&guest.kernel, "/guest/vmlinuz")?
+        .program_at(&guest.initramfs, "/guest/initrd")?
+        .deadline(HELPER);
+    for program in programs {
+        helper = helper.program_at(&tool::ours(program)?, &format!("/usr/bin/{program}"))?;
+    }
+    Ok(helper)
+}
 
 /// `vcp-iscsi` with these arguments.
 pub(crate) fn vcp_iscsi<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Result<Cmd> {
