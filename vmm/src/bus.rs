@@ -2,7 +2,7 @@
 //! and is ignored on write, as on real hardware; no access of any size anywhere is an error.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// A device as a bus sees it. Calls come from vCPU threads, several at a time: a device locks for itself.
 pub trait BusDevice: Send + Sync {
@@ -12,34 +12,48 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Ranges of addresses and who answers there.
-#[derive(Clone, Default)]
+/// Start address to length and device.
+type Ranges = BTreeMap<u64, (u64, Arc<dyn BusDevice>)>;
+
+/// Ranges of addresses and who answers there. Devices come and go while the guest runs.
+#[derive(Default)]
 pub struct Bus {
-    /// Start address to length and device.
-    ranges: BTreeMap<u64, (u64, Arc<dyn BusDevice>)>,
+    ranges: RwLock<Ranges>,
 }
 
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_map().entries(self.ranges.iter().map(|(start, (len, _))| (start, len))).finish()
+        f.debug_map().entries(self.ranges().iter().map(|(start, (len, _))| (start, len))).finish()
     }
 }
 
 impl Bus {
     /// Puts a device at `start`. Ranges are set up by the monitor and do not overlap; an overlap is refused.
-    pub fn insert(&mut self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> bool {
+    pub fn insert(&self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> bool {
         let Some(end) = start.checked_add(len).filter(|_| len > 0) else { return false };
-        let clash = self.ranges.range(..end).next_back().is_some_and(|(s, (l, _))| s + l > start);
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let clash = ranges.range(..end).next_back().is_some_and(|(s, (l, _))| s + l > start);
         if !clash {
-            self.ranges.insert(start, (len, device));
+            ranges.insert(start, (len, device));
         }
         !clash
     }
 
-    fn find(&self, addr: u64) -> Option<(u64, &Arc<dyn BusDevice>)> {
-        let (start, (len, device)) = self.ranges.range(..=addr).next_back()?;
+    /// Takes the device that begins at `start` away. An access that is under way still ends in it.
+    pub fn remove(&self, start: u64) -> bool {
+        self.ranges.write().unwrap_or_else(PoisonError::into_inner).remove(&start).is_some()
+    }
+
+    fn ranges(&self) -> std::sync::RwLockReadGuard<'_, Ranges> {
+        self.ranges.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The device at an address. The lock is not held while it answers, for it may change the bus.
+    fn find(&self, addr: u64) -> Option<(u64, Arc<dyn BusDevice>)> {
+        let ranges = self.ranges();
+        let (start, (len, device)) = ranges.range(..=addr).next_back()?;
         let offset = addr - start;
-        (offset < *len).then_some((offset, device))
+        (offset < *len).then(|| (offset, device.clone()))
     }
 
     /// A read by the guest.
@@ -81,7 +95,7 @@ mod tests {
 
     #[test]
     fn accesses_go_to_the_device_or_nowhere() {
-        let mut bus = Bus::default();
+        let bus = Bus::default();
         let probe = Arc::new(Probe::default());
         assert!(bus.insert(0x100, 0x10, probe.clone()));
         assert!(!bus.insert(0x10f, 1, probe.clone()));
@@ -95,5 +109,6 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         assert!(bus.write(0x10f, &[1, 2]) && !bus.write(0x111, &[1]) && !bus.write(u64::MAX, &[1; 8]));
         assert_eq!(*probe.0.lock().unwrap(), vec![(0xf, 2)]);
+        assert!(bus.remove(0x100) && !bus.remove(0x101) && !bus.write(0x103, &[1]));
     }
 }

@@ -7,7 +7,7 @@
 //! | module | is |
 //! | --- | --- |
 //! | [`config`], [`cli`] | what the user asks for |
-//! | [`run`] | a virtual machine put together, run and taken apart |
+//! | [`machine`] | a virtual machine put together, run, commanded and taken apart |
 //! | [`kvm`] | memory, processors, interrupts |
 //! | [`boot`], [`acpi`], [`layout`] | what the guest finds in memory |
 //! | [`bus`], [`devices`] | legacy devices |
@@ -29,7 +29,7 @@ pub mod error;
 pub mod exit;
 pub mod kvm;
 pub mod layout;
-pub mod run;
+pub mod machine;
 pub mod signal;
 pub mod terminal;
 pub mod vcp;

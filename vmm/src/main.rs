@@ -32,7 +32,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     let result = match cli.command {
-        Command::Run(args) => vmm::run::run(&args).map_err(anyhow::Error::from),
+        Command::Run(args) => vmm::machine::run(&args).map_err(anyhow::Error::from),
         Command::Check(args) => vmm::check::run(&args).map_err(anyhow::Error::from),
         Command::Bench(args) => vmm::bench::run(args),
     };

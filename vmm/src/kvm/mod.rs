@@ -2,6 +2,7 @@
 //! beyond the two buses that exits are given to.
 
 pub mod cpuid;
+pub mod exits;
 pub mod memory;
 pub mod regs;
 pub mod vcpu;

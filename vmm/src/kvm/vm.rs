@@ -1,8 +1,8 @@
 //! One KVM virtual machine: memory slots, interrupt controllers, event descriptors for interrupts and notifications.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,6 +17,8 @@ pub struct Vm {
     kvm: Kvm,
     supported_cpuid: CpuId,
     memory: Arc<GuestMemory>,
+    /// The guest's clock while it stands still.
+    clock: Mutex<Option<kvm_clock_data>>,
 }
 
 impl Vm {
@@ -47,7 +49,7 @@ impl Vm {
         memory::map_into(&fd, &memory)?;
         let supported_cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("tell its CPUID"))?;
-        Ok(Self { fd, kvm, supported_cpuid, memory })
+        Ok(Self { fd, kvm, supported_cpuid, memory, clock: Mutex::new(None) })
     }
 
     /// Guest memory.
@@ -69,6 +71,27 @@ impl Vm {
             .map_err(Error::kvm("set the vCPU's CPUID"))?;
         regs::set_defaults(&vcpu)?;
         Ok(vcpu)
+    }
+
+    /// Remembers what the guest's clock (kvmclock) shows; its vCPUs do not run.
+    pub fn stop_clock(&self) {
+        let clock = self.fd.get_clock();
+        if let Err(e) = &clock {
+            tracing::debug!(error = %e, "KVM does not tell the guest's clock");
+        }
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = clock.ok();
+    }
+
+    /// Has the guest's clock go on where it stood at [`Vm::stop_clock`]: the guest does not see the pause.
+    pub fn start_clock(&self) {
+        let Some(mut clock) = self.clock.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
+        // Flags say what a reading was like; as an argument they would ask for something else.
+        clock.flags = 0;
+        if let Err(e) = self.fd.set_clock(&clock) {
+            tracing::debug!(error = %e, "KVM does not set the guest's clock");
+        }
     }
 
     /// Every write to `event` raises the interrupt line `gsi` as an edge.

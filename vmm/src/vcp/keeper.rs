@@ -16,6 +16,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ use super::process::{IscsiVcp, VcpProcess, left_until};
 use super::runtime_dir::RuntimeDir;
 use crate::error::{Error, Result};
 use crate::exit::{ExitReason, ExitSignal};
+use crate::machine::status::BackendStatus;
 use crate::virtio::vhost_user::channel::Channel;
 use crate::virtio::vhost_user::front::{Front, make_sure_dead};
 use crate::virtio::vhost_user::link::Link;
@@ -55,10 +57,20 @@ struct Quit {
     stream: Mutex<Option<UnixStream>>,
 }
 
+/// What others may know of a device's backend.
+#[derive(Debug, Default)]
+struct Facts {
+    /// Process id, 0 if it is none of ours or gone.
+    pid: AtomicU32,
+    restarts: AtomicU64,
+}
+
 /// The thread that keeps one device.
 #[derive(Debug)]
 pub struct Keeper {
     quit: Arc<Quit>,
+    front: Arc<Front>,
+    facts: Arc<Facts>,
     thread: Option<std::thread::JoinHandle<Option<VcpProcess>>>,
 }
 
@@ -77,9 +89,12 @@ impl Keeper {
         if let Some(process) = &process {
             front.set_process(Some(process.try_clone_pidfd()?));
         }
+        let facts = Arc::new(Facts::default());
+        facts.pid.store(process.as_ref().map_or(0, VcpProcess::pid), Ordering::Relaxed);
         let mut work = Work {
+            facts: facts.clone(),
             name: front.name().to_owned(),
-            front,
+            front: front.clone(),
             channel,
             source,
             process,
@@ -95,7 +110,17 @@ impl Keeper {
                 work.process
             })
             .map_err(Error::os("start a thread"))?;
-        Ok(Self { quit, thread: Some(thread) })
+        Ok(Self { quit, front, facts, thread: Some(thread) })
+    }
+
+    /// What is known of the backend now.
+    pub fn status(&self) -> BackendStatus {
+        let pid = self.facts.pid.load(Ordering::Relaxed);
+        BackendStatus {
+            connected: self.front.is_connected(),
+            pid: (pid != 0).then_some(pid),
+            restarts: self.facts.restarts.load(Ordering::Relaxed),
+        }
     }
 
     /// Ends the keeping; the device has the backend that it has. The process is given back, for its end in order.
@@ -121,6 +146,7 @@ impl Drop for Keeper {
 
 /// What the keeper's thread works with.
 struct Work {
+    facts: Arc<Facts>,
     name: String,
     front: Arc<Front>,
     channel: Option<Channel>,
@@ -156,6 +182,8 @@ impl Work {
                 Ok(()) => {
                     let away_ms = lost.elapsed().as_millis() as u64;
                     let pid = self.process.as_ref().map(VcpProcess::pid);
+                    self.facts.pid.store(pid.unwrap_or(0), Ordering::Relaxed);
+                    self.facts.restarts.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(device = self.name, pid, away_ms, "the backend is back");
                 }
                 Err(Error::Interrupted) => return,

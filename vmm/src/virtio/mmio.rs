@@ -175,6 +175,11 @@ impl MmioTransport {
         self.kicks.get(index)
     }
 
+    /// Whether the driver has started the device.
+    pub fn is_active(&self) -> bool {
+        self.lock().active
+    }
+
     /// Stops the device for good, at the end of the run.
     pub fn shut_down(&self) {
         let mut s = self.lock();

@@ -100,6 +100,12 @@ impl Front {
         self.recovers
     }
 
+    /// Whether there is a backend now, as far as is known without asking it. Never waits for one.
+    pub fn is_connected(&self) -> bool {
+        // Locked means that somebody talks to it.
+        self.state.try_lock().map_or(true, |state| state.session.is_some())
+    }
+
     /// The features that the driver is offered, the same for the whole run.
     pub fn offered(&self) -> u64 {
         self.offered

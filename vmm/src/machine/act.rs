@@ -1,0 +1,100 @@
+//! What a machine does about the commands that it is given. Runs on the event loop's thread: nothing here waits for a
+//! backend, a target or the guest.
+
+use super::Machine;
+use super::command::{Answer, Command, CommandError, PinTarget, Reply, ReplyTo, Restart};
+use super::status::{RunState, Status, VcpuStatus};
+use crate::exit::ExitReason;
+
+impl Machine {
+    /// Carries out one command.
+    pub(super) fn act(&mut self, command: Command, reply: ReplyTo) {
+        tracing::debug!(?command, "command");
+        let answer = match command {
+            Command::Status => Ok(Reply::Status(Box::new(self.status()))),
+            Command::Pause => self.pause(),
+            Command::Resume => self.resume(),
+            Command::Shutdown => Err(CommandError::NotYet("the ACPI power button")),
+            Command::Kill => {
+                self.exit.give(ExitReason::User);
+                Ok(Reply::Done)
+            }
+            Command::AddDisk(_) | Command::AddNet(_) => Err(CommandError::NotYet("adding devices")),
+            Command::RemoveDisk(_) | Command::RemoveNet(_) => Err(CommandError::NotYet("removing devices")),
+            Command::Resize { .. } => Err(CommandError::NotYet("the balloon")),
+            Command::Snapshot(_) => Err(CommandError::NotYet("a snapshot")),
+            Command::Pin { target, cpus } => self.pin(&target, &cpus),
+            Command::RestartVcp { device, how } => self.restart_vcp(&device, how),
+            Command::RateLimits { .. } => Err(CommandError::NotYet("changing rate limits")),
+            Command::LogLevel(_) => Err(CommandError::NotYet("changing the log level")),
+        };
+        reply.give(answer);
+    }
+
+    fn status(&self) -> Status {
+        let vcpu = |id| VcpuStatus {
+            id,
+            thread_id: self.vcpus.thread_id(id).unwrap_or(0),
+            cpus: self.placement.vcpus.get(id).cloned().flatten(),
+            exits: self.vcpus.exits(id).unwrap_or_default(),
+        };
+        Status {
+            state: self.state,
+            pid: std::process::id(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            memory_bytes: self.config.memory_bytes,
+            panicked: false,
+            vcpus: (0..self.vcpus.count()).map(vcpu).collect(),
+            devices: self.devices.status(),
+        }
+    }
+
+    fn pause(&mut self) -> Answer {
+        if self.state == RunState::Running {
+            if !self.vcpus.pause() {
+                let reason = "a vCPU does not stop: it waits for a backend, or for who reads the console";
+                return Err(CommandError::Failed(reason.into()));
+            }
+            self.vm.stop_clock();
+            self.state = RunState::Paused;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn resume(&mut self) -> Answer {
+        if self.state == RunState::Paused {
+            self.vm.start_clock();
+            let told = self.vcpus.each(|_| {
+                Box::new(|vcpu| {
+                    // Its watchdogs must not take the pause for a hang. A guest without kvmclock has no use for it.
+                    let _ = vcpu.kvmclock_ctrl();
+                })
+            });
+            if told.is_none() {
+                tracing::debug!("a vCPU has ended while paused");
+            }
+            self.vcpus.resume();
+            self.state = RunState::Running;
+        }
+        Ok(Reply::Done)
+    }
+
+    fn pin(&mut self, target: &PinTarget, _cpus: &[usize]) -> Answer {
+        match target {
+            PinTarget::Vcpu(id) if *id >= self.vcpus.count() => {
+                Err(CommandError::NotFound(format!("vCPU {id}")))
+            }
+            PinTarget::Device(name) if self.devices.keeper(name).is_none() => {
+                Err(CommandError::NotFound(format!("VCP of a device {name}")))
+            }
+            _ => Err(CommandError::NotYet("pinning a running thread")),
+        }
+    }
+
+    fn restart_vcp(&mut self, device: &str, _how: Restart) -> Answer {
+        match self.devices.keeper(device) {
+            None => Err(CommandError::NotFound(format!("device {device} with a backend"))),
+            Some(_) => Err(CommandError::NotYet("restarting a VCP")),
+        }
+    }
+}

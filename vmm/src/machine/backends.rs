@@ -1,0 +1,172 @@
+//! The backends of vhost-user devices, before their devices exist: connects to those that run already, starts the VCPs of
+//! the others, waits for them, shakes hands. What becomes of a backend afterwards is its keeper's business.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::status::DeviceKind;
+use crate::affinity::Placement;
+use crate::config::{DiskSpec, NetSpec, VmConfig};
+use crate::error::{Error, Result};
+use crate::vcp::process::READY_TIMEOUT;
+use crate::vcp::runtime_dir::RuntimeDir;
+use crate::vcp::{IscsiVcp, Source, VcpProcess};
+use crate::virtio::vhost_user::link::Link;
+use crate::virtio::vhost_user::{VhostUserDevice, blk, net};
+
+/// A device with what its keeper needs.
+pub(super) struct Backend {
+    pub(super) kind: DeviceKind,
+    pub(super) device: VhostUserDevice,
+    pub(super) source: Source,
+    pub(super) process: Option<VcpProcess>,
+}
+
+/// Connects to backends that already run, starts the others, and connects to those. Their sockets are gone when this
+/// returns: a connection needs no name, and what has no name is not left behind, however the monitor ends.
+pub(super) fn start_all(
+    program: &Path,
+    config: &VmConfig,
+    placement: &Placement,
+    interrupt: impl AsFd,
+) -> Result<Vec<Backend>> {
+    // A backend that is not there is told before a VCP logs in anywhere.
+    let given = config.disks.iter().enumerate().map(|(i, disk)| {
+        let connect = |socket: &PathBuf| connect_given_disk(&disk_name(i), disk, socket);
+        disk.socket.as_ref().map(connect).transpose()
+    });
+    let given = given.collect::<Result<Vec<_>>>()?;
+    let nets = config
+        .nets
+        .iter()
+        .enumerate()
+        .map(|(i, net)| connect_net(&net_name(i), i, net))
+        .collect::<Result<Vec<_>>>()?;
+    let dir = config.disks.iter().any(|d| d.url.is_some()).then(RuntimeDir::create).transpose()?;
+    let mut started = Vec::new();
+    // All start at once, then all are waited for: logins take place side by side.
+    let mut cpus = placement.vcps.iter();
+    for (i, disk) in config.disks.iter().enumerate() {
+        let (Some(_), Some(dir)) = (&disk.url, &dir) else { continue };
+        started.push((
+            i,
+            disk,
+            start_disk(program, &disk_name(i), disk, dir, cpus.next().copied().flatten())?,
+        ));
+    }
+    for (_, _, vcp) in &mut started {
+        vcp.wait_ready(READY_TIMEOUT, interrupt.as_fd())?;
+    }
+    let mut disks = given;
+    for (i, disk, vcp) in started {
+        let backend = vcp.connect(program, disk)?;
+        if let Some(slot) = disks.get_mut(i) {
+            *slot = Some(backend);
+        }
+    }
+    Ok(disks.into_iter().flatten().chain(nets).collect())
+}
+
+/// The backend of one disk that is added while the guest runs.
+#[expect(dead_code, reason = "for devices that are added while the guest runs")]
+pub(super) fn start_one_disk(
+    program: &Path,
+    name: &str,
+    disk: &DiskSpec,
+    cpu: Option<usize>,
+    interrupt: impl AsFd,
+) -> Result<Backend> {
+    if let Some(socket) = &disk.socket {
+        return connect_given_disk(name, disk, socket);
+    }
+    let dir = RuntimeDir::create_unswept()?;
+    let mut vcp = start_disk(program, name, disk, &dir, cpu)?;
+    vcp.wait_ready(READY_TIMEOUT, interrupt)?;
+    vcp.connect(program, disk)
+}
+
+/// The name of disk number `index`.
+pub(super) fn disk_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+/// The name of network device number `index`.
+pub(super) fn net_name(index: usize) -> String {
+    format!("net{index}")
+}
+
+/// A VCP that was started and not connected to yet.
+struct Started {
+    vcp: IscsiVcp,
+    process: VcpProcess,
+    socket: PathBuf,
+}
+
+fn start_disk(
+    program: &Path,
+    name: &str,
+    disk: &DiskSpec,
+    dir: &RuntimeDir,
+    cpu: Option<usize>,
+) -> Result<Started> {
+    let Some(url) = &disk.url else {
+        return Err(Error::Usage(format!("{name} has neither a URL nor a socket")));
+    };
+    let socket = dir.socket(name);
+    let vcp = IscsiVcp {
+        device: name.to_owned(),
+        url: url.clone(),
+        instance: socket.display().to_string(),
+        read_only: disk.read_only,
+        queues: disk.queues.unwrap_or(1),
+        cpu,
+    };
+    let process = VcpProcess::start(program, &vcp, &socket)?;
+    Ok(Started { vcp, process, socket })
+}
+
+impl Started {
+    fn wait_ready(&mut self, timeout: Duration, interrupt: impl AsFd) -> Result<()> {
+        self.process.wait_ready(Some(timeout), interrupt)?;
+        tracing::info!(device = self.vcp.device, pid = self.process.pid(), "vcp-iscsi is ready");
+        Ok(())
+    }
+
+    fn connect(self, program: &Path, disk: &DiskSpec) -> Result<Backend> {
+        let Self { vcp, process, socket } = self;
+        let name = vcp.device.clone();
+        let source = Source::Process(program.to_owned(), Box::new(vcp));
+        connect_disk(&name, disk, &socket, source, Some(process))
+    }
+}
+
+fn connect_given_disk(name: &str, disk: &DiskSpec, socket: &Path) -> Result<Backend> {
+    connect_disk(name, disk, socket, Source::Socket(socket.to_owned()), None)
+}
+
+/// Shakes hands with the backend of a disk.
+fn connect_disk(
+    name: &str,
+    disk: &DiskSpec,
+    socket: &Path,
+    source: Source,
+    process: Option<VcpProcess>,
+) -> Result<Backend> {
+    let queues = disk.queues.unwrap_or(1);
+    let link = Link::connect(name, socket, queues)?;
+    let recovers = disk.reconnect.unwrap_or(true);
+    let device = VhostUserDevice::new(name, blk::kind(queues, disk.packed), link, recovers)?;
+    Ok(Backend { kind: DeviceKind::Disk, device, source, process })
+}
+
+/// Shakes hands with the backend of a network device, whose number makes its address if it was given none.
+pub(super) fn connect_net(name: &str, index: usize, spec: &NetSpec) -> Result<Backend> {
+    let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(index as u8));
+    let Some(socket) = &spec.socket else {
+        return Err(Error::Usage(format!("{name} has no socket")));
+    };
+    let (link, recovers) = (Link::connect(name, socket, 2)?, spec.reconnect.unwrap_or(true));
+    let device = VhostUserDevice::new(name, net::kind(mac), link, recovers)?;
+    Ok(Backend { kind: DeviceKind::Net, device, source: Source::Socket(socket.clone()), process: None })
+}

@@ -1,0 +1,254 @@
+//! `vcp run`: a virtual machine put together, run and taken apart.
+//!
+//! | module | is |
+//! | --- | --- |
+//! | `mod.rs` | the order of start and end, and the loop between |
+//! | [`command`] | what other threads ask of a running machine, and how |
+//! | `act` | what is done about it |
+//! | [`status`] | what a machine tells of itself |
+//! | `devices`, `backends` | virtio devices, and the processes behind them |
+//! | `legacy` | ports |
+//! | `outcome` | what the way the guest ended means |
+//!
+//! Threads: this one (console input, entropy, signals, commands), one per vCPU, and for each vhost-user device a keeper
+//! and its connection's watchdog. Order of the start: everything that is in the user's hand (kernel, initrd, memory),
+//! then the backends; the runtime directory goes when they are connected. Order of the end: vCPUs stop, keepers stop,
+//! devices stop their queues, the terminal is restored, connections close, VCPs end.
+
+mod act;
+mod backends;
+pub mod command;
+mod devices;
+mod legacy;
+mod outcome;
+pub mod status;
+
+use std::io::{ErrorKind, IsTerminal, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+
+use self::backends::Backend;
+use self::command::{Commands, Control, Message};
+use self::devices::Devices;
+use self::status::{DeviceKind, RunState};
+use crate::affinity::{self, Placement};
+use crate::boot::Kernel;
+use crate::bus::Bus;
+use crate::cli::RunArgs;
+use crate::config::VmConfig;
+use crate::devices::console::{Console, Stdout};
+use crate::error::{Error, Result};
+use crate::exit::{ExitReason, ExitSignal};
+use crate::kvm::vcpu::{VcpuContext, Vcpus};
+use crate::kvm::{self, Vm, memory, regs};
+use crate::layout::COM1_GSI;
+use crate::terminal::{self, RawMode};
+use crate::virtio::rng::Rng;
+use crate::{acpi, signal, vcp};
+
+type Subscriber = Box<dyn MutEventSubscriber>;
+
+/// Virtio devices that every machine has: the entropy device.
+const OWN_DEVICES: usize = 1;
+
+/// Runs a virtual machine until it ends.
+pub fn run(args: &RunArgs) -> Result<()> {
+    terminal::install_panic_hook();
+    let config = args.config()?;
+    let kernel = Kernel::open(&config.kernel)?;
+    let signals = signal::install_end_handlers()?;
+    let exit = ExitSignal::new()?;
+    let allowed = affinity::allowed()?;
+    let wanted: Vec<_> = config.disks.iter().filter(|d| d.url.is_some()).map(|d| d.cpu).collect();
+    let placement = affinity::place(&allowed, &wanted, config.vcpus, config.vcpu_cpus.as_deref())
+        .map_err(Error::Usage)?;
+    // The board first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
+    let board = Board::new(&config, kernel)?;
+    let program = vcp::find_program(args.vcp_iscsi.as_deref());
+    let backends = match backends::start_all(&program, &config, &placement, &signals) {
+        Err(Error::Interrupted) => {
+            tracing::info!("ended by a signal while starting");
+            return Ok(());
+        }
+        other => other?,
+    };
+    warn_of_emulation(board.is_ring3);
+    let (control, commands) = Control::new()?;
+    let parts = Parts { config, board, backends, placement, program, control, exit };
+    Machine::start(parts, signals, &commands)?.run(&commands)
+}
+
+/// Says what would otherwise show as a guest that crawls; after all that may fail, so that an error is one line.
+fn warn_of_emulation(is_ring3: bool) {
+    if !is_ring3 && std::path::Path::new("/sys/module/kvm_pvm").exists() {
+        tracing::warn!(
+            "this host's KVM (kvm_pvm) emulates ring 0 in software: a Linux guest is far too slow to be of use; see `vcp check`"
+        );
+    }
+}
+
+/// Memory with all that the guest finds in it, and vCPUs that do not run yet.
+struct Board {
+    vm: Vm,
+    is_ring3: bool,
+    windows: Vec<acpi::Window>,
+    vcpus: Vec<kvm_ioctls::VcpuFd>,
+}
+
+impl Board {
+    fn new(config: &VmConfig, kernel: Kernel) -> Result<Self> {
+        let windows = devices::windows(config.disks.len() + config.nets.len() + OWN_DEVICES)?;
+        let is_ring3 = kernel.is_ring3();
+        let kvm = kvm::open()?;
+        let memory = memory::create(config.memory_bytes, config.hugepages)?;
+        let vm = Vm::new(kvm, memory, !is_ring3)?;
+        let vcpus =
+            (0..config.vcpus).map(|id| vm.create_vcpu(id, config.vcpus)).collect::<Result<Vec<_>>>()?;
+        // An unstable counter has no frequency: the guest is told 0.
+        let tsc_khz = vcpus.first().and_then(|v| v.get_tsc_khz().ok()).map_or(0, u64::from);
+        let memory = vm.memory();
+        let rsdp = if is_ring3 { 0 } else { acpi::write(memory, config.vcpus, &windows)? };
+        let entry = kernel.load(memory, config, tsc_khz, rsdp, windows.len())?;
+        if let Some(first) = vcpus.first() {
+            regs::set_entry(first, memory, entry)?;
+        }
+        Ok(Self { vm, is_ring3, windows, vcpus })
+    }
+}
+
+/// What a machine is started with.
+struct Parts {
+    config: VmConfig,
+    board: Board,
+    backends: Vec<Backend>,
+    placement: Placement,
+    /// The `vcp-iscsi` program.
+    program: PathBuf,
+    control: Control,
+    exit: ExitSignal,
+}
+
+/// A machine that runs. It belongs to the event loop's thread.
+pub struct Machine {
+    config: VmConfig,
+    placement: Placement,
+    #[expect(dead_code, reason = "for devices that are added while the guest runs")]
+    program: PathBuf,
+    vm: Vm,
+    exit: ExitSignal,
+    #[expect(dead_code, reason = "for work that other threads prepare")]
+    control: Control,
+    devices: Devices,
+    state: RunState,
+    started: Instant,
+    events: EventManager<Subscriber>,
+    vcpus: Vcpus,
+    raw: Option<RawMode>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    /// Connects devices and console to the board, and lets the guest go.
+    fn start(parts: Parts, signals: OwnedFd, commands: &Commands) -> Result<Self> {
+        let Parts { config, board, backends, placement, program, control, exit } = parts;
+        let Board { vm, is_ring3, windows, vcpus } = board;
+        let mut events = EventManager::<Subscriber>::new().map_err(|e| event_error(&e))?;
+        let mmio = Arc::new(Bus::default());
+        let mut devices = Devices::new(windows, mmio.clone(), exit.clone());
+        for backend in backends {
+            devices.add_backend(&vm, backend)?;
+        }
+        let (rng, rng_queue) = Rng::new();
+        let transport = devices.add_own(&vm, DeviceKind::Rng, Box::new(rng))?;
+        if let Some(kick) = transport.kick(0) {
+            events.add_subscriber(Box::new(rng_queue.worker(kick.clone())));
+        }
+        let terminal = std::io::stdin().is_terminal();
+        let (console, irq, input) = Console::new(Box::new(Stdout), exit.clone(), terminal, is_ring3)?;
+        vm.irqfd(&irq, COM1_GSI)?;
+        let pio = Arc::new(legacy::ports(console, &exit, is_ring3));
+        let wake = legacy::Wake { signals, exit: exit.clone(), commands: commands.wake.clone() };
+        events.add_subscriber(Box::new(wake));
+        say_ready(&config)?;
+        let raw = RawMode::enter();
+        events.add_subscriber(Box::new(input));
+        let context = VcpuContext { pio, mmio, exit: exit.clone() };
+        let vcpus = Vcpus::start(vcpus, &context, &placement.vcpus, false)?;
+        Ok(Self {
+            config,
+            placement,
+            program,
+            vm,
+            exit,
+            control,
+            devices,
+            state: RunState::Running,
+            started: Instant::now(),
+            events,
+            vcpus,
+            raw,
+        })
+    }
+
+    /// Runs until the guest ends, and takes the machine apart.
+    fn run(mut self, commands: &Commands) -> Result<()> {
+        let reason = self.serve(commands);
+        let stopped = self.vcpus.stop();
+        // From here on nobody is started again. The processes themselves end last.
+        let processes = self.devices.stop_keepers();
+        // A device whose vCPU thread did not stop may be locked; one without a backend has nothing to stop.
+        if stopped {
+            self.devices.shut_down();
+        }
+        drop(self.raw.take());
+        drop(self.devices);
+        drop(processes);
+        outcome::of(reason?, &self.config)
+    }
+
+    /// The event loop.
+    fn serve(&mut self, commands: &Commands) -> Result<ExitReason> {
+        loop {
+            if let Some(reason) = self.exit.reason() {
+                return Ok(reason);
+            }
+            match self.events.run() {
+                Ok(_) => {}
+                Err(event_manager::Error::Epoll(e))
+                    if std::io::Error::from_raw_os_error(e.errno()).kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(event_error(&e)),
+            }
+            while let Ok(message) = commands.receiver.try_recv() {
+                match message {
+                    Message::Command(command, reply) => self.act(command, reply),
+                    Message::Work(work) => work(self),
+                }
+            }
+        }
+    }
+}
+
+/// The line that scripts wait for; the guest's console follows it.
+fn say_ready(config: &VmConfig) -> Result<()> {
+    let line = format!(
+        "ready: guest started, {} vcpus, {} MiB, {} disks, {} nets\n",
+        config.vcpus,
+        config.memory_bytes >> 20,
+        config.disks.len(),
+        config.nets.len()
+    );
+    Stdout.write_all(line.as_bytes()).map_err(Error::os("write to standard output"))
+}
+
+fn event_error(e: &event_manager::Error) -> Error {
+    Error::Os { action: "run the event loop", source: std::io::Error::other(e.to_string()) }
+}

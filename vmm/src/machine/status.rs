@@ -1,0 +1,87 @@
+//! What a machine tells of itself. Serialised as it is by the API; names and units are part of that interface.
+
+use serde::Serialize;
+
+use crate::kvm::exits::Exits;
+
+/// A machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// Whether its vCPUs run.
+    pub state: RunState,
+    /// Process id of the monitor.
+    pub pid: u32,
+    /// Time since the guest was started, milliseconds.
+    pub uptime_ms: u64,
+    /// Guest memory, bytes.
+    pub memory_bytes: u64,
+    /// The guest's kernel said that it has panicked.
+    pub panicked: bool,
+    /// By number.
+    pub vcpus: Vec<VcpuStatus>,
+    /// In the order in which they were added.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Whether vCPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// They do.
+    Running,
+    /// They are stopped.
+    Paused,
+}
+
+/// One vCPU.
+#[derive(Clone, Debug, Serialize)]
+pub struct VcpuStatus {
+    /// Its number.
+    pub id: usize,
+    /// Id of its thread on the host; 0 if it has not begun to run.
+    pub thread_id: i32,
+    /// Host CPUs that it may run on; `None`: wherever the process may.
+    pub cpus: Option<Vec<usize>>,
+    /// Exits to the monitor so far, by kind.
+    pub exits: Exits,
+}
+
+/// One device.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceStatus {
+    /// Its name, e.g. `disk0`.
+    pub name: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Where the guest sees it: `mmio 0xd0000000` or `pci 00:01.0`.
+    pub address: String,
+    /// The driver has started it.
+    pub active: bool,
+    /// Its backend outside the monitor, if it has one.
+    pub backend: Option<BackendStatus>,
+}
+
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    /// virtio-blk.
+    Disk,
+    /// virtio-net.
+    Net,
+    /// virtio-rng.
+    Rng,
+    /// virtio-balloon.
+    Balloon,
+}
+
+/// A device's backend.
+#[derive(Clone, Debug, Serialize)]
+pub struct BackendStatus {
+    /// Whether it is connected.
+    pub connected: bool,
+    /// Process id, where the monitor has started it.
+    pub pid: Option<u32>,
+    /// How often another one has taken its place.
+    pub restarts: u64,
+}
