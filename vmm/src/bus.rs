@@ -10,6 +10,10 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Writes `data` (1 to 8 bytes) at `offset` from the device's start.
     fn write(&self, offset: u64, data: &[u8]);
+    /// True if its ports are wider than a byte: it gets an access of 2 or 4 bytes as one.
+    fn is_wide(&self) -> bool {
+        false
+    }
 }
 
 /// Start address to length and device.
@@ -62,6 +66,29 @@ impl Bus {
         if let Some((offset, device)) = self.find(addr) {
             device.read(offset, data);
         }
+    }
+
+    /// A read from ports. KVM tells the bytes of a repeated string instruction in one go, and not how wide each access was.
+    /// Most ports are byte registers, where a wider access has no meaning but the same; what has wide ones says so.
+    pub fn read_ports(&self, port: u64, data: &mut [u8]) {
+        if self.is_wide(port, data.len()) {
+            return self.read(port, data);
+        }
+        for byte in data.chunks_mut(1) {
+            self.read(port, byte);
+        }
+    }
+
+    /// A write to ports; false if nobody is there.
+    pub fn write_ports(&self, port: u64, data: &[u8]) -> bool {
+        if self.is_wide(port, data.len()) {
+            return self.write(port, data);
+        }
+        data.chunks(1).all(|byte| self.write(port, byte))
+    }
+
+    fn is_wide(&self, port: u64, len: usize) -> bool {
+        matches!(len, 2 | 4) && self.find(port).is_some_and(|(_, device)| device.is_wide())
     }
 
     /// A write by the guest; false if nobody is there.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench;
-use crate::config::{DiskSpec, NetSpec, VmConfig, VmFile};
+use crate::config::{DiskSpec, NetSpec, Transport, VmConfig, VmFile};
 use crate::error::{Error, Result};
 
 /// Virtual machines whose I/O runs on virtual channel processors.
@@ -73,6 +73,9 @@ pub struct RunArgs {
     /// Back guest memory with 2 MiB pages
     #[arg(long)]
     pub hugepages: bool,
+    /// What virtio devices are on [default: pci; mmio for a bare-metal guest]
+    #[arg(long, value_name = "BUS")]
+    pub transport: Option<Transport>,
     /// Host CPUs for vCPU threads, e.g. 0,2-3 [default: all but those of the VCPs, if there is one for each]
     #[arg(long, value_name = "LIST")]
     pub vcpu_cpus: Option<String>,
@@ -99,6 +102,7 @@ impl RunArgs {
         over(&mut vm.memory, self.memory.as_ref());
         over(&mut vm.cpus, self.cpus.as_ref());
         over(&mut vm.vcpu_cpus, self.vcpu_cpus.as_ref());
+        over(&mut vm.transport, self.transport.as_ref());
         over(&mut vm.hugepages, self.hugepages.then_some(&true));
         // Parsed here and not by clap, which would repeat a specification with a secret in its message.
         for disk in &self.disks {

@@ -156,6 +156,9 @@ pub enum Error {
         /// What happened.
         reason: String,
     },
+    /// A snapshot cannot be written, or is not one that can be restored; the text says why.
+    #[error("snapshot: {0}")]
+    Snapshot(String),
     /// A signal asked the run to end before it began; no failure.
     #[error("interrupted while the virtual machine was starting")]
     Interrupted,

@@ -44,6 +44,23 @@ pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// no legacy device ever had, then free legacy ones.
 pub const VIRTIO_GSIS: [u32; 17] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 10, 11, 12, 13, 14, 15];
 
+/// First byte of the window that registers of PCI functions lie in.
+pub const PCI_MMIO_START: u64 = 0xc000_0000;
+/// First byte after it.
+pub const PCI_MMIO_END: u64 = 0xd000_0000;
+/// PCI's enhanced configuration mechanism, one bus: 1 MiB.
+pub const PCI_ECAM_START: u64 = 0xe000_0000;
+/// Its length.
+pub const PCI_ECAM_LEN: u64 = 1 << 20;
+/// PCI's configuration ports.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// Ports by which ACPI hears of devices that come and go, and of the power button.
+pub const HOTPLUG_PORT: u16 = 0x620;
+/// Interrupt line of those.
+pub const HOTPLUG_GSI: u32 = 9;
+/// Port of the panic notifier.
+pub const PVPANIC_PORT: u16 = 0x505;
+
 /// Local APIC registers.
 pub const LAPIC_START: u32 = 0xfee0_0000;
 /// I/O APIC registers.

@@ -11,6 +11,7 @@
 //! | [`kvm`] | memory, processors, interrupts |
 //! | [`boot`], [`acpi`], [`layout`] | what the guest finds in memory |
 //! | [`bus`], [`devices`] | legacy devices |
+//! | [`pci`] | the PCI bus: configuration space, MSI-X |
 //! | [`virtio`] | virtio transport, entropy device, vhost-user front ends |
 //! | [`vcp`] | VCP processes |
 //! | [`check`] | what this host can do |
@@ -30,6 +31,7 @@ pub mod exit;
 pub mod kvm;
 pub mod layout;
 pub mod machine;
+pub mod pci;
 pub mod signal;
 pub mod terminal;
 pub mod vcp;

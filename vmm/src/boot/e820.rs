@@ -1,7 +1,9 @@
 //! The memory map that the guest is told, in the form of BIOS call e820.
 
 use crate::kvm::memory;
-use crate::layout::{ACPI_END, ACPI_START, EBDA_START, KERNEL_START};
+use crate::layout::{
+    ACPI_END, ACPI_START, EBDA_START, HIGH_RAM_START, KERNEL_START, PCI_ECAM_LEN, PCI_ECAM_START,
+};
 
 /// Usable memory.
 pub const RAM: u32 = 1;
@@ -21,6 +23,9 @@ pub struct Range {
     pub kind: u32,
 }
 
+/// Told so that Linux takes PCI's configuration space from its first access on.
+const ECAM: Range = Range { start: PCI_ECAM_START, len: PCI_ECAM_LEN, kind: RESERVED };
+
 /// The map for guest memory of this size, by increasing address, without overlap.
 pub fn map(memory_bytes: u64) -> Vec<Range> {
     let mut map = vec![
@@ -31,9 +36,15 @@ pub fn map(memory_bytes: u64) -> Vec<Range> {
     ];
     for (start, len) in memory::ranges(memory_bytes) {
         let start_ram = start.max(KERNEL_START);
+        if start >= HIGH_RAM_START {
+            map.push(ECAM);
+        }
         if start + len > start_ram {
             map.push(Range { start: start_ram, len: start + len - start_ram, kind: RAM });
         }
+    }
+    if map.last().is_some_and(|last| last.start < PCI_ECAM_START) {
+        map.push(ECAM);
     }
     map
 }
@@ -54,6 +65,11 @@ mod tests {
 
     #[test]
     fn the_hole_is_not_ram() {
-        assert!(map(8 << 30).iter().all(|r| r.start + r.len <= 3 << 30 || r.start >= 4 << 30));
+        assert!(
+            map(8 << 30)
+                .iter()
+                .filter(|r| r.kind == RAM)
+                .all(|r| r.start + r.len <= 3 << 30 || r.start >= 4 << 30)
+        );
     }
 }

@@ -19,8 +19,19 @@ pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 pub const MIN_MEMORY_BYTES: u64 = 4 << 20;
 /// Largest memory, bytes: below the first address that KVM or a guest with 40 address bits could not use.
 pub const MAX_MEMORY_BYTES: u64 = 1 << 39;
-/// Virtual machines have at most this many devices: one interrupt line each, one of them for entropy.
-pub const MAX_DEVICES: usize = crate::layout::VIRTIO_GSIS.len() - 1;
+/// Virtual machines have at most this many disks and nets: slots of the PCI bus without the host bridge and the monitor's
+/// own devices. On virtio-mmio there are fewer.
+pub const MAX_DEVICES: usize = 28;
+
+/// What virtio devices are on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// The PCI bus: an interrupt for each queue, and devices come and go while the guest runs.
+    Pci,
+    /// virtio-mmio windows.
+    Mmio,
+}
 
 /// A virtual machine as its TOML file describes it. Everything is optional here, since options may give the rest.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -38,6 +49,8 @@ pub struct VmFile {
     pub cpus: Option<u8>,
     /// Back the memory with huge pages.
     pub hugepages: Option<bool>,
+    /// `pci` or `mmio`.
+    pub transport: Option<Transport>,
     /// Host CPUs for vCPU threads, e.g. `0,2-3`.
     pub vcpu_cpus: Option<String>,
     /// Block devices.
@@ -63,6 +76,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Back the memory with huge pages.
     pub hugepages: bool,
+    /// What devices are on; `None`: PCI, but virtio-mmio for bare-metal guests.
+    pub transport: Option<Transport>,
     /// Host CPUs for vCPU threads; `None`: chosen by the monitor.
     pub vcpu_cpus: Option<Vec<usize>>,
     /// Block devices.
@@ -154,6 +169,7 @@ impl VmFile {
             memory_bytes,
             vcpus,
             hugepages,
+            transport: self.transport,
             vcpu_cpus,
             disks: self.disk,
             nets: self.net,

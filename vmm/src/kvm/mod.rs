@@ -7,6 +7,7 @@ pub mod memory;
 pub mod regs;
 pub mod vcpu;
 pub mod vm;
+pub mod wires;
 
 pub use memory::GuestMemory;
 pub use vm::Vm;

@@ -355,20 +355,14 @@ fn kind(exit: &VcpuExit<'_>) -> ExitKind {
 /// Handles one exit; a reason ends the run.
 fn handle(exit: VcpuExit<'_>, context: &VcpuContext) -> Option<ExitReason> {
     match exit {
-        // KVM tells the bytes of a repeated string instruction in one go. All our ports are byte registers, and a wider
-        // access to one has no meaning but the same, so that each byte is an access of its own.
         VcpuExit::IoOut(port, data) => {
-            for byte in data {
-                if !context.pio.write(u64::from(port), &[*byte]) {
-                    tracing::trace!(port = format_args!("{port:#x}"), byte, "write to an empty port");
-                }
+            if !context.pio.write_ports(u64::from(port), data) {
+                tracing::trace!(port = format_args!("{port:#x}"), ?data, "write to an empty port");
             }
             None
         }
         VcpuExit::IoIn(port, data) => {
-            for byte in data.chunks_mut(1) {
-                context.pio.read(u64::from(port), byte);
-            }
+            context.pio.read_ports(u64::from(port), data);
             None
         }
         VcpuExit::MmioRead(addr, data) => {

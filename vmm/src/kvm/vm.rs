@@ -6,6 +6,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cloc
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::wires::KvmWires;
 use super::{GuestMemory, cpuid, memory, regs};
 use crate::error::{Error, Result};
 use crate::layout::{IDENTITY_MAP, KVM_TSS};
@@ -13,7 +14,8 @@ use crate::layout::{IDENTITY_MAP, KVM_TSS};
 /// A virtual machine without its vCPU threads.
 pub struct Vm {
     // Dropped in this order: KVM lets go of the mapping before the mapping goes.
-    fd: VmFd,
+    fd: Arc<VmFd>,
+    wires: Arc<KvmWires>,
     kvm: Kvm,
     supported_cpuid: CpuId,
     memory: Arc<GuestMemory>,
@@ -36,7 +38,7 @@ impl Vm {
                 return Err(Error::GuestFailed(text.into()));
             }
         }
-        let fd = kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?;
+        let fd = Arc::new(kvm.create_vm().map_err(Error::kvm("create a virtual machine"))?);
         // Both are for Intel processors only and harmless elsewhere; a host that refuses them does not need them.
         if let Err(e) = fd.set_identity_map_address(IDENTITY_MAP).and_then(|()| fd.set_tss_address(KVM_TSS)) {
             tracing::debug!(error = %e, "KVM does not take the TSS address");
@@ -49,7 +51,13 @@ impl Vm {
         memory::map_into(&fd, &memory)?;
         let supported_cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("tell its CPUID"))?;
-        Ok(Self { fd, kvm, supported_cpuid, memory, clock: Mutex::new(None) })
+        let wires = Arc::new(KvmWires::new(fd.clone())?);
+        Ok(Self { fd, wires, kvm, supported_cpuid, memory, clock: Mutex::new(None) })
+    }
+
+    /// What devices connect while the guest runs.
+    pub fn wires(&self) -> Arc<KvmWires> {
+        self.wires.clone()
     }
 
     /// Guest memory.

@@ -3,7 +3,7 @@
 
 use super::Machine;
 use super::command::{Answer, Command, CommandError, PinTarget, Reply, ReplyTo, Restart};
-use super::status::{RunState, Status, VcpuStatus};
+use super::status::{DeviceKind, RunState, Status, VcpuStatus};
 use crate::exit::ExitReason;
 
 impl Machine {
@@ -14,13 +14,14 @@ impl Machine {
             Command::Status => Ok(Reply::Status(Box::new(self.status()))),
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),
-            Command::Shutdown => Err(CommandError::NotYet("the ACPI power button")),
+            Command::Shutdown => self.press_power_button(),
             Command::Kill => {
                 self.exit.give(ExitReason::User);
                 Ok(Reply::Done)
             }
-            Command::AddDisk(_) | Command::AddNet(_) => Err(CommandError::NotYet("adding devices")),
-            Command::RemoveDisk(_) | Command::RemoveNet(_) => Err(CommandError::NotYet("removing devices")),
+            Command::AddDisk(_) | Command::AddNet(_) => return self.plug(command, reply),
+            Command::RemoveDisk(name) => return self.devices.ask_back(&name, DeviceKind::Disk, reply),
+            Command::RemoveNet(name) => return self.devices.ask_back(&name, DeviceKind::Net, reply),
             Command::Resize { .. } => Err(CommandError::NotYet("the balloon")),
             Command::Snapshot(_) => Err(CommandError::NotYet("a snapshot")),
             Command::Pin { target, cpus } => self.pin(&target, &cpus),
@@ -43,9 +44,19 @@ impl Machine {
             pid: std::process::id(),
             uptime_ms: self.started.elapsed().as_millis() as u64,
             memory_bytes: self.config.memory_bytes,
-            panicked: false,
+            panicked: self.panic.has_panicked(),
             vcpus: (0..self.vcpus.count()).map(vcpu).collect(),
             devices: self.devices.status(),
+        }
+    }
+
+    fn press_power_button(&self) -> Answer {
+        match &self.hotplug {
+            Some(hotplug) => {
+                hotplug.press();
+                Ok(Reply::Done)
+            }
+            None => Err(CommandError::Conflict("a bare-metal guest has no power button: use kill".into())),
         }
     }
 

@@ -69,7 +69,6 @@ pub(super) fn start_all(
 }
 
 /// The backend of one disk that is added while the guest runs.
-#[expect(dead_code, reason = "for devices that are added while the guest runs")]
 pub(super) fn start_one_disk(
     program: &Path,
     name: &str,

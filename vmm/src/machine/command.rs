@@ -159,7 +159,6 @@ pub(super) enum Message {
     /// A command from outside.
     Command(Command, ReplyTo),
     /// Work that another thread has prepared and that ends on the loop's.
-    #[expect(dead_code, reason = "for devices that are added while the guest runs")]
     Work(Box<dyn FnOnce(&mut super::Machine) + Send>),
 }
 

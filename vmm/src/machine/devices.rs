@@ -1,41 +1,84 @@
-//! The machine's virtio devices: each with its transport and, if its queues are served by another process, its keeper.
+//! The machine's virtio devices: each with its transport, its place on a bus and, if its queues are served by another
+//! process, its keeper. On PCI they come and go while the guest runs.
 
 use std::sync::Arc;
 
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
+
 use super::backends::Backend;
+use super::command::{CommandError, Reply, ReplyTo};
 use super::status::{DeviceKind, DeviceStatus};
 use crate::acpi;
 use crate::bus::Bus;
-use crate::config::MAX_DEVICES;
+use crate::devices::hotplug::Hotplug;
 use crate::error::{Error, Result};
 use crate::exit::ExitSignal;
 use crate::kvm::Vm;
-use crate::layout::{VIRTIO_GSIS, VIRTIO_MMIO_START, VIRTIO_MMIO_STRIDE};
+use crate::layout::{PCI_MMIO_END, PCI_MMIO_START, VIRTIO_GSIS, VIRTIO_MMIO_START, VIRTIO_MMIO_STRIDE};
+use crate::pci::bus::PciBus;
 use crate::vcp::{Keeper, VcpProcess};
-use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::MmioTransport;
+use crate::virtio::pci::{REGION_LEN, VirtioPci};
+use crate::virtio::{Transport, VirtioDevice};
+
+/// Where devices are plugged in.
+pub(super) enum Backplane {
+    /// Windows with an interrupt line each, as many as there are devices.
+    Mmio(Vec<acpi::Window>),
+    /// The PCI bus.
+    Pci(PciBackplane),
+}
+
+/// The PCI bus with what is given out on it.
+pub(super) struct PciBackplane {
+    bus: Arc<PciBus>,
+    regions: AddressAllocator,
+    hotplug: Arc<Hotplug>,
+}
+
+impl PciBackplane {
+    /// A bus on which the guest is told of what comes and goes by `hotplug`.
+    pub(super) fn new(bus: Arc<PciBus>, hotplug: Arc<Hotplug>) -> Result<Self> {
+        let regions =
+            AddressAllocator::new(PCI_MMIO_START, PCI_MMIO_END - PCI_MMIO_START).map_err(no_region)?;
+        Ok(Self { bus, regions, hotplug })
+    }
+}
+
+fn no_region(e: vm_allocator::Error) -> Error {
+    Error::Os { action: "place a device's registers", source: std::io::Error::other(e) }
+}
+
+/// Where a device is.
+#[expect(dead_code, reason = "the function is for snapshots")]
+enum Place {
+    Mmio(u64),
+    Pci { slot: u8, region: RangeInclusive, function: Arc<VirtioPci> },
+}
 
 /// One device.
 struct Device {
     name: String,
     kind: DeviceKind,
-    address: String,
-    transport: Arc<MmioTransport>,
+    place: Place,
+    transport: Arc<dyn Transport>,
     keeper: Option<Keeper>,
+    /// Who waits until it is gone.
+    removal: Vec<ReplyTo>,
 }
 
 /// All devices, in the order in which they were added.
 pub(super) struct Devices {
-    windows: Vec<acpi::Window>,
+    backplane: Backplane,
     devices: Vec<Device>,
     mmio: Arc<Bus>,
     exit: ExitSignal,
 }
 
 impl Devices {
-    /// No devices yet, and room for as many as there are windows.
-    pub(super) fn new(windows: Vec<acpi::Window>, mmio: Arc<Bus>, exit: ExitSignal) -> Self {
-        Self { windows, devices: Vec::new(), mmio, exit }
+    /// No devices yet.
+    pub(super) fn new(backplane: Backplane, mmio: Arc<Bus>, exit: ExitSignal) -> Self {
+        Self { backplane, devices: Vec::new(), mmio, exit }
     }
 
     /// Adds a device with a backend, which is kept from now on.
@@ -56,21 +99,98 @@ impl Devices {
         vm: &Vm,
         kind: DeviceKind,
         device: Box<dyn VirtioDevice>,
-    ) -> Result<Arc<MmioTransport>> {
+    ) -> Result<Arc<dyn Transport>> {
         let at = self.add(vm, kind, device)?;
         self.devices.get(at).map(|device| device.transport.clone()).ok_or_else(too_many)
     }
 
     fn add(&mut self, vm: &Vm, kind: DeviceKind, device: Box<dyn VirtioDevice>) -> Result<usize> {
         let at = self.devices.len();
-        let window = self.windows.get(at).ok_or_else(too_many)?;
         let name = device.name().to_owned();
-        let transport = Arc::new(MmioTransport::new(device, vm.memory().clone())?);
-        transport.bind(vm, window.base, window.gsi)?;
-        self.mmio.insert(window.base, VIRTIO_MMIO_STRIDE, transport.clone());
-        let address = format!("mmio {:#x}", window.base);
-        self.devices.push(Device { name, kind, address, transport, keeper: None });
+        let (place, transport): (_, Arc<dyn Transport>) = match &mut self.backplane {
+            Backplane::Mmio(windows) => {
+                let window = windows.get(at).ok_or_else(too_many)?;
+                let transport = Arc::new(MmioTransport::new(device, vm.memory().clone())?);
+                transport.bind(vm, window.base, window.gsi)?;
+                self.mmio.insert(window.base, VIRTIO_MMIO_STRIDE, transport.clone());
+                (Place::Mmio(window.base), transport)
+            }
+            Backplane::Pci(PciBackplane { bus, regions, .. }) => {
+                let slot = bus.free_slot().ok_or_else(too_many)?;
+                let len = u64::from(REGION_LEN);
+                let region = regions.allocate(len, len, AllocPolicy::FirstMatch).map_err(no_region)?;
+                let address = region.start() as u32;
+                let function = Arc::new(VirtioPci::new(device, vm.memory().clone(), vm.wires(), address)?);
+                bus.insert(slot, function.clone());
+                (Place::Pci { slot, region, function: function.clone() }, function)
+            }
+        };
+        self.devices.push(Device { name, kind, place, transport, keeper: None, removal: Vec::new() });
         Ok(at)
+    }
+
+    /// Tells the guest that the device of this name has come.
+    pub(super) fn announce(&self, name: &str) {
+        let device = self.devices.iter().find(|device| device.name == name);
+        if let (Some(Place::Pci { slot, .. }), Backplane::Pci(pci)) =
+            (device.map(|device| &device.place), &self.backplane)
+        {
+            pci.hotplug.announce(*slot);
+        }
+    }
+
+    /// Why no device can be added now, if so.
+    pub(super) fn cannot_add(&self) -> Option<CommandError> {
+        match &self.backplane {
+            Backplane::Mmio(_) => Some(fixed_devices()),
+            Backplane::Pci(pci) if pci.bus.free_slot().is_none() => {
+                Some(CommandError::Conflict("every slot of the PCI bus is taken: remove a device".into()))
+            }
+            Backplane::Pci(_) => None,
+        }
+    }
+
+    /// Asks the guest to let go of a device; who asked is answered when it has, by [`Devices::ejected`].
+    pub(super) fn ask_back(&mut self, name: &str, kind: DeviceKind, reply: ReplyTo) {
+        let device = self.devices.iter_mut().find(|device| device.name == name && device.kind == kind);
+        let Some(device) = device else {
+            return reply.give(Err(CommandError::NotFound(format!("device {name} of that kind"))));
+        };
+        match (&device.place, &self.backplane) {
+            (Place::Pci { slot, .. }, Backplane::Pci(pci)) => {
+                device.removal.push(reply);
+                pci.hotplug.ask_back(*slot);
+            }
+            _ => reply.give(Err(fixed_devices())),
+        }
+    }
+
+    /// The guest has let go of what was in a slot, which is off the bus. What is left of it ends on a thread of its own:
+    /// queues that still run are stopped, the keeper and the process end, and who waits is answered.
+    pub(super) fn ejected(&mut self, slot: u8) {
+        let is_there = |device: &Device| matches!(device.place, Place::Pci { slot: at, .. } if at == slot);
+        let Some(at) = self.devices.iter().position(is_there) else { return };
+        let Device { name, place, transport, keeper, removal, .. } = self.devices.remove(at);
+        if let (Place::Pci { region, .. }, Backplane::Pci(pci)) = (place, &mut self.backplane)
+            && let Err(e) = pci.regions.free(&region)
+        {
+            tracing::error!(device = name, error = %e, "the place of the device's registers is lost");
+        }
+        tracing::info!(device = name, "the guest has let go of the device");
+        let end = move || {
+            let process = keeper.and_then(Keeper::stop);
+            transport.shut_down();
+            drop((transport, process));
+            removal.into_iter().for_each(|reply| reply.give(Ok(Reply::Done)));
+        };
+        if let Err(e) = std::thread::Builder::new().name(format!("{name}-removal")).spawn(end) {
+            tracing::error!(device = name, error = %e, "cannot take the device apart in good order");
+        }
+    }
+
+    /// Whether a name is taken.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.devices.iter().any(|device| device.name == name)
     }
 
     /// The keeper of a device.
@@ -83,7 +203,10 @@ impl Devices {
         let status = |device: &Device| DeviceStatus {
             name: device.name.clone(),
             kind: device.kind,
-            address: device.address.clone(),
+            address: match device.place {
+                Place::Mmio(base) => format!("mmio {base:#x}"),
+                Place::Pci { slot, .. } => format!("pci 00:{slot:02x}.0"),
+            },
             active: device.transport.is_active(),
             backend: device.keeper.as_ref().map(Keeper::status),
         };
@@ -103,8 +226,13 @@ impl Devices {
     }
 }
 
+fn fixed_devices() -> CommandError {
+    let reason = "devices on virtio-mmio are there for the whole run: start the guest with --transport pci";
+    CommandError::Conflict(reason.into())
+}
+
 fn too_many() -> Error {
-    Error::Usage(format!("more than {MAX_DEVICES} disks and nets"))
+    Error::Usage("more disks and nets than the machine has places for: 16 on virtio-mmio, 28 on PCI".into())
 }
 
 /// The windows of that many virtio devices.

@@ -6,24 +6,65 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::command::{Control, Message};
 use crate::boot::ring3::abi::EXIT_PORT;
 use crate::bus::{Bus, BusDevice};
 use crate::devices::console::{Console, UART_LEN};
+use crate::devices::hotplug::{self, Hotplug};
+use crate::devices::panic::PanicNotifier;
 use crate::devices::power::{ACPI_PM_LEN, AcpiPm, ExitPort, I8042, I8042_LEN};
+use crate::error::Result;
 use crate::exit::{ExitReason, ExitSignal};
-use crate::layout::{ACPI_PM_PORT, COM1_PORT, I8042_PORT};
+use crate::kvm::Vm;
+use crate::layout::{
+    ACPI_PM_PORT, COM1_PORT, HOTPLUG_GSI, HOTPLUG_PORT, I8042_PORT, PCI_CONFIG_PORT, PVPANIC_PORT,
+};
+use crate::pci::bus::{ConfigPorts, PciBus};
 use crate::signal;
 
-/// The ports of a machine.
-pub(super) fn ports(console: Arc<Console>, exit: &ExitSignal, ring3: bool) -> Bus {
-    let pio = Bus::default();
-    let mut devices: Vec<(u16, u64, Arc<dyn BusDevice>)> = vec![(COM1_PORT, UART_LEN, console)];
-    if ring3 {
-        devices.push((EXIT_PORT, 1, Arc::new(ExitPort(exit.clone()))));
-    } else {
-        devices.push((ACPI_PM_PORT, ACPI_PM_LEN, Arc::new(AcpiPm(exit.clone()))));
-        devices.push((I8042_PORT, I8042_LEN, Arc::new(I8042(exit.clone()))));
+type Ports = Vec<(u16, u64, Arc<dyn BusDevice>)>;
+
+/// The ports of a bare-metal guest's machine.
+pub(super) fn bare_ports(console: Arc<Console>, exit: &ExitSignal) -> Bus {
+    ports_of(vec![(COM1_PORT, UART_LEN, console), (EXIT_PORT, 1, Arc::new(ExitPort(exit.clone())))])
+}
+
+/// The ports of any other machine.
+pub(super) fn ports(
+    console: Arc<Console>,
+    exit: &ExitSignal,
+    hotplug: Arc<Hotplug>,
+    panic: &PanicNotifier,
+    bus: Option<Arc<PciBus>>,
+) -> Bus {
+    let mut devices: Ports = vec![
+        (COM1_PORT, UART_LEN, console),
+        (ACPI_PM_PORT, ACPI_PM_LEN, Arc::new(AcpiPm(exit.clone()))),
+        (I8042_PORT, I8042_LEN, Arc::new(I8042(exit.clone()))),
+        (HOTPLUG_PORT, hotplug::LEN, hotplug),
+        (PVPANIC_PORT, 1, Arc::new(panic.clone())),
+    ];
+    if let Some(bus) = bus {
+        devices.push((PCI_CONFIG_PORT, ConfigPorts::LEN, Arc::new(ConfigPorts::new(bus))));
     }
+    ports_of(devices)
+}
+
+/// The registers by which the guest hears of events. What it lets go of is off the bus at once, and the machine is told.
+pub(super) fn hotplug(vm: &Vm, bus: Option<Arc<PciBus>>, control: &Control) -> Result<Arc<Hotplug>> {
+    let control = control.clone();
+    let hotplug = Hotplug::new(Box::new(move |slot| {
+        // Slot 0 is the host bridge, which stays.
+        if slot != 0 && bus.as_ref().is_some_and(|bus| bus.remove(slot).is_some()) {
+            control.post(Message::Work(Box::new(move |machine| machine.devices.ejected(slot))));
+        }
+    }))?;
+    vm.irqfd(hotplug.irq(), HOTPLUG_GSI)?;
+    Ok(hotplug)
+}
+
+fn ports_of(devices: Ports) -> Bus {
+    let pio = Bus::default();
     for (port, len, device) in devices {
         pio.insert(u64::from(port), len, device);
     }

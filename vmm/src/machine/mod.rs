@@ -6,7 +6,7 @@
 //! | [`command`] | what other threads ask of a running machine, and how |
 //! | `act` | what is done about it |
 //! | [`status`] | what a machine tells of itself |
-//! | `devices`, `backends` | virtio devices, and the processes behind them |
+//! | `devices`, `backends`, `plug` | virtio devices, the processes behind them, and how both come later |
 //! | `legacy` | ports |
 //! | `outcome` | what the way the guest ended means |
 //!
@@ -21,6 +21,7 @@ pub mod command;
 mod devices;
 mod legacy;
 mod outcome;
+mod plug;
 pub mod status;
 
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -30,22 +31,26 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use rustix::event::{EventfdFlags, eventfd};
 
 use self::backends::Backend;
 use self::command::{Commands, Control, Message};
-use self::devices::Devices;
+use self::devices::{Backplane, Devices, PciBackplane};
 use self::status::{DeviceKind, RunState};
 use crate::affinity::{self, Placement};
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::cli::RunArgs;
-use crate::config::VmConfig;
+use crate::config::{Transport, VmConfig};
 use crate::devices::console::{Console, Stdout};
+use crate::devices::hotplug::Hotplug;
+use crate::devices::panic::PanicNotifier;
 use crate::error::{Error, Result};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::kvm::vcpu::{VcpuContext, Vcpus};
 use crate::kvm::{self, Vm, memory, regs};
-use crate::layout::COM1_GSI;
+use crate::layout::{COM1_GSI, PCI_ECAM_LEN, PCI_ECAM_START, PCI_MMIO_END, PCI_MMIO_START};
+use crate::pci::bus::{Ecam, Memory, PciBus};
 use crate::terminal::{self, RawMode};
 use crate::virtio::rng::Rng;
 use crate::{acpi, signal, vcp};
@@ -95,14 +100,18 @@ fn warn_of_emulation(is_ring3: bool) {
 struct Board {
     vm: Vm,
     is_ring3: bool,
+    /// Windows of virtio-mmio devices; none with PCI.
     windows: Vec<acpi::Window>,
+    pci: bool,
     vcpus: Vec<kvm_ioctls::VcpuFd>,
 }
 
 impl Board {
     fn new(config: &VmConfig, kernel: Kernel) -> Result<Self> {
-        let windows = devices::windows(config.disks.len() + config.nets.len() + OWN_DEVICES)?;
         let is_ring3 = kernel.is_ring3();
+        let pci = has_pci(config, is_ring3)?;
+        let count = config.disks.len() + config.nets.len() + OWN_DEVICES;
+        let windows = devices::windows(if pci { 0 } else { count })?;
         let kvm = kvm::open()?;
         let memory = memory::create(config.memory_bytes, config.hugepages)?;
         let vm = Vm::new(kvm, memory, !is_ring3)?;
@@ -111,12 +120,24 @@ impl Board {
         // An unstable counter has no frequency: the guest is told 0.
         let tsc_khz = vcpus.first().and_then(|v| v.get_tsc_khz().ok()).map_or(0, u64::from);
         let memory = vm.memory();
-        let rsdp = if is_ring3 { 0 } else { acpi::write(memory, config.vcpus, &windows)? };
+        let platform = acpi::Platform { vcpus: config.vcpus, windows: &windows, pci };
+        let rsdp = if is_ring3 { 0 } else { acpi::write(memory, &platform)? };
         let entry = kernel.load(memory, config, tsc_khz, rsdp, windows.len())?;
         if let Some(first) = vcpus.first() {
             regs::set_entry(first, memory, entry)?;
         }
-        Ok(Self { vm, is_ring3, windows, vcpus })
+        Ok(Self { vm, is_ring3, windows, pci, vcpus })
+    }
+}
+
+/// Whether devices are on PCI: yes, but for bare-metal guests, which know virtio-mmio only.
+fn has_pci(config: &VmConfig, is_ring3: bool) -> Result<bool> {
+    match (config.transport, is_ring3) {
+        (Some(Transport::Pci), true) => Err(Error::Usage(
+            "a bare-metal guest has its devices on virtio-mmio: leave out --transport".into(),
+        )),
+        (Some(transport), _) => Ok(transport == Transport::Pci),
+        (None, is_ring3) => Ok(!is_ring3),
     }
 }
 
@@ -136,13 +157,17 @@ struct Parts {
 pub struct Machine {
     config: VmConfig,
     placement: Placement,
-    #[expect(dead_code, reason = "for devices that are added while the guest runs")]
     program: PathBuf,
     vm: Vm,
     exit: ExitSignal,
-    #[expect(dead_code, reason = "for work that other threads prepare")]
     control: Control,
     devices: Devices,
+    /// Devices whose backends are being started, and what ends that.
+    coming: Vec<plug::Coming>,
+    abort: OwnedFd,
+    /// How the guest is told of events; a bare-metal guest cannot be.
+    hotplug: Option<Arc<Hotplug>>,
+    panic: PanicNotifier,
     state: RunState,
     started: Instant,
     events: EventManager<Subscriber>,
@@ -160,10 +185,22 @@ impl Machine {
     /// Connects devices and console to the board, and lets the guest go.
     fn start(parts: Parts, signals: OwnedFd, commands: &Commands) -> Result<Self> {
         let Parts { config, board, backends, placement, program, control, exit } = parts;
-        let Board { vm, is_ring3, windows, vcpus } = board;
+        let Board { vm, is_ring3, windows, pci, vcpus } = board;
+        let abort = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+            .map_err(Error::os("create an eventfd"))?;
         let mut events = EventManager::<Subscriber>::new().map_err(|e| event_error(&e))?;
         let mmio = Arc::new(Bus::default());
-        let mut devices = Devices::new(windows, mmio.clone(), exit.clone());
+        let bus = pci.then(PciBus::new);
+        let hotplug = if is_ring3 { None } else { Some(legacy::hotplug(&vm, bus.clone(), &control)?) };
+        let backplane = match (&bus, &hotplug) {
+            (Some(bus), Some(hotplug)) => {
+                mmio.insert(PCI_ECAM_START, PCI_ECAM_LEN, Arc::new(Ecam(bus.clone())));
+                mmio.insert(PCI_MMIO_START, PCI_MMIO_END - PCI_MMIO_START, Arc::new(Memory(bus.clone())));
+                Backplane::Pci(PciBackplane::new(bus.clone(), hotplug.clone())?)
+            }
+            _ => Backplane::Mmio(windows),
+        };
+        let mut devices = Devices::new(backplane, mmio.clone(), exit.clone());
         for backend in backends {
             devices.add_backend(&vm, backend)?;
         }
@@ -175,7 +212,11 @@ impl Machine {
         let terminal = std::io::stdin().is_terminal();
         let (console, irq, input) = Console::new(Box::new(Stdout), exit.clone(), terminal, is_ring3)?;
         vm.irqfd(&irq, COM1_GSI)?;
-        let pio = Arc::new(legacy::ports(console, &exit, is_ring3));
+        let panic = PanicNotifier::default();
+        let pio = Arc::new(match &hotplug {
+            None => legacy::bare_ports(console, &exit),
+            Some(hotplug) => legacy::ports(console, &exit, hotplug.clone(), &panic, bus),
+        });
         let wake = legacy::Wake { signals, exit: exit.clone(), commands: commands.wake.clone() };
         events.add_subscriber(Box::new(wake));
         say_ready(&config)?;
@@ -191,6 +232,10 @@ impl Machine {
             exit,
             control,
             devices,
+            coming: Vec::new(),
+            abort,
+            hotplug,
+            panic,
             state: RunState::Running,
             started: Instant::now(),
             events,
@@ -202,6 +247,7 @@ impl Machine {
     /// Runs until the guest ends, and takes the machine apart.
     fn run(mut self, commands: &Commands) -> Result<()> {
         let reason = self.serve(commands);
+        self.turn_away();
         let stopped = self.vcpus.stop();
         // From here on nobody is started again. The processes themselves end last.
         let processes = self.devices.stop_keepers();
@@ -212,7 +258,7 @@ impl Machine {
         drop(self.raw.take());
         drop(self.devices);
         drop(processes);
-        outcome::of(reason?, &self.config)
+        outcome::of(reason?, &self.config, self.panic.has_panicked())
     }
 
     /// The event loop.

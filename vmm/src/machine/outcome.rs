@@ -5,9 +5,12 @@ use crate::config::VmConfig;
 use crate::error::{Error, Result};
 use crate::exit::ExitReason;
 
-/// The result of a run.
-pub(super) fn of(reason: ExitReason, config: &VmConfig) -> Result<()> {
+/// The result of a run. `panicked`: the guest's kernel said that it has.
+pub(super) fn of(reason: ExitReason, config: &VmConfig, panicked: bool) -> Result<()> {
     match reason {
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::TripleFault if panicked => {
+            Err(Error::GuestFailed("the guest's kernel panicked".into()))
+        }
         ExitReason::PowerOff | ExitReason::Reset | ExitReason::User | ExitReason::GuestCode(0) => Ok(()),
         ExitReason::Signal(signal) => {
             tracing::info!(signal, "ended by a signal");

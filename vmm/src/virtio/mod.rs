@@ -1,8 +1,12 @@
 //! Virtio devices and the seam between them and their transport. A device knows queues, features and its configuration;
-//! a transport (virtio-mmio today, PCI later) knows registers and interrupts. Neither knows the other's kind.
+//! a transport (virtio-mmio, virtio-pci) knows registers and interrupts. Neither knows the other's kind.
 
 pub mod mmio;
+pub mod pci;
 pub mod rng;
+mod state;
+#[cfg(test)]
+pub(crate) use state::event as state_event;
 pub mod vhost_user;
 
 use std::sync::Arc;
@@ -76,6 +80,16 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
 }
 
+/// A transport as the machine sees it: a device on a bus.
+pub trait Transport: Send + Sync {
+    /// The notification descriptor of a queue, for devices inside the monitor.
+    fn kick(&self, index: usize) -> Option<&Arc<EventFd>>;
+    /// Whether the driver has started the device.
+    fn is_active(&self) -> bool;
+    /// Stops the device for good, at the end of the run or when it is taken away.
+    fn shut_down(&self);
+}
+
 /// A virtio device without its transport. Calls come under the transport's lock, one at a time.
 pub trait VirtioDevice: Send {
     /// What messages call it, e.g. `disk0`.
@@ -102,6 +116,15 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self) -> Result<()>;
     /// Stops one queue until the next [`VirtioDevice::reset`]. When this returns, nobody touches it any more.
     fn stop_queue(&mut self, index: u16) -> Result<()>;
+    /// What a snapshot keeps besides what the driver has told the transport. The queues rest.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    /// Starts the device as [`VirtioDevice::activate`] does, but where its rings stand: they were used before.
+    fn restore(&mut self, saved: &[u8], activation: Activation) -> Result<()> {
+        let _ = saved;
+        self.activate(activation)
+    }
     /// Stops the device because the run is over and no driver waits: as [`VirtioDevice::reset`], but without patience.
     fn shut_down(&mut self) -> Result<()> {
         self.reset()

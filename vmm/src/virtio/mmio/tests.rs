@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::{F_RING_PACKED, F_VERSION_1};
+use crate::error::Error;
+use crate::virtio::{Activation, F_RING_PACKED, F_VERSION_1};
 
 const FEATURE: u64 = 1 << 5;
 

@@ -1,25 +1,23 @@
-//! ACPI tables (ACPI 6.5): what tells the guest's kernel of processors, interrupt controllers, the serial port and the
+//! ACPI tables (ACPI 6.5): what tells the guest's kernel of processors, interrupt controllers, the serial port, PCI and the
 //! virtio-mmio windows, and how to switch off. The platform is hardware-reduced: no PM timer, no SCI, no legacy
 //! hardware; soft-off goes through the sleep control register, reset through the reset register.
 
-use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
-};
+mod dsdt;
+
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
-use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
 use crate::boot::put;
-use crate::devices::power::{RESET, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_S5};
+use crate::devices::power::{RESET, SLEEP_CONTROL, SLEEP_STATUS};
 use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 use crate::layout::{
-    ACPI_END, ACPI_PM_PORT, ACPI_RESET_VALUE, ACPI_START, COM1_GSI, COM1_PORT, IOAPIC_START, LAPIC_START,
-    VIRTIO_MMIO_STRIDE,
+    ACPI_END, ACPI_PM_PORT, ACPI_RESET_VALUE, ACPI_START, IOAPIC_START, LAPIC_START, PCI_ECAM_START,
 };
 
 const OEM_ID: [u8; 6] = *b"VCP   ";
@@ -35,8 +33,19 @@ pub struct Window {
     pub gsi: u32,
 }
 
+/// What is to be described.
+#[derive(Clone, Copy, Debug)]
+pub struct Platform<'a> {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// virtio-mmio windows.
+    pub windows: &'a [Window],
+    /// There is a PCI bus.
+    pub pci: bool,
+}
+
 /// Builds all tables as they lie from `start`; the RSDP comes first.
-pub fn build(start: u64, vcpus: u8, windows: &[Window]) -> Vec<u8> {
+pub fn build(start: u64, platform: &Platform<'_>) -> Vec<u8> {
     // Room for the RSDP, which is written last because it points forward.
     let mut tables = vec![0; align(Rsdp::len())];
     let mut place = |table: Vec<u8>| {
@@ -45,12 +54,17 @@ pub fn build(start: u64, vcpus: u8, windows: &[Window]) -> Vec<u8> {
         tables.resize(align(tables.len()), 0);
         address
     };
-    let dsdt = place(dsdt(windows));
+    let dsdt = place(dsdt::build(platform));
     let fadt = place(bytes(&fadt(dsdt)));
-    let madt = place(bytes(&madt(vcpus)));
+    let madt = place(bytes(&madt(platform.vcpus)));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if platform.pci {
+        let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        mcfg.add_ecam(PCI_ECAM_START, 0, 0, 0);
+        xsdt.add_entry(place(bytes(&mcfg)));
+    }
     let xsdt = place(bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
     tables[..rsdp.len()].copy_from_slice(&rsdp);
@@ -58,8 +72,8 @@ pub fn build(start: u64, vcpus: u8, windows: &[Window]) -> Vec<u8> {
 }
 
 /// Writes the tables into guest memory; returns the address of the RSDP.
-pub fn write(memory: &GuestMemory, vcpus: u8, windows: &[Window]) -> Result<u64> {
-    let tables = build(ACPI_START, vcpus, windows);
+pub fn write(memory: &GuestMemory, platform: &Platform<'_>) -> Result<u64> {
+    let tables = build(ACPI_START, platform);
     if tables.len() as u64 > ACPI_END - ACPI_START {
         return Err(Error::GuestFailed("the ACPI tables have no room: use fewer devices".into()));
     }
@@ -111,62 +125,6 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt(windows: &[Window]) -> Vec<u8> {
-    const REVISION: u8 = 2;
-    let mut dsdt = Sdt::new(*b"DSDT", 36, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let s5: &dyn Aml = &SLEEP_TYPE_S5;
-    dsdt.append_slice(&bytes(&Name::new("_S5_".into(), &Package::new(vec![s5]))));
-    let com1 = Device::new(
-        "COM1".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
-            &Name::new("_UID".into(), &0u8),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &IO::new(COM1_PORT, COM1_PORT, 0, 8),
-                    // Consumer, edge, active high, exclusive.
-                    &Interrupt::new(true, true, false, false, COM1_GSI),
-                ]),
-            ),
-        ],
-    )
-    .to_bytes();
-    let windows = windows.iter().enumerate().map(|(i, window)| {
-        Device::new(
-            format!("VR{i:02X}").as_str().into(),
-            vec![
-                &Name::new("_HID".into(), &"LNRO0005"),
-                &Name::new("_UID".into(), &(i as u8)),
-                &Name::new("_CCA".into(), &1u8),
-                &Name::new(
-                    "_CRS".into(),
-                    &ResourceTemplate::new(vec![
-                        &Memory32Fixed::new(true, window.base as u32, VIRTIO_MMIO_STRIDE as u32),
-                        &Interrupt::new(true, true, false, false, window.gsi),
-                    ]),
-                ),
-            ],
-        )
-        .to_bytes()
-    });
-    let devices = std::iter::once(com1).chain(windows).flatten().collect();
-    dsdt.append_slice(&Scope::raw("_SB_".into(), devices));
-    dsdt.update_checksum();
-    dsdt.as_slice().to_vec()
-}
-
-/// The AML of a device that borrows its parts.
-trait ToBytes {
-    fn to_bytes(&self) -> Vec<u8>;
-}
-
-impl ToBytes for Device<'_> {
-    fn to_bytes(&self) -> Vec<u8> {
-        bytes(self)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,7 +133,7 @@ mod tests {
 
     fn tables(vcpus: u8) -> Vec<u8> {
         let windows = [Window { base: 0xd000_0000, gsi: 16 }, Window { base: 0xd000_1000, gsi: 17 }];
-        build(START, vcpus, &windows)
+        build(START, &Platform { vcpus, windows: &windows, pci: true })
     }
 
     fn u32_at(t: &[u8], at: usize) -> u32 {
@@ -198,11 +156,13 @@ mod tests {
         assert_eq!(&all[..8], b"RSD PTR ");
         assert_eq!((sum(&all[..20]), sum(&all[..36])), (0, 0));
         let xsdt = table(&all, u64_at(&all, 24));
-        assert_eq!((&xsdt[..4], sum(xsdt), xsdt.len()), (&b"XSDT"[..], 0, 36 + 16));
+        assert_eq!((&xsdt[..4], sum(xsdt), xsdt.len()), (&b"XSDT"[..], 0, 36 + 24));
         let fadt = table(&all, u64_at(xsdt, 36));
         assert_eq!((&fadt[..4], sum(fadt), fadt.len()), (&b"FACP"[..], 0, 276));
         let madt = table(&all, u64_at(xsdt, 44));
         assert_eq!((&madt[..4], sum(madt), madt.len()), (&b"APIC"[..], 0, 44 + 3 * 8 + 12));
+        let mcfg = table(&all, u64_at(xsdt, 52));
+        assert_eq!((&mcfg[..4], sum(mcfg), u64_at(mcfg, 44)), (&b"MCFG"[..], 0, 0xe000_0000));
         let dsdt = table(&all, u64_at(fadt, 140));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
     }
@@ -231,6 +191,7 @@ mod tests {
     fn the_largest_machine_fits() {
         let windows: Vec<_> =
             crate::layout::VIRTIO_GSIS.iter().map(|gsi| Window { base: 0xd000_0000, gsi: *gsi }).collect();
-        assert!((build(START, 64, &windows).len() as u64) < ACPI_END - ACPI_START);
+        let platform = Platform { vcpus: 64, windows: &windows, pci: true };
+        assert!((build(START, &platform).len() as u64) < ACPI_END - ACPI_START);
     }
 }
