@@ -48,6 +48,10 @@ pub struct RunArgs {
     /// bzImage or ELF file to boot
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
+    /// Go on with a snapshot (of `vcp ctl snapshot`) instead of booting; give the same disks and nets as then, in the same
+    /// order. Memory, vCPUs and command line are the snapshot's
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -97,6 +101,7 @@ impl RunArgs {
             }
         }
         over(&mut vm.kernel, self.kernel.as_ref());
+        over(&mut vm.restore, self.restore.as_ref());
         over(&mut vm.initrd, self.initrd.as_ref());
         over(&mut vm.cmdline, self.cmdline.as_ref());
         over(&mut vm.memory, self.memory.as_ref());

@@ -13,6 +13,7 @@
 //! | [`bus`], [`devices`] | legacy devices |
 //! | [`pci`] | the PCI bus: configuration space, MSI-X |
 //! | [`virtio`] | virtio transport, entropy device, vhost-user front ends |
+//! | [`snapshot`] | the file of a snapshot |
 //! | [`vcp`] | VCP processes |
 //! | [`check`] | what this host can do |
 //! | [`mod@bench`] | load generator for vhost-user-blk backends |
@@ -33,6 +34,7 @@ pub mod layout;
 pub mod machine;
 pub mod pci;
 pub mod signal;
+pub mod snapshot;
 pub mod terminal;
 pub mod vcp;
 pub mod virtio;

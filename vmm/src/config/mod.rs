@@ -39,6 +39,9 @@ pub enum Transport {
 pub struct VmFile {
     /// bzImage or ELF file.
     pub kernel: Option<PathBuf>,
+    /// Snapshot to go on with instead of booting a kernel.
+    #[serde(skip)]
+    pub restore: Option<PathBuf>,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// Kernel command line; `console=ttyS0` is added where it names no console.
@@ -64,8 +67,10 @@ pub struct VmFile {
 /// A virtual machine, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
-    /// bzImage or ELF file.
+    /// bzImage or ELF file; not used with a snapshot.
     pub kernel: PathBuf,
+    /// Snapshot to go on with instead.
+    pub restore: Option<PathBuf>,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// Kernel command line as the user gave it.
@@ -121,7 +126,7 @@ impl VmFile {
     /// Completes and checks the description.
     pub fn finish(self) -> Result<VmConfig> {
         let usage = |text: String| Error::Usage(text);
-        let kernel = self.kernel.ok_or_else(|| {
+        let kernel = self.kernel.or_else(|| self.restore.clone()).ok_or_else(|| {
             usage("no kernel given: use --kernel FILE or kernel = \"FILE\" in the VM file".into())
         })?;
         let hugepages = self.hugepages.unwrap_or(false);
@@ -164,6 +169,7 @@ impl VmFile {
         }
         Ok(VmConfig {
             kernel,
+            restore: self.restore,
             initrd: self.initrd,
             cmdline,
             memory_bytes,

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_superio::Trigger;
-use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::serial::{Serial, SerialEvents, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -93,6 +93,13 @@ impl Write for Stdout {
 
 type Uart = Serial<Line, InputTaken, Box<dyn Write + Send>>;
 
+/// The console in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SavedConsole {
+    registers: [u8; 9],
+    input: Vec<u8>,
+}
+
 /// The 16550 on the port bus.
 pub struct Console {
     uart: Mutex<Uart>,
@@ -133,6 +140,51 @@ impl Console {
             source: Source::Waiting,
         };
         Ok((console, irq, input))
+    }
+
+    /// The UART's registers, for a snapshot.
+    pub fn save(&self) -> SavedConsole {
+        let s = self.uart().state();
+        SavedConsole {
+            registers: [
+                s.baud_divisor_low,
+                s.baud_divisor_high,
+                s.interrupt_enable,
+                s.interrupt_identification,
+                s.line_control,
+                s.line_status,
+                s.modem_control,
+                s.modem_status,
+                s.scratch,
+            ],
+            input: s.in_buffer,
+        }
+    }
+
+    /// Makes the UART what it was; `output` is where its output goes from now on.
+    pub fn restore(&self, saved: &SavedConsole, output: Box<dyn Write + Send>) -> Result<()> {
+        let [low, high, ier, iir, lcr, lsr, mcr, msr, scratch] = saved.registers;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: ier,
+            interrupt_identification: iir,
+            line_control: lcr,
+            line_status: lsr,
+            modem_control: mcr,
+            modem_status: msr,
+            scratch,
+            in_buffer: saved.input.clone(),
+        };
+        let mut uart = self.uart();
+        let clone = |event: &EventFd| event.try_clone().map_err(Error::os("duplicate an eventfd"));
+        let (line, taken) = (Line(clone(&uart.interrupt_evt().0)?), InputTaken(clone(&uart.events().0)?));
+        *uart = Serial::from_state(&state, line, taken, output)
+            .map_err(|e| Error::Snapshot(format!("the console's state cannot be: {e:?}")))?;
+        if receives(&uart) {
+            uart.events().in_buffer_empty();
+        }
+        Ok(())
     }
 
     fn uart(&self) -> std::sync::MutexGuard<'_, Uart> {

@@ -22,6 +22,13 @@ impl PanicNotifier {
     }
 }
 
+impl PanicNotifier {
+    /// A panic before a snapshot counts after it.
+    pub fn restore(&self, panicked: bool) {
+        self.0.store(panicked, Ordering::Release);
+    }
+}
+
 impl BusDevice for PanicNotifier {
     fn read(&self, _offset: u64, data: &mut [u8]) {
         // The events that are understood.

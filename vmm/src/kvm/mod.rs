@@ -5,6 +5,7 @@ pub mod cpuid;
 pub mod exits;
 pub mod memory;
 pub mod regs;
+pub mod saved;
 pub mod vcpu;
 pub mod vm;
 pub mod wires;

@@ -14,13 +14,13 @@ use crate::layout::{IDENTITY_MAP, KVM_TSS};
 /// A virtual machine without its vCPU threads.
 pub struct Vm {
     // Dropped in this order: KVM lets go of the mapping before the mapping goes.
-    fd: Arc<VmFd>,
+    pub(super) fd: Arc<VmFd>,
     wires: Arc<KvmWires>,
-    kvm: Kvm,
+    pub(super) kvm: Kvm,
     supported_cpuid: CpuId,
     memory: Arc<GuestMemory>,
     /// The guest's clock while it stands still.
-    clock: Mutex<Option<kvm_clock_data>>,
+    pub(super) clock: Mutex<Option<kvm_clock_data>>,
 }
 
 impl Vm {

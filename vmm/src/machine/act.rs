@@ -23,7 +23,7 @@ impl Machine {
             Command::RemoveDisk(name) => return self.devices.ask_back(&name, DeviceKind::Disk, reply),
             Command::RemoveNet(name) => return self.devices.ask_back(&name, DeviceKind::Net, reply),
             Command::Resize { .. } => Err(CommandError::NotYet("the balloon")),
-            Command::Snapshot(_) => Err(CommandError::NotYet("a snapshot")),
+            Command::Snapshot(path) => return self.snapshot(path, reply),
             Command::Pin { target, cpus } => self.pin(&target, &cpus),
             Command::RestartVcp { device, how } => self.restart_vcp(&device, how),
             Command::RateLimits { .. } => Err(CommandError::NotYet("changing rate limits")),
@@ -73,6 +73,13 @@ impl Machine {
     }
 
     fn resume(&mut self) -> Answer {
+        self.not_saving()?;
+        self.go_on();
+        Ok(Reply::Done)
+    }
+
+    /// Lets paused vCPUs go on.
+    pub(super) fn go_on(&mut self) {
         if self.state == RunState::Paused {
             self.vm.start_clock();
             let told = self.vcpus.each(|_| {
@@ -87,7 +94,6 @@ impl Machine {
             self.vcpus.resume();
             self.state = RunState::Running;
         }
-        Ok(Reply::Done)
     }
 
     fn pin(&mut self, target: &PinTarget, _cpus: &[usize]) -> Answer {

@@ -7,6 +7,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
 use super::backends::Backend;
 use super::command::{CommandError, Reply, ReplyTo};
+use super::snap::{Saved, SavedDevice, Target};
 use super::status::{DeviceKind, DeviceStatus};
 use crate::acpi;
 use crate::bus::Bus;
@@ -50,10 +51,9 @@ fn no_region(e: vm_allocator::Error) -> Error {
 }
 
 /// Where a device is.
-#[expect(dead_code, reason = "the function is for snapshots")]
 enum Place {
     Mmio(u64),
-    Pci { slot: u8, region: RangeInclusive, function: Arc<VirtioPci> },
+    Pci { slot: u8, region: RangeInclusive },
 }
 
 /// One device.
@@ -82,10 +82,10 @@ impl Devices {
     }
 
     /// Adds a device with a backend, which is kept from now on.
-    pub(super) fn add_backend(&mut self, vm: &Vm, backend: Backend) -> Result<()> {
+    pub(super) fn add_backend(&mut self, vm: &Vm, backend: Backend, place: Option<(u8, u64)>) -> Result<()> {
         let Backend { kind, mut device, source, process } = backend;
         let (front, channel) = device.keep();
-        let at = self.add(vm, kind, Box::new(device))?;
+        let at = self.add(vm, kind, Box::new(device), place)?;
         let keeper = Keeper::start(front, channel, source, process, self.exit.clone())?;
         if let Some(device) = self.devices.get_mut(at) {
             device.keeper = Some(keeper);
@@ -99,12 +99,20 @@ impl Devices {
         vm: &Vm,
         kind: DeviceKind,
         device: Box<dyn VirtioDevice>,
+        place: Option<(u8, u64)>,
     ) -> Result<Arc<dyn Transport>> {
-        let at = self.add(vm, kind, device)?;
+        let at = self.add(vm, kind, device, place)?;
         self.devices.get(at).map(|device| device.transport.clone()).ok_or_else(too_many)
     }
 
-    fn add(&mut self, vm: &Vm, kind: DeviceKind, device: Box<dyn VirtioDevice>) -> Result<usize> {
+    /// `place`: slot and address on PCI, if it must be there.
+    fn add(
+        &mut self,
+        vm: &Vm,
+        kind: DeviceKind,
+        device: Box<dyn VirtioDevice>,
+        place: Option<(u8, u64)>,
+    ) -> Result<usize> {
         let at = self.devices.len();
         let name = device.name().to_owned();
         let (place, transport): (_, Arc<dyn Transport>) = match &mut self.backplane {
@@ -116,13 +124,19 @@ impl Devices {
                 (Place::Mmio(window.base), transport)
             }
             Backplane::Pci(PciBackplane { bus, regions, .. }) => {
-                let slot = bus.free_slot().ok_or_else(too_many)?;
                 let len = u64::from(REGION_LEN);
-                let region = regions.allocate(len, len, AllocPolicy::FirstMatch).map_err(no_region)?;
+                let (slot, policy) = match place {
+                    Some((slot, address)) if bus.is_free(slot) => (slot, AllocPolicy::ExactMatch(address)),
+                    Some((slot, _)) => {
+                        return Err(Error::Snapshot(format!("{name}: slot {slot} of the bus is taken")));
+                    }
+                    None => (bus.free_slot().ok_or_else(too_many)?, AllocPolicy::FirstMatch),
+                };
+                let region = regions.allocate(len, len, policy).map_err(no_region)?;
                 let address = region.start() as u32;
                 let function = Arc::new(VirtioPci::new(device, vm.memory().clone(), vm.wires(), address)?);
                 bus.insert(slot, function.clone());
-                (Place::Pci { slot, region, function: function.clone() }, function)
+                (Place::Pci { slot, region }, function)
             }
         };
         self.devices.push(Device { name, kind, place, transport, keeper: None, removal: Vec::new() });
@@ -198,6 +212,38 @@ impl Devices {
         self.devices.iter().find(|device| device.name == name)?.keeper.as_ref()
     }
 
+    /// What a snapshot is to be made of.
+    pub(super) fn targets(&self) -> Vec<Target> {
+        let target = |device: &Device| Target {
+            saved: SavedDevice {
+                name: device.name.clone(),
+                kind: device.kind,
+                slot: match &device.place {
+                    Place::Mmio(_) => None,
+                    Place::Pci { slot, region } => Some((*slot, region.start())),
+                },
+                transport: None,
+            },
+            transport: device.transport.clone(),
+        };
+        self.devices.iter().map(target).collect()
+    }
+
+    /// Brings all to where they were in a snapshot: the devices of each kind in their order.
+    pub(super) fn restore(&self, saved: &Saved) -> Result<()> {
+        for kind in [DeviceKind::Disk, DeviceKind::Net, DeviceKind::Rng, DeviceKind::Balloon] {
+            let old = saved.devices.iter().filter(|device| device.kind == kind);
+            let new = self.devices.iter().filter(|device| device.kind == kind);
+            for (old, new) in old.zip(new) {
+                let state = old.transport.as_ref().ok_or_else(|| {
+                    Error::Snapshot(format!("{}: it was saved without its state", old.name))
+                })?;
+                new.transport.restore(state)?;
+            }
+        }
+        Ok(())
+    }
+
     /// What each is and does.
     pub(super) fn status(&self) -> Vec<DeviceStatus> {
         let status = |device: &Device| DeviceStatus {
@@ -223,6 +269,22 @@ impl Devices {
         for device in &self.devices {
             device.transport.shut_down();
         }
+    }
+}
+
+/// Where devices were in a snapshot, by kind.
+pub(super) struct Places(Vec<(DeviceKind, Option<(u8, u64)>)>);
+
+impl Places {
+    pub(super) fn of(saved: Option<&Saved>) -> Self {
+        let places = saved.into_iter().flat_map(|saved| &saved.devices);
+        Self(places.map(|device| (device.kind, device.slot)).collect())
+    }
+
+    /// Where the next device of this kind was.
+    pub(super) fn next(&mut self, kind: DeviceKind) -> Option<(u8, u64)> {
+        let at = self.0.iter().position(|(k, _)| *k == kind)?;
+        self.0.remove(at).1
     }
 }
 

@@ -35,7 +35,7 @@ pub(super) fn ports(
     exit: &ExitSignal,
     hotplug: Arc<Hotplug>,
     panic: &PanicNotifier,
-    bus: Option<Arc<PciBus>>,
+    pci: Option<Arc<ConfigPorts>>,
 ) -> Bus {
     let mut devices: Ports = vec![
         (COM1_PORT, UART_LEN, console),
@@ -44,8 +44,8 @@ pub(super) fn ports(
         (HOTPLUG_PORT, hotplug::LEN, hotplug),
         (PVPANIC_PORT, 1, Arc::new(panic.clone())),
     ];
-    if let Some(bus) = bus {
-        devices.push((PCI_CONFIG_PORT, ConfigPorts::LEN, Arc::new(ConfigPorts::new(bus))));
+    if let Some(pci) = pci {
+        devices.push((PCI_CONFIG_PORT, ConfigPorts::LEN, pci));
     }
     ports_of(devices)
 }

@@ -5,6 +5,7 @@
 //! | `mod.rs` | the order of start and end, and the loop between |
 //! | [`command`] | what other threads ask of a running machine, and how |
 //! | `act` | what is done about it |
+//! | `snap` | snapshots |
 //! | [`status`] | what a machine tells of itself |
 //! | `devices`, `backends`, `plug` | virtio devices, the processes behind them, and how both come later |
 //! | `legacy` | ports |
@@ -22,6 +23,7 @@ mod devices;
 mod legacy;
 mod outcome;
 mod plug;
+mod snap;
 pub mod status;
 
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -35,22 +37,25 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::backends::Backend;
 use self::command::{Commands, Control, Message};
-use self::devices::{Backplane, Devices, PciBackplane};
+use self::devices::{Backplane, Devices, PciBackplane, Places};
+use self::snap::Saved;
 use self::status::{DeviceKind, RunState};
 use crate::affinity::{self, Placement};
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::cli::RunArgs;
-use crate::config::{Transport, VmConfig};
+use crate::config::{MAX_MEMORY_BYTES, MAX_VCPUS, Transport, VmConfig};
 use crate::devices::console::{Console, Stdout};
 use crate::devices::hotplug::Hotplug;
 use crate::devices::panic::PanicNotifier;
 use crate::error::{Error, Result};
 use crate::exit::{ExitReason, ExitSignal};
+use crate::kvm::saved::restore_vcpu;
 use crate::kvm::vcpu::{VcpuContext, Vcpus};
 use crate::kvm::{self, Vm, memory, regs};
 use crate::layout::{COM1_GSI, PCI_ECAM_LEN, PCI_ECAM_START, PCI_MMIO_END, PCI_MMIO_START};
-use crate::pci::bus::{Ecam, Memory, PciBus};
+use crate::pci::bus::{ConfigPorts, Ecam, Memory, PciBus};
+use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
 use crate::virtio::rng::Rng;
 use crate::{acpi, signal, vcp};
@@ -63,8 +68,9 @@ const OWN_DEVICES: usize = 1;
 /// Runs a virtual machine until it ends.
 pub fn run(args: &RunArgs) -> Result<()> {
     terminal::install_panic_hook();
-    let config = args.config()?;
-    let kernel = Kernel::open(&config.kernel)?;
+    let mut config = args.config()?;
+    let snapshot = config.restore.clone().map(|path| take_over(&mut config, &path)).transpose()?;
+    let kernel = if snapshot.is_none() { Some(Kernel::open(&config.kernel)?) } else { None };
     let signals = signal::install_end_handlers()?;
     let exit = ExitSignal::new()?;
     let allowed = affinity::allowed()?;
@@ -72,7 +78,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let placement = affinity::place(&allowed, &wanted, config.vcpus, config.vcpu_cpus.as_deref())
         .map_err(Error::Usage)?;
     // The board first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
-    let board = Board::new(&config, kernel)?;
+    let board = match (kernel, &snapshot) {
+        (Some(kernel), _) => Board::new(&config, kernel)?,
+        (None, Some(snapshot)) => Board::restore(&config, snapshot)?,
+        (None, None) => return Err(Error::Usage("there is neither a kernel nor a snapshot".into())),
+    };
+    let saved = snapshot.map(|snapshot| snapshot.machine);
     let program = vcp::find_program(args.vcp_iscsi.as_deref());
     let backends = match backends::start_all(&program, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
@@ -83,8 +94,32 @@ pub fn run(args: &RunArgs) -> Result<()> {
     };
     warn_of_emulation(board.is_ring3);
     let (control, commands) = Control::new()?;
-    let parts = Parts { config, board, backends, placement, program, control, exit };
+    let parts = Parts { config, board, saved, backends, placement, program, control, exit };
     Machine::start(parts, signals, &commands)?.run(&commands)
+}
+
+/// Opens a snapshot, and makes of the user's description what it was made of.
+fn take_over(config: &mut VmConfig, path: &std::path::Path) -> Result<Snapshot<Saved>> {
+    let snapshot = Snapshot::<Saved>::open(path)?;
+    let saved = &snapshot.machine;
+    let (disks, nets) = saved.counts();
+    if (config.disks.len(), config.nets.len()) != (disks, nets) {
+        return Err(Error::Usage(format!(
+            "the snapshot is of a machine with {disks} disks and {nets} nets: give the same ones in the same order, not {} and {}",
+            config.disks.len(),
+            config.nets.len()
+        )));
+    }
+    let (vcpus, memory_bytes) = (saved.vcpus.len(), saved.memory_bytes);
+    let vcpus = u8::try_from(vcpus).ok().filter(|n| (1..=MAX_VCPUS).contains(n));
+    let fits = memory_bytes == snapshot.memory_len() && memory_bytes <= MAX_MEMORY_BYTES;
+    let Some(vcpus) = vcpus.filter(|_| fits) else {
+        return Err(Error::Snapshot(format!("{}: it is of an impossible machine", path.display())));
+    };
+    (config.vcpus, config.memory_bytes) = (vcpus, memory_bytes);
+    config.cmdline.clone_from(&saved.cmdline);
+    config.transport = Some(if saved.pci { Transport::Pci } else { Transport::Mmio });
+    Ok(snapshot)
 }
 
 /// Says what would otherwise show as a guest that crawls; after all that may fail, so that an error is one line.
@@ -128,6 +163,23 @@ impl Board {
         }
         Ok(Self { vm, is_ring3, windows, pci, vcpus })
     }
+
+    /// The board of a snapshot.
+    fn restore(config: &VmConfig, snapshot: &Snapshot<Saved>) -> Result<Self> {
+        let saved = &snapshot.machine;
+        let windows = devices::windows(if saved.pci { 0 } else { saved.devices.len() })?;
+        let kvm = kvm::open()?;
+        let memory = memory::create(config.memory_bytes, config.hugepages)?;
+        snapshot.load_memory(snap::memory_file(&memory)?)?;
+        let vm = Vm::new(kvm, memory, !saved.is_ring3)?;
+        let vcpus =
+            (0..config.vcpus).map(|id| vm.create_vcpu(id, config.vcpus)).collect::<Result<Vec<_>>>()?;
+        vm.restore(&saved.vm)?;
+        for (vcpu, saved) in vcpus.iter().zip(&saved.vcpus) {
+            restore_vcpu(vcpu, saved)?;
+        }
+        Ok(Self { vm, is_ring3: saved.is_ring3, windows, pci: saved.pci, vcpus })
+    }
 }
 
 /// Whether devices are on PCI: yes, but for bare-metal guests, which know virtio-mmio only.
@@ -145,6 +197,8 @@ fn has_pci(config: &VmConfig, is_ring3: bool) -> Result<bool> {
 struct Parts {
     config: VmConfig,
     board: Board,
+    /// The snapshot that the board is of.
+    saved: Option<Saved>,
     backends: Vec<Backend>,
     placement: Placement,
     /// The `vcp-iscsi` program.
@@ -168,6 +222,10 @@ pub struct Machine {
     /// How the guest is told of events; a bare-metal guest cannot be.
     hotplug: Option<Arc<Hotplug>>,
     panic: PanicNotifier,
+    console: Arc<Console>,
+    pci_ports: Option<Arc<ConfigPorts>>,
+    /// The thread that works on a snapshot.
+    saving: Option<std::thread::JoinHandle<()>>,
     state: RunState,
     started: Instant,
     events: EventManager<Subscriber>,
@@ -184,7 +242,7 @@ impl std::fmt::Debug for Machine {
 impl Machine {
     /// Connects devices and console to the board, and lets the guest go.
     fn start(parts: Parts, signals: OwnedFd, commands: &Commands) -> Result<Self> {
-        let Parts { config, board, backends, placement, program, control, exit } = parts;
+        let Parts { config, board, saved, backends, placement, program, control, exit } = parts;
         let Board { vm, is_ring3, windows, pci, vcpus } = board;
         let abort = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(Error::os("create an eventfd"))?;
@@ -201,11 +259,13 @@ impl Machine {
             _ => Backplane::Mmio(windows),
         };
         let mut devices = Devices::new(backplane, mmio.clone(), exit.clone());
+        let mut places = Places::of(saved.as_ref());
         for backend in backends {
-            devices.add_backend(&vm, backend)?;
+            let place = places.next(backend.kind);
+            devices.add_backend(&vm, backend, place)?;
         }
         let (rng, rng_queue) = Rng::new();
-        let transport = devices.add_own(&vm, DeviceKind::Rng, Box::new(rng))?;
+        let transport = devices.add_own(&vm, DeviceKind::Rng, Box::new(rng), places.next(DeviceKind::Rng))?;
         if let Some(kick) = transport.kick(0) {
             events.add_subscriber(Box::new(rng_queue.worker(kick.clone())));
         }
@@ -213,9 +273,12 @@ impl Machine {
         let (console, irq, input) = Console::new(Box::new(Stdout), exit.clone(), terminal, is_ring3)?;
         vm.irqfd(&irq, COM1_GSI)?;
         let panic = PanicNotifier::default();
+        let pci_ports = bus.map(|bus| Arc::new(ConfigPorts::new(bus)));
         let pio = Arc::new(match &hotplug {
-            None => legacy::bare_ports(console, &exit),
-            Some(hotplug) => legacy::ports(console, &exit, hotplug.clone(), &panic, bus),
+            None => legacy::bare_ports(console.clone(), &exit),
+            Some(hotplug) => {
+                legacy::ports(console.clone(), &exit, hotplug.clone(), &panic, pci_ports.clone())
+            }
         });
         let wake = legacy::Wake { signals, exit: exit.clone(), commands: commands.wake.clone() };
         events.add_subscriber(Box::new(wake));
@@ -223,8 +286,8 @@ impl Machine {
         let raw = RawMode::enter();
         events.add_subscriber(Box::new(input));
         let context = VcpuContext { pio, mmio, exit: exit.clone() };
-        let vcpus = Vcpus::start(vcpus, &context, &placement.vcpus, false)?;
-        Ok(Self {
+        let vcpus = Vcpus::start(vcpus, &context, &placement.vcpus, saved.is_some())?;
+        let mut machine = Self {
             config,
             placement,
             program,
@@ -236,12 +299,38 @@ impl Machine {
             abort,
             hotplug,
             panic,
+            console,
+            pci_ports,
+            saving: None,
             state: RunState::Running,
             started: Instant::now(),
             events,
             vcpus,
             raw,
-        })
+        };
+        if let Some(saved) = &saved {
+            machine.restore(saved)?;
+        }
+        Ok(machine)
+    }
+
+    /// Brings devices to where they were, and lets the guest go on.
+    fn restore(&mut self, saved: &Saved) -> Result<()> {
+        self.console.restore(&saved.console, Box::new(Stdout))?;
+        if let (Some(hotplug), Some(events)) = (&self.hotplug, saved.events) {
+            hotplug.restore(events);
+        }
+        if let (Some(ports), Some(address)) = (&self.pci_ports, saved.pci_address) {
+            ports.set_address(address);
+        }
+        self.panic.restore(saved.panicked);
+        self.devices.restore(saved)?;
+        if !self.vcpus.pause() {
+            return Err(Error::Snapshot("a vCPU does not begin".into()));
+        }
+        self.state = RunState::Paused;
+        self.go_on();
+        Ok(())
     }
 
     /// Runs until the guest ends, and takes the machine apart.
@@ -298,3 +387,6 @@ fn say_ready(config: &VmConfig) -> Result<()> {
 fn event_error(e: &event_manager::Error) -> Error {
     Error::Os { action: "run the event loop", source: std::io::Error::other(e.to_string()) }
 }
+
+#[cfg(test)]
+mod tests;

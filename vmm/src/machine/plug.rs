@@ -61,7 +61,7 @@ impl Machine {
     /// A backend is there, or is not to be had.
     fn arrived(&mut self, name: &str, backend: Result<Backend>, reply: ReplyTo) {
         self.coming.retain(|coming| coming.name != name);
-        let added = backend.and_then(|backend| self.devices.add_backend(&self.vm, backend));
+        let added = backend.and_then(|backend| self.devices.add_backend(&self.vm, backend, None));
         reply.give(match added {
             Ok(()) => {
                 self.devices.announce(name);
@@ -77,6 +77,9 @@ impl Machine {
         let _ = rustix::io::write(&self.abort, &1u64.to_ne_bytes());
         for coming in self.coming.drain(..) {
             let _ = coming.thread.join();
+        }
+        if let Some(thread) = self.saving.take() {
+            let _ = thread.join();
         }
     }
 }

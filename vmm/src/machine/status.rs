@@ -1,6 +1,6 @@
 //! What a machine tells of itself. Serialised as it is by the API; names and units are part of that interface.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::kvm::exits::Exits;
 
@@ -62,7 +62,7 @@ pub struct DeviceStatus {
 }
 
 /// What a device is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceKind {
     /// virtio-blk.

@@ -38,6 +38,12 @@ impl PciBus {
         slots.iter().position(Option::is_none).map(|slot| slot as u8)
     }
 
+    /// Whether nothing is in a slot that exists.
+    pub fn is_free(&self, slot: u8) -> bool {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.get(usize::from(slot)).is_some_and(Option::is_none)
+    }
+
     /// Puts a function into a slot.
     pub fn insert(&self, slot: u8, function: Arc<dyn Function>) {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
@@ -120,6 +126,16 @@ impl ConfigPorts {
     /// The ports of a bus.
     pub fn new(bus: Arc<PciBus>) -> Self {
         Self { bus, address: AtomicU32::new(0) }
+    }
+
+    /// What was last written to the address port, for a snapshot.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Brings that back.
+    pub fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
     }
 
     fn target(&self, offset: u64, len: usize) -> Option<ConfigAddress> {

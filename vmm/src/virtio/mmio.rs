@@ -9,9 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use super::state::status;
 use super::state::{self, DeviceState, set_half};
-use super::{Interrupt, Transport, VirtioDevice};
+use super::{Interrupt, SavedTransport, Transport, VirtioDevice};
 use crate::bus::BusDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kvm::{GuestMemory, Vm};
 
 /// Register offsets.
@@ -82,6 +82,14 @@ impl Interrupt for MmioInterrupt {
     fn call_fd(&self, _index: u16) -> Option<&EventFd> {
         Some(&self.line)
     }
+}
+
+/// A device on virtio-mmio in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SavedMmio {
+    pending: u32,
+    generation: u32,
+    state: state::SavedState,
 }
 
 /// A device in its window.
@@ -202,6 +210,29 @@ impl Transport for MmioTransport {
 
     fn shut_down(&self) {
         self.lock().shut_down();
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        self.lock().quiesce()
+    }
+
+    fn go_on(&self) -> Result<()> {
+        self.lock().go_on()
+    }
+
+    fn save(&self) -> SavedTransport {
+        let pending = self.interrupt.pending.load(Ordering::Acquire);
+        let generation = self.interrupt.generation.load(Ordering::Acquire);
+        SavedTransport::Mmio(Box::new(SavedMmio { pending, generation, state: self.lock().save() }))
+    }
+
+    fn restore(&self, saved: &SavedTransport) -> Result<()> {
+        let SavedTransport::Mmio(saved) = saved else {
+            return Err(Error::Snapshot("a device on virtio-mmio was on PCI when it was saved".into()));
+        };
+        self.interrupt.pending.store(saved.pending, Ordering::Release);
+        self.interrupt.generation.store(saved.generation, Ordering::Release);
+        self.lock().restore(&saved.state)
     }
 }
 

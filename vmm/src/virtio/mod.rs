@@ -88,6 +88,24 @@ pub trait Transport: Send + Sync {
     fn is_active(&self) -> bool;
     /// Stops the device for good, at the end of the run or when it is taken away.
     fn shut_down(&self);
+    /// Has the queues rest, with nothing in flight, until [`Transport::go_on`]. The guest does not run.
+    fn quiesce(&self) -> Result<()>;
+    /// Has the queues go on.
+    fn go_on(&self) -> Result<()>;
+    /// What the driver has set. The queues rest.
+    fn save(&self) -> SavedTransport;
+    /// Brings back what [`Transport::save`] kept, and has the device go on.
+    fn restore(&self, saved: &SavedTransport) -> Result<()>;
+}
+
+/// A transport in a snapshot.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SavedTransport {
+    /// virtio-pci.
+    Pci(Box<pci::SavedPci>),
+    /// virtio-mmio.
+    Mmio(Box<mmio::SavedMmio>),
 }
 
 /// A virtio device without its transport. Calls come under the transport's lock, one at a time.
@@ -116,6 +134,10 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self) -> Result<()>;
     /// Stops one queue until the next [`VirtioDevice::reset`]. When this returns, nobody touches it any more.
     fn stop_queue(&mut self, index: u16) -> Result<()>;
+    /// Has the running device's queues rest, with nothing in flight, until [`VirtioDevice::go_on`].
+    fn quiesce(&mut self) -> Result<()>;
+    /// Has them go on.
+    fn go_on(&mut self) -> Result<()>;
     /// What a snapshot keeps besides what the driver has told the transport. The queues rest.
     fn save(&self) -> Vec<u8> {
         Vec::new()

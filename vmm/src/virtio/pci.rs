@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::{self, DeviceState};
-use super::{Interrupt, Transport, VirtioDevice};
-use crate::error::Result;
+use super::{Interrupt, SavedTransport, Transport, VirtioDevice};
+use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 use crate::kvm::wires::Wires;
 use crate::layout::{PCI_MMIO_END, PCI_MMIO_START};
@@ -332,6 +332,27 @@ impl Transport for VirtioPci {
 
     fn shut_down(&self) {
         self.lock().state.shut_down();
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        self.lock().state.quiesce()
+    }
+
+    fn go_on(&self) -> Result<()> {
+        self.lock().state.go_on()
+    }
+
+    fn save(&self) -> SavedTransport {
+        SavedTransport::Pci(Box::new(VirtioPci::save(self)))
+    }
+
+    fn restore(&self, saved: &SavedTransport) -> Result<()> {
+        match saved {
+            SavedTransport::Pci(saved) => VirtioPci::restore(self, saved),
+            SavedTransport::Mmio(_) => {
+                Err(Error::Snapshot("a device on PCI was on virtio-mmio when it was saved".into()))
+            }
+        }
     }
 }
 

@@ -21,11 +21,14 @@ struct Active {
     queue: Queue,
     memory: Arc<GuestMemory>,
     interrupt: Arc<dyn Interrupt>,
+    kick: Arc<EventFd>,
 }
 
 /// The entropy device.
 pub struct Rng {
     active: Arc<Mutex<Option<Active>>>,
+    /// The queue while it rests.
+    resting: Option<Active>,
 }
 
 impl std::fmt::Debug for Rng {
@@ -70,7 +73,7 @@ impl Rng {
     /// A new device, and its queue for the event loop.
     pub fn new() -> (Self, RngQueue) {
         let active = Arc::new(Mutex::new(None));
-        (Self { active: active.clone() }, RngQueue { active })
+        (Self { active: active.clone(), resting: None }, RngQueue { active })
     }
 }
 
@@ -107,7 +110,8 @@ impl VirtioDevice for Rng {
         if !queue.is_valid(&*activation.memory) {
             return Err(wrong("set up a queue outside of memory"));
         }
-        let active = Active { queue, memory: activation.memory, interrupt: activation.interrupt };
+        let kick = setup.kick.clone();
+        let active = Active { queue, memory: activation.memory, interrupt: activation.interrupt, kick };
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Some(active);
         // What was notified before counts too.
         let _ = setup.kick.write(1);
@@ -115,12 +119,43 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) -> Result<()> {
+        self.resting = None;
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())
     }
 
     fn stop_queue(&mut self, _index: u16) -> Result<()> {
         self.reset()
+    }
+
+    fn quiesce(&mut self) -> Result<()> {
+        self.resting = self.active.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        if let Some(active) = self.resting.take() {
+            let kick = active.kick.clone();
+            *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Some(active);
+            // What was notified meanwhile was not looked at.
+            let _ = kick.write(1);
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let position = self.resting.as_ref().map(|a| [a.queue.next_avail(), a.queue.next_used()]);
+        position.unwrap_or_default().iter().flat_map(|index| index.to_le_bytes()).collect()
+    }
+
+    fn restore(&mut self, saved: &[u8], activation: Activation) -> Result<()> {
+        let index = |at: usize| saved.get(at..at + 2).map_or(0, |b| u16::from_le_bytes([b[0], b[1]]));
+        self.activate(activation)?;
+        if let Some(active) = &mut *self.active.lock().unwrap_or_else(PoisonError::into_inner) {
+            active.queue.set_next_avail(index(0));
+            active.queue.set_next_used(index(2));
+        }
+        Ok(())
     }
 }
 

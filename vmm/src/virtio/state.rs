@@ -266,6 +266,16 @@ pub(super) struct SavedState {
 }
 
 impl DeviceState {
+    /// Has a running device's queues rest.
+    pub(super) fn quiesce(&mut self) -> Result<()> {
+        if self.active { self.device.quiesce() } else { Ok(()) }
+    }
+
+    /// Has them go on.
+    pub(super) fn go_on(&mut self) -> Result<()> {
+        if self.active { self.device.go_on() } else { Ok(()) }
+    }
+
     /// What a snapshot keeps.
     pub(super) fn save(&self) -> SavedState {
         let queue = |q: &QueueRegs| (q.size, q.ready, q.desc, q.driver, q.device);

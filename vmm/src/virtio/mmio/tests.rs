@@ -58,6 +58,12 @@ impl VirtioDevice for Fake {
         log.interrupt = Some(a.interrupt);
         Ok(())
     }
+    fn quiesce(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn go_on(&mut self) -> Result<()> {
+        Ok(())
+    }
     fn reset(&mut self) -> Result<()> {
         self.log.lock().unwrap().resets += 1;
         Ok(())

@@ -53,6 +53,12 @@ impl VirtioDevice for Fake {
         log.activations.push((a.features, a.queues.iter().map(|q| (q.index, q.size, q.used_ring)).collect()));
         Ok(())
     }
+    fn quiesce(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn go_on(&mut self) -> Result<()> {
+        Ok(())
+    }
     fn reset(&mut self) -> Result<()> {
         self.0.lock().unwrap().resets += 1;
         Ok(())
@@ -188,6 +194,12 @@ fn most_queues_fit_too() {
             true
         }
         fn activate(&mut self, _activation: Activation) -> Result<()> {
+            Ok(())
+        }
+        fn quiesce(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn go_on(&mut self) -> Result<()> {
             Ok(())
         }
         fn reset(&mut self) -> Result<()> {

@@ -36,6 +36,8 @@ struct Run {
     running: Vec<u16>,
     /// A backend was given a queue: what comes next goes on where that one stopped.
     begun: bool,
+    /// The queues rest with nothing in flight, and are not started before [`Front::go_on`].
+    resting: bool,
 }
 
 #[derive(Default)]
@@ -176,7 +178,7 @@ impl Front {
     pub fn activate(&self, activation: Activation) -> Result<()> {
         let mut state = lock(&self.state);
         let running = activation.queues.iter().map(|queue| queue.index).collect();
-        state.run = Some(Run { activation, running, begun: false });
+        state.run = Some(Run { activation, running, begun: false, resting: false });
         let Some(mut session) = state.session.take() else { return Ok(()) };
         let result = self.start(&mut state, &mut session);
         state.session = Some(session);
@@ -199,7 +201,9 @@ impl Front {
             session.write_config(*offset, &[*byte])?;
         }
         let goes_on = run.begun;
-        if goes_on {
+        if goes_on && run.resting {
+            tracing::debug!(device = self.name, "goes on with nothing in flight");
+        } else if goes_on {
             self.can_go_on(session, state.log.is_some(), *features, memory, &queues)?;
         } else {
             state.log = None;
@@ -285,6 +289,70 @@ impl Front {
         }
     }
 
+    /// Has the queues rest, with nothing in flight, until [`Front::go_on`].
+    pub fn quiesce(&self) -> Result<()> {
+        let refuse = |reason: &str| Err(Error::Snapshot(format!("{}: {reason}", self.name)));
+        let mut guard = lock(&self.state);
+        let state = &mut *guard;
+        let Some(run) = &mut state.run else { return Ok(()) };
+        if run.activation.features & F_RING_PACKED != 0 {
+            return refuse("it has packed rings, whose position only its backend knows: use packed=off");
+        }
+        let Some(session) = &state.session else {
+            return refuse("it has no backend now, and requests may be in flight: wait until it is back");
+        };
+        for queue in &run.running {
+            let queue = usize::from(*queue);
+            session
+                .link()
+                .call_within(super::link::STOP_TIMEOUT, "GET_VRING_BASE", |f| f.get_vring_base(queue))?;
+        }
+        run.resting = true;
+        Ok(())
+    }
+
+    /// Has the queues go on after [`Front::quiesce`].
+    pub fn go_on(&self) -> Result<()> {
+        let mut state = lock(&self.state);
+        if !state.run.as_ref().is_some_and(|run| run.resting) {
+            return Ok(());
+        }
+        let started = match state.session.take() {
+            // The next backend starts them.
+            None => Ok(()),
+            Some(mut session) => {
+                let started = self.start(&mut state, &mut session);
+                state.session = Some(session);
+                started
+            }
+        };
+        if let Some(run) = &mut state.run {
+            run.resting = false;
+        }
+        wake_both(&state);
+        if self.lost(&state) { Ok(()) } else { started }
+    }
+
+    /// What a snapshot keeps: what the driver has written to the configuration space, and the queues that it has stopped.
+    pub fn save(&self) -> Vec<u8> {
+        let state = lock(&self.state);
+        let running = state.run.as_ref().map(|run| run.running.clone()).unwrap_or_default();
+        // Integers and lists of them are always serialised.
+        serde_json::to_vec(&(&state.written, running)).unwrap_or_default()
+    }
+
+    /// Starts the queues where they were saved, with nothing in flight.
+    pub fn restore(&self, saved: &[u8], activation: Activation) -> Result<()> {
+        let (written, running): (BTreeMap<u32, u8>, Vec<u16>) = serde_json::from_slice(saved)
+            .map_err(|e| Error::Snapshot(format!("{}: its state is not understood: {e}", self.name)))?;
+        let mut state = lock(&self.state);
+        state.written = written;
+        overlay(&mut lock(&self.config), &state.written);
+        state.run = Some(Run { activation, running, begun: true, resting: true });
+        drop(state);
+        self.go_on()
+    }
+
     /// The driver has reset the device.
     pub fn reset(&self) -> Result<()> {
         self.stop(&mut lock(&self.state), super::link::STOP_TIMEOUT)
@@ -336,18 +404,12 @@ impl Front {
             return Err(Error::BackendLacks { device: self.name.clone(), reason });
         }
         self.fits(&session)?;
-        self.start(&mut state, &mut session)?;
+        if !state.run.as_ref().is_some_and(|run| run.resting) {
+            self.start(&mut state, &mut session)?;
+        }
         // A kick that the last backend took and did not act on, an interrupt that it owed: both are made up for here, and
         // neither hurts where nothing was owed.
-        if let Some(run) = &state.run {
-            for queue in run.activation.queues.iter().filter(|queue| run.running.contains(&queue.index)) {
-                let call = run.activation.interrupt.call_fd(queue.index);
-                for event in [Some(&*queue.kick), call].into_iter().flatten() {
-                    // Fails only if the counter is full, and then it is signalled.
-                    let _ = event.write(1);
-                }
-            }
-        }
+        wake_both(&state);
         self.take_config(&state, session.config());
         state.session = Some(session);
         Ok(())
@@ -386,6 +448,18 @@ impl Front {
         tracing::info!(device = self.name, "the configuration has changed");
         if let Some(run) = &state.run {
             run.activation.interrupt.config();
+        }
+    }
+}
+
+/// Signals the running queues to both sides: who owes nothing is not harmed.
+fn wake_both(state: &State) {
+    let Some(run) = &state.run else { return };
+    for queue in run.activation.queues.iter().filter(|queue| run.running.contains(&queue.index)) {
+        let call = run.activation.interrupt.call_fd(queue.index);
+        for event in [Some(&*queue.kick), call].into_iter().flatten() {
+            // Fails only if the counter is full, and then it is signalled.
+            let _ = event.write(1);
         }
     }
 }

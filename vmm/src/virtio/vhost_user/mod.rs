@@ -152,6 +152,18 @@ impl VirtioDevice for VhostUserDevice {
     fn shut_down(&mut self) -> Result<()> {
         self.front.shut_down()
     }
+    fn quiesce(&mut self) -> Result<()> {
+        self.front.quiesce()
+    }
+    fn go_on(&mut self) -> Result<()> {
+        self.front.go_on()
+    }
+    fn save(&self) -> Vec<u8> {
+        self.front.save()
+    }
+    fn restore(&mut self, saved: &[u8], activation: Activation) -> Result<()> {
+        self.front.restore(saved, activation)
+    }
 }
 
 #[cfg(test)]
