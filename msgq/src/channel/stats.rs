@@ -1,0 +1,109 @@
+//! [`Stats`]: what a channel counts. Plain numbers in the channel; read them between batches.
+
+use crate::error::{RULE_NAMES, Violation};
+
+/// Steps of the latency histogram: powers of two of nanoseconds.
+pub const LATENCY_STEPS: usize = 40;
+
+/// Counters of a channel over all its epochs.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// Messages sent, without those for the queue itself.
+    pub tx_messages: u64,
+    /// Messages received.
+    pub rx_messages: u64,
+    /// Batches committed: decisions whether to kick.
+    pub tx_batches: u64,
+    /// Messages not taken because the ring had no room.
+    pub full: u64,
+    /// Requests not taken because the window was used up.
+    pub window_full: u64,
+    /// Times the peer was kicked.
+    pub kicks: u64,
+    /// Batches after which the peer did not have to be kicked.
+    pub kicks_suppressed: u64,
+    /// Times this side slept.
+    pub sleeps: u64,
+    /// Sleeps that ended with nothing to do.
+    pub spurious_wakes: u64,
+    /// Time spent looking before it slept or found something, in nanoseconds.
+    pub spin_ns: u64,
+    /// Most requests in flight at a time.
+    pub in_flight_high: u32,
+    /// Messages sent again in a later epoch.
+    pub replays: u64,
+    /// Messages of the peer that were marked as sent again and were still held: dropped.
+    pub replays_merged: u64,
+    /// Completions for requests that nobody waits for any more.
+    pub stale_completions: u64,
+    /// Changes of the used part of a ring.
+    pub resizes: u64,
+    /// Violations by rule, from rule 1.
+    pub violations: [u64; Violation::RULES],
+    /// From request to completion: entry `n` counts those below `2^n` ns and not below half of that. Empty unless
+    /// switched on.
+    pub latency: [u64; LATENCY_STEPS],
+    /// Epoch of the channel.
+    pub epoch: u64,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            tx_messages: 0,
+            rx_messages: 0,
+            tx_batches: 0,
+            full: 0,
+            window_full: 0,
+            kicks: 0,
+            kicks_suppressed: 0,
+            sleeps: 0,
+            spurious_wakes: 0,
+            spin_ns: 0,
+            in_flight_high: 0,
+            replays: 0,
+            replays_merged: 0,
+            stale_completions: 0,
+            resizes: 0,
+            violations: [0; Violation::RULES],
+            latency: [0; LATENCY_STEPS],
+            epoch: 0,
+        }
+    }
+}
+
+impl Stats {
+    pub(super) fn violation(&mut self, violation: &Violation) {
+        self.violations[violation.rule() - 1] += 1;
+    }
+
+    pub(super) fn latency(&mut self, ns: u64) {
+        let step = (64 - ns.leading_zeros()) as usize;
+        self.latency[step.min(LATENCY_STEPS - 1)] += 1;
+    }
+
+    /// Names and values of everything but the histogram.
+    pub fn counters(&self) -> impl Iterator<Item = (String, u64)> + '_ {
+        let plain = [
+            ("tx_messages", self.tx_messages),
+            ("rx_messages", self.rx_messages),
+            ("tx_batches", self.tx_batches),
+            ("full", self.full),
+            ("window_full", self.window_full),
+            ("kicks", self.kicks),
+            ("kicks_suppressed", self.kicks_suppressed),
+            ("sleeps", self.sleeps),
+            ("spurious_wakes", self.spurious_wakes),
+            ("spin_ns", self.spin_ns),
+            ("in_flight_high", self.in_flight_high.into()),
+            ("replays", self.replays),
+            ("replays_merged", self.replays_merged),
+            ("stale_completions", self.stale_completions),
+            ("resizes", self.resizes),
+            ("epoch", self.epoch),
+        ];
+        let rules = RULE_NAMES.iter().zip(self.violations);
+        let rules = rules.map(|(name, count)| (format!("violations_{name}"), count));
+        plain.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(rules)
+    }
+}
