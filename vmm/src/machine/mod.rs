@@ -337,6 +337,7 @@ impl Machine {
     fn run(mut self, commands: &Commands) -> Result<()> {
         let reason = self.serve(commands);
         self.turn_away();
+        self.log_exits();
         let stopped = self.vcpus.stop();
         // From here on nobody is started again. The processes themselves end last.
         let processes = self.devices.stop_keepers();
@@ -348,6 +349,24 @@ impl Machine {
         drop(self.devices);
         drop(processes);
         outcome::of(reason?, &self.config, self.panic.has_panicked())
+    }
+
+    /// What the guest's processors came out for.
+    fn log_exits(&self) {
+        for vcpu in 0..self.vcpus.count() {
+            let Some(e) = self.vcpus.exits(vcpu) else { continue };
+            tracing::info!(
+                vcpu,
+                total = e.total(),
+                io_in = e.io_in,
+                io_out = e.io_out,
+                mmio_read = e.mmio_read,
+                mmio_write = e.mmio_write,
+                interrupted = e.interrupted,
+                other = e.other,
+                "exits to the monitor"
+            );
+        }
     }
 
     /// The event loop.

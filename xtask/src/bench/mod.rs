@@ -9,6 +9,7 @@ mod report;
 mod stats;
 mod strace;
 mod target;
+mod vmm;
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -30,7 +31,7 @@ pub(crate) struct Args {
     /// blk: the whole matrix of sizes, kinds, depths and queues, in about half an hour
     #[arg(long)]
     full: bool,
-    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3]
+    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
     /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2]
@@ -47,6 +48,8 @@ enum Name {
     Target,
     /// `vcp-iscsi` beside the kernel's initiator, both in the helper VM
     Kernel,
+    /// `vcp run` beside QEMU's microvm and q35 in the helper VM, and its exits per request there and natively
+    Vmm,
 }
 
 /// Installs, builds for speed, measures.
@@ -66,6 +69,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         packages::ensure(Need::Kernel)?;
         let secs = args.secs.map_or(2, |secs| secs.ceil().max(1.0) as u32);
         kernel::run(&bin, args.rounds.unwrap_or(3), secs)?;
+    }
+    if args.name == Some(Name::Vmm) {
+        vmm::run(&bin, args.rounds.unwrap_or(3))?;
     }
     if chosen(Name::Blk) {
         let (rounds, secs) = (args.rounds.unwrap_or(3), args.secs.unwrap_or(0.8).max(0.1));
