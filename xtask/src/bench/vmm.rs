@@ -120,7 +120,7 @@ pub(crate) fn run(bin: &Path, rounds: u32) -> Result<()> {
     ];
     match native {
         Some(native) => {
-            preface.push(native.say("to monitor or kernel, bare-metal guest, natively, two seconds more"))
+            preface.push(native.say("to monitor or kernel, bare-metal guest, natively, two seconds more"));
         }
         None => preface.push("this host's KVM runs no bare-metal guest".into()),
     }
