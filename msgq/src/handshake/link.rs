@@ -76,8 +76,8 @@ impl Link {
     pub fn dial(path: &std::path::Path) -> Result<Self, LinkError> {
         let failed = |error| LinkError::System { what: "connect", error };
         let address = SocketAddrUnix::new(path).map_err(failed)?;
-        let socket =
-            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed)?;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(failed)?;
         connect(&socket, &address).map_err(failed)?;
         Ok(Self { socket })
     }

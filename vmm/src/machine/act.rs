@@ -4,7 +4,9 @@
 use super::Machine;
 use super::command::{Answer, Command, CommandError, PinTarget, Reply, ReplyTo, Restart};
 use super::status::{DeviceKind, RunState, Status, VcpuStatus};
+use crate::config::MIN_MEMORY_BYTES;
 use crate::exit::ExitReason;
+use crate::virtio::balloon;
 
 impl Machine {
     /// Carries out one command.
@@ -22,7 +24,7 @@ impl Machine {
             Command::AddDisk(_) | Command::AddNet(_) => return self.plug(command, reply),
             Command::RemoveDisk(name) => return self.devices.ask_back(&name, DeviceKind::Disk, reply),
             Command::RemoveNet(name) => return self.devices.ask_back(&name, DeviceKind::Net, reply),
-            Command::Resize { .. } => Err(CommandError::NotYet("the balloon")),
+            Command::Resize { memory_bytes } => self.resize(memory_bytes),
             Command::Snapshot(path) => return self.snapshot(path, reply),
             Command::Pin { target, cpus } => self.pin(&target, &cpus),
             Command::RestartVcp { device, how } => self.restart_vcp(&device, how),
@@ -44,9 +46,30 @@ impl Machine {
             pid: std::process::id(),
             uptime_ms: self.started.elapsed().as_millis() as u64,
             memory_bytes: self.config.memory_bytes,
+            balloon_bytes: self.balloon.as_ref().map(balloon::Handle::held_bytes),
             panicked: self.panic.has_panicked(),
             vcpus: (0..self.vcpus.count()).map(vcpu).collect(),
             devices: self.devices.status(),
+        }
+    }
+
+    /// Has the guest's balloon hold what it shall not use.
+    fn resize(&self, memory_bytes: u64) -> Answer {
+        let all = self.config.memory_bytes;
+        let Some(balloon) = &self.balloon else {
+            let reason =
+                "this guest has no balloon: bare-metal guests and guests on huge pages keep their memory";
+            return Err(CommandError::Conflict(reason.into()));
+        };
+        if !(MIN_MEMORY_BYTES..=all).contains(&memory_bytes) {
+            return Err(CommandError::Invalid(format!(
+                "{memory_bytes} bytes are out of range: the guest has {all}, and needs {MIN_MEMORY_BYTES} at least"
+            )));
+        }
+        if balloon.ask_for(all - memory_bytes) {
+            Ok(Reply::Done)
+        } else {
+            Err(CommandError::Conflict("the guest has no driver for its balloon (virtio_balloon)".into()))
         }
     }
 

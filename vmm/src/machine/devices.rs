@@ -294,7 +294,7 @@ fn fixed_devices() -> CommandError {
 }
 
 fn too_many() -> Error {
-    Error::Usage("more disks and nets than the machine has places for: 16 on virtio-mmio, 28 on PCI".into())
+    Error::Usage("more disks and nets than the machine has places for: 15 on virtio-mmio, 28 on PCI".into())
 }
 
 /// The windows of that many virtio devices.

@@ -57,13 +57,16 @@ use crate::layout::{COM1_GSI, PCI_ECAM_LEN, PCI_ECAM_START, PCI_MMIO_END, PCI_MM
 use crate::pci::bus::{ConfigPorts, Ecam, Memory, PciBus};
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
+use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::rng::Rng;
 use crate::{acpi, signal, vcp};
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 
-/// Virtio devices that every machine has: the entropy device.
-const OWN_DEVICES: usize = 1;
+/// Whether the guest has a balloon: it is a matter of small pages, and bare-metal guests have no use for one.
+fn has_balloon(config: &VmConfig, is_ring3: bool) -> bool {
+    !is_ring3 && !config.hugepages
+}
 
 /// Runs a virtual machine until it ends.
 pub fn run(args: &RunArgs) -> Result<()> {
@@ -145,7 +148,9 @@ impl Board {
     fn new(config: &VmConfig, kernel: Kernel) -> Result<Self> {
         let is_ring3 = kernel.is_ring3();
         let pci = has_pci(config, is_ring3)?;
-        let count = config.disks.len() + config.nets.len() + OWN_DEVICES;
+        // Entropy and balloon are the monitor's own.
+        let own = 1 + usize::from(has_balloon(config, is_ring3));
+        let count = config.disks.len() + config.nets.len() + own;
         let windows = devices::windows(if pci { 0 } else { count })?;
         let kvm = kvm::open()?;
         let memory = memory::create(config.memory_bytes, config.hugepages)?;
@@ -222,6 +227,7 @@ pub struct Machine {
     /// How the guest is told of events; a bare-metal guest cannot be.
     hotplug: Option<Arc<Hotplug>>,
     panic: PanicNotifier,
+    balloon: Option<balloon::Handle>,
     console: Arc<Console>,
     pci_ports: Option<Arc<ConfigPorts>>,
     /// The thread that works on a snapshot.
@@ -269,6 +275,19 @@ impl Machine {
         if let Some(kick) = transport.kick(0) {
             events.add_subscriber(Box::new(rng_queue.worker(kick.clone())));
         }
+        let with_balloon = match &saved {
+            Some(saved) => saved.devices.iter().any(|device| device.kind == DeviceKind::Balloon),
+            None => has_balloon(&config, is_ring3),
+        };
+        let mut balloon = None;
+        if with_balloon {
+            let (device, handle) = Balloon::new();
+            let place = places.next(DeviceKind::Balloon);
+            let transport = devices.add_own(&vm, DeviceKind::Balloon, Box::new(device), place)?;
+            let kicks = (0..).map_while(|queue| transport.kick(queue).cloned()).collect();
+            events.add_subscriber(Box::new(handle.worker(kicks)));
+            balloon = Some(handle);
+        }
         let terminal = std::io::stdin().is_terminal();
         let (console, irq, input) = Console::new(Box::new(Stdout), exit.clone(), terminal, is_ring3)?;
         vm.irqfd(&irq, COM1_GSI)?;
@@ -299,6 +318,7 @@ impl Machine {
             abort,
             hotplug,
             panic,
+            balloon,
             console,
             pci_ports,
             saving: None,

@@ -15,6 +15,8 @@ pub struct Status {
     pub uptime_ms: u64,
     /// Guest memory, bytes.
     pub memory_bytes: u64,
+    /// What of it the guest's balloon holds, bytes; `None` if it has no balloon.
+    pub balloon_bytes: Option<u64>,
     /// The guest's kernel said that it has panicked.
     pub panicked: bool,
     /// By number.

@@ -26,13 +26,7 @@ fn board() -> Option<Board> {
     let code = [0x48, 0xff, 0xc0, 0x48, 0x89, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf3];
     vm.memory().write_slice(&code, GuestAddress(0x10_0000)).unwrap();
     regs::set_entry(&vcpu, vm.memory(), Entry::Ring3 { rip: 0x10_0000, boot_info: 0 }).unwrap();
-    Some(Board {
-        vm,
-        is_ring3: true,
-        windows: devices::windows(OWN_DEVICES).unwrap(),
-        pci: false,
-        vcpus: vec![vcpu],
-    })
+    Some(Board { vm, is_ring3: true, windows: devices::windows(1).unwrap(), pci: false, vcpus: vec![vcpu] })
 }
 
 /// A machine that runs on a thread of its own.

@@ -1,6 +1,7 @@
 //! Virtio devices and the seam between them and their transport. A device knows queues, features and its configuration;
 //! a transport (virtio-mmio, virtio-pci) knows registers and interrupts. Neither knows the other's kind.
 
+pub mod balloon;
 pub mod mmio;
 pub mod pci;
 pub mod rng;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kvm::GuestMemory;
 
 /// `VIRTIO_F_VERSION_1`: every device here is a modern one.
@@ -56,6 +57,30 @@ pub struct ActiveQueue {
     pub used_ring: u64,
     /// Signalled when the driver notifies the queue.
     pub kick: Arc<EventFd>,
+}
+
+/// A split queue that the monitor serves itself, checked to lie in memory.
+fn own_queue(
+    device: &str,
+    setup: &ActiveQueue,
+    max_size: u16,
+    memory: &GuestMemory,
+) -> Result<virtio_queue::Queue> {
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::GuestAddress;
+    let wrong = |reason: &str| Error::Driver { device: device.into(), reason: reason.into() };
+    let mut queue = Queue::new(max_size).map_err(|_| wrong("has no queue"))?;
+    queue.try_set_size(setup.size).map_err(|_| wrong("set an impossible queue size"))?;
+    let addresses = queue
+        .try_set_desc_table_address(GuestAddress(setup.desc_table))
+        .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(setup.avail_ring)))
+        .and_then(|()| queue.try_set_used_ring_address(GuestAddress(setup.used_ring)));
+    addresses.map_err(|_| wrong("set unaligned queue addresses"))?;
+    queue.set_ready(true);
+    if !queue.is_valid(memory) {
+        return Err(wrong("set up a queue outside of memory"));
+    }
+    Ok(queue)
 }
 
 /// How a device interrupts the driver. Implemented by the transport.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Activation, Complaints, F_VERSION_1, Interrupt, VirtioDevice};
@@ -99,17 +99,7 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let wrong = |reason: &str| Error::Driver { device: "rng".into(), reason: reason.into() };
         let setup = activation.queues.first().ok_or_else(|| wrong("enabled no queue"))?;
-        let mut queue = Queue::new(QUEUE_SIZE).map_err(|_| wrong("has no queue"))?;
-        queue.try_set_size(setup.size).map_err(|_| wrong("set an impossible queue size"))?;
-        let addresses = queue
-            .try_set_desc_table_address(GuestAddress(setup.desc_table))
-            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(setup.avail_ring)))
-            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(setup.used_ring)));
-        addresses.map_err(|_| wrong("set unaligned queue addresses"))?;
-        queue.set_ready(true);
-        if !queue.is_valid(&*activation.memory) {
-            return Err(wrong("set up a queue outside of memory"));
-        }
+        let queue = super::own_queue("rng", setup, QUEUE_SIZE, &activation.memory)?;
         let kick = setup.kick.clone();
         let active = Active { queue, memory: activation.memory, interrupt: activation.interrupt, kick };
         *self.active.lock().unwrap_or_else(PoisonError::into_inner) = Some(active);
@@ -228,6 +218,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use proptest::prelude::*;
+    use vm_memory::GuestAddress;
 
     use super::super::ActiveQueue;
     use super::Rng;
