@@ -36,6 +36,8 @@ pub enum Told {
     Samples(Samples),
     /// See [`Ask::Command`]; an error is in words for the user.
     Command(Result<Rest, String>),
+    /// Nobody there knows the command.
+    Unknown,
 }
 
 /// What is left to do of a command, on the thread that asked.

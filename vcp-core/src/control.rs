@@ -8,7 +8,8 @@
 //! > {"cmd":ANYTHING,"device":"disk0",...}   < {"ok":true,"devices":[{"name":"disk0",...}]}
 //! ```
 //!
-//! A command that is none of the first four is the devices' own: that of the one named, else all of them.
+//! A command that is none of the first four is that of what joins the devices, if it knows it, or the devices' own: of the
+//! one named, else of all of them.
 //!
 //! Served by the set-up thread without ever blocking it: a client that is slow, silent or sends too much is dropped.
 
@@ -27,6 +28,7 @@ use crate::handover::Fds;
 use crate::handover::state::{BadState, PageState, SocketState};
 use crate::http::HttpServer;
 use crate::metrics::{DeviceMetrics, LoopMetrics, Samples, families, page};
+use crate::poll::FABRIC;
 use crate::vu::listen::SocketFile;
 
 /// Adds the application's own fields to `status`.
@@ -326,6 +328,11 @@ impl State {
         };
         let devices: Vec<Value> = self.devices.iter().enumerate().map(device).collect();
         status.insert("devices".into(), devices.into());
+        if let Some(Told::Status(fabric)) = ask(FABRIC, Ask::Status)
+            && !fabric.is_null()
+        {
+            status.insert("fabric".into(), fabric);
+        }
         status.append(&mut (self.extra)());
         status
     }
@@ -340,10 +347,16 @@ impl State {
             }
             devices.push(value);
         }
-        Map::from_iter([
+        let mut all = Map::from_iter([
             ("loop".to_owned(), json!(self.loop_metrics.snapshot())),
             ("devices".to_owned(), devices.into()),
-        ])
+        ]);
+        if let Some(Told::Samples(samples)) = (self.ask)(FABRIC, Ask::Samples)
+            && !samples.list().is_empty()
+        {
+            all.insert("samples".into(), samples.json());
+        }
+        all
     }
 
     /// A command that is the devices' own.
@@ -359,6 +372,16 @@ impl State {
         {
             let there: Vec<&str> = names().collect();
             return Err(format!("no device `{wanted}` (there is {})", there.join(", ")));
+        }
+        if wanted.is_none() {
+            let told = (self.ask)(FABRIC, Ask::Command { name: cmd.to_owned(), args: args.clone() });
+            if let Some(Told::Command(rest)) = told {
+                return match rest.and_then(crate::ask::Rest::finish)? {
+                    Value::Object(fields) => Ok(fields),
+                    Value::Null => Ok(Map::new()),
+                    other => Ok(Map::from_iter([("answer".to_owned(), other)])),
+                };
+            }
         }
         let mut devices = Vec::new();
         for (index, (name, _)) in self.devices.iter().enumerate() {
@@ -400,6 +423,9 @@ impl State {
                 }
             });
         }
+        if let Some(Told::Samples(fabric)) = (self.ask)(FABRIC, Ask::Samples) {
+            samples.append(fabric);
+        }
         page::page(samples)
     }
 }
@@ -419,6 +445,9 @@ mod tests {
     /// Two devices that know `add`, which fails on the first one from 100 on.
     fn ask() -> AskSource {
         Box::new(|index, ask| {
+            if index == FABRIC {
+                return None;
+            }
             Some(match ask {
                 Ask::Status => Told::Status(json!(index + 40)),
                 Ask::Samples => {

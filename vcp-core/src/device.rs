@@ -12,17 +12,25 @@ use crate::ask::Rest;
 use crate::handover::Fds;
 use crate::handover::state::{BadState, NotNow};
 use crate::metrics::{DeviceMetrics, Samples};
+use crate::queue::burst::Direction;
 use crate::queue::{Chain, ChainId, RingError};
 
 /// What has to happen before [`RingDevice::poll`] must be called again (besides a kick).
 #[derive(Debug, Default)]
 pub struct Wait<'a> {
-    /// Readiness to wait for; `None` while the engine has no socket.
+    /// Readiness to wait for, to read at least; `None` while the engine has no socket.
     pub fd: Option<BorrowedFd<'a>>,
     /// Whether it also waits to write (it always waits to read).
     pub writable: bool,
     /// When it must be polled even if nothing happens.
     pub deadline: Option<Instant>,
+}
+
+impl<'a> Wait<'a> {
+    /// The same again.
+    pub(crate) fn again(&self) -> Wait<'a> {
+        Wait { fd: self.fd, writable: self.writable, deadline: self.deadline }
+    }
 }
 
 /// The virtqueues of one device, as the device model sees them.
@@ -57,6 +65,18 @@ pub trait RingDevice: Send + 'static {
     /// Largest virtqueue size, a power of two.
     fn queue_size_max(&self) -> u16;
 
+    /// Whether queue `queue` is run in bursts ([`crate::queue::burst`]), and which way its chains go. Such a queue gives
+    /// nothing by [`Rings::take`]; it is reached through [`RingSet::burst`](crate::vu::RingSet::burst). Only the poll
+    /// loop runs queues in bursts.
+    fn burst(&self, _queue: u16) -> Option<Direction> {
+        None
+    }
+
+    /// Whether its requests stay in flight, so that front ends are offered a log of them.
+    fn keeps_log(&self) -> bool {
+        true
+    }
+
     /// Feature bits offered, without the vhost-user one.
     fn features(&self) -> u64;
 
@@ -88,6 +108,9 @@ pub trait RingDevice: Send + 'static {
     fn moves_long(&self) -> bool {
         false
     }
+
+    /// A front end connected, or the one that was is gone.
+    fn attached(&mut self, _attached: bool) {}
 
     /// Whether the configuration space changed by itself since the last call.
     fn take_config_change(&mut self) -> bool {

@@ -2,8 +2,8 @@
 //! the poll loop that owns one hardware thread, the control socket and metrics.
 //!
 //! A device model (virtio semantics) sits on top of this crate and implements [`device::RingDevice`]; nothing in here
-//! knows what a disk or a network is. `unsafe` is confined to [`mem`] and [`sock`], the two places that touch memory
-//! another party can write, and to the signal mask in [`process`].
+//! knows what a disk or a network is. `unsafe` is confined to [`mem`], [`sock`] and [`queue::burst`], the places that touch
+//! memory another party can write, and to the signal mask in [`process`].
 
 // The driver models of the integration tests serve the unit tests, too.
 #[cfg(test)]
@@ -13,6 +13,7 @@ pub mod ask;
 pub mod control;
 pub mod device;
 pub mod epoll;
+pub mod fabric;
 pub mod handover;
 pub mod http;
 pub mod mailbox;

@@ -87,6 +87,9 @@ pub struct ServerState {
     pub page: Option<PageState>,
     /// The devices, in the order of the offer.
     pub devices: Vec<DeviceState>,
+    /// What joins them, if anything does.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub fabric: Value,
     /// The connection by which the process that the user started is told apart from one that ended; see
     /// [`anchor`](super::anchor).
     pub lifeline: Option<FdIndex>,

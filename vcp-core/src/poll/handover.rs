@@ -7,6 +7,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::{DataLoop, timespec, wait_for};
 use crate::device::RingDevice;
+use crate::fabric::Fabric;
 use crate::handover::state::{BadState, NotNow, PortState};
 use crate::handover::{Fds, monotonic_ns};
 use crate::mem::GuestMap;
@@ -22,7 +23,7 @@ pub(super) struct Resumed {
     completions: u64,
 }
 
-impl<D: RingDevice> DataLoop<D> {
+impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     /// Stops as ordered; true if another process is the owner now. The mailbox is not looked into meanwhile: the
     /// connections stand still as well.
     pub(super) fn hand_over(&mut self, order: &StopOrder) -> rustix::io::Result<bool> {
@@ -46,7 +47,7 @@ impl<D: RingDevice> DataLoop<D> {
         loop {
             let now = Instant::now();
             self.readiness(true);
-            let moved = self.ports.iter_mut().fold(false, |moved, port| port.pass(&self.epoll, now) | moved);
+            let moved = self.move_ports(now);
             self.metrics.passes.add(1);
             if std::mem::replace(&mut completions, self.completions()) != completions {
                 completed_ns = monotonic_ns();
@@ -54,10 +55,11 @@ impl<D: RingDevice> DataLoop<D> {
             let mut fds = Fds::default();
             let ports: Result<Vec<PortState>, NotNow> =
                 self.ports.iter().map(|port| port.export(&mut fds, now)).collect();
+            let ports = ports.and_then(|ports| Ok((ports, self.fabric.export(&mut fds, now)?)));
             match ports {
-                Ok(ports) => {
+                Ok((ports, fabric)) => {
                     let metrics = serde_json::to_value(&*self.metrics).unwrap_or_default();
-                    return Ok(Ok(Stopped { ports, fds, stopped_ns, completed_ns, metrics }));
+                    return Ok(Ok(Stopped { ports, fabric, fds, stopped_ns, completed_ns, metrics }));
                 }
                 Err(why) if !why.passes() || now >= deadline => return Ok(Err(why)),
                 Err(_) if moved => {}
@@ -85,6 +87,16 @@ impl<D: RingDevice> DataLoop<D> {
         now: Instant,
     ) -> Result<(), BadState> {
         port.import(&self.epoll, state, map, fds, now)
+    }
+
+    /// Brings the state of another process's fabric in.
+    pub(crate) fn import_fabric(
+        &mut self,
+        state: serde_json::Value,
+        fds: &mut Fds,
+        now: Instant,
+    ) -> Result<(), BadState> {
+        self.fabric.import(state, fds, now)
     }
 
     /// Appends a device.

@@ -18,11 +18,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
-use crate::device::RingDevice;
+use crate::ask::{Ask, Told};
+use crate::device::{RingDevice, Wait};
+use crate::fabric::{Apart, Fabric};
 use crate::mailbox::Mailbox;
-use crate::metrics::LoopMetrics;
+use crate::metrics::{LoopMetrics, Samples};
 use crate::vu::give::StopOrder;
-use crate::vu::port::{Command, Port, What};
+use crate::vu::port::{Answer, Command, Port, What};
 
 /// How long the loop waits at its end for requests in flight. A target that is gone must not hold up a SIGTERM.
 const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
@@ -32,12 +34,16 @@ pub(crate) const CLOSE_AT_EXIT: Duration = Duration::from_millis(600);
 /// Commands carried out between two passes over the devices, so that no front end can keep others waiting by setting up.
 const COMMANDS_PER_PASS: usize = 16;
 
+/// The number by which the fabric is asked, in place of a device's.
+pub(crate) const FABRIC: usize = usize::MAX;
+
 /// Engine descriptors waited for without allocating; more devices than this cost an allocation per sleep.
 const INLINE_FDS: usize = 16;
 
 /// The loop and all that it owns.
-pub struct DataLoop<D> {
+pub struct DataLoop<D, F = Apart> {
     ports: Vec<Port<D>>,
+    fabric: F,
     mailbox: Arc<Mailbox<Command>>,
     /// Kick descriptors and the mailbox, all edge-triggered.
     epoll: OwnedFd,
@@ -50,13 +56,14 @@ pub struct DataLoop<D> {
     resumed: Option<handover::Resumed>,
 }
 
-impl<D: RingDevice> DataLoop<D> {
-    /// A loop over `ports`, commanded through `mailbox`, that ends when `stop` is set (and the mailbox woken).
+impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
+    /// A loop over `ports`, which `fabric` joins, commanded through `mailbox`, that ends when `stop` is set (and the mailbox woken).
     ///
     /// # Errors
     /// No epoll instance could be had.
     pub fn new(
         ports: Vec<Port<D>>,
+        fabric: F,
         mailbox: Arc<Mailbox<Command>>,
         mode: PollMode,
         stop: Arc<AtomicBool>,
@@ -65,7 +72,17 @@ impl<D: RingDevice> DataLoop<D> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &*mailbox, epoll::EventData::new_u64(1), flags)?;
-        Ok(Self { ports, mailbox, epoll, spin: Spin::new(mode), stop, metrics, order: None, resumed: None })
+        Ok(Self {
+            ports,
+            fabric,
+            mailbox,
+            epoll,
+            spin: Spin::new(mode),
+            stop,
+            metrics,
+            order: None,
+            resumed: None,
+        })
     }
 
     /// Runs until told to stop, then gives what is in flight a moment to end.
@@ -115,6 +132,7 @@ impl<D: RingDevice> DataLoop<D> {
         let result = self.drain();
         let share = CLOSE_AT_EXIT / u32::try_from(self.ports.len().max(1)).unwrap_or(u32::MAX);
         self.ports.iter_mut().for_each(|port| port.device.close(share));
+        self.fabric.close(share);
         result
     }
 
@@ -150,6 +168,11 @@ impl<D: RingDevice> DataLoop<D> {
                     self.order = Some(order);
                     continue;
                 }
+                if command.device == FABRIC {
+                    let What::Ask(ask) = command.what else { continue };
+                    let _ = command.reply.try_send(Ok(Answer::Told(self.tell(ask, now))));
+                    continue;
+                }
                 match self.ports.get_mut(command.device) {
                     Some(port) => port.command(&self.epoll, command.what, command.reply, now),
                     None => {
@@ -158,11 +181,31 @@ impl<D: RingDevice> DataLoop<D> {
                 }
             }
         }
-        for port in &mut self.ports {
-            moved |= port.pass(&self.epoll, now);
-        }
+        moved |= self.move_ports(now);
         self.metrics.passes.add(1);
         moved
+    }
+
+    /// One pass over the devices; whether anything moved.
+    fn move_ports(&mut self, now: Instant) -> bool {
+        let moved = self.fabric.poll(&mut self.ports, now);
+        self.ports.iter_mut().for_each(|port| port.settle(&self.epoll, now));
+        moved
+    }
+
+    /// What the set-up thread asks the fabric.
+    fn tell(&mut self, ask: Ask, now: Instant) -> Told {
+        match ask {
+            Ask::Status => Told::Status(self.fabric.status(&self.ports)),
+            Ask::Samples => {
+                let mut samples = Samples::default();
+                self.fabric.collect(&mut samples);
+                Told::Samples(samples)
+            }
+            Ask::Command { name, args } => {
+                self.fabric.command(&mut self.ports, &name, &args, now).map_or(Told::Unknown, Told::Command)
+            }
+        }
     }
 
     fn arm(&mut self) -> bool {
@@ -178,7 +221,9 @@ impl<D: RingDevice> DataLoop<D> {
 
     /// Sleeps until something that was waited for happens.
     fn sleep(&mut self, now: Instant) -> rustix::io::Result<()> {
-        let waits = || self.ports.iter().map(|port| port.device.wait());
+        let mut joint: Vec<Wait<'_>> = Vec::new();
+        self.fabric.waits(&mut |wait| joint.push(wait));
+        let waits = || self.ports.iter().map(|port| port.device.wait()).chain(joint.iter().map(Wait::again));
         let deadlines = waits().filter_map(|wait| wait.deadline);
         let deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
         let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(now)));
@@ -189,7 +234,7 @@ impl<D: RingDevice> DataLoop<D> {
             wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
         });
         let own = || PollFd::new(&self.epoll, PollFlags::IN);
-        let (result, ready) = if self.ports.len() <= INLINE_FDS {
+        let (result, ready) = if self.ports.len() + joint.len() <= INLINE_FDS {
             let mut inline: [PollFd<'_>; INLINE_FDS + 1] = std::array::from_fn(|_| own());
             let used = 1 + inline[1..].iter_mut().zip(fds).map(|(place, fd)| *place = fd).count();
             wait_for(&mut inline[..used], timeout.as_ref())

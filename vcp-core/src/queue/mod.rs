@@ -3,8 +3,10 @@
 //! [`VirtQueue`] is what the rest of the crate sees; [`SplitQueue`] is the split ring (VIRTIO 1.2, 2.7) on the
 //! `virtio-queue` crate, [`PackedQueue`] the packed one (2.8). Everything the driver can write is read once, checked, then
 //! used; what breaks a rule is a [`RingError`], after which the caller stops that queue only. [`log`] is the in-flight log,
-//! which both kinds of ring write where the front end wants it.
+//! which both kinds of ring write where the front end wants it. [`burst`] runs rings of either format in bursts, for devices
+//! that have nothing in flight.
 
+pub mod burst;
 mod chain;
 mod crash;
 pub(crate) mod flight;

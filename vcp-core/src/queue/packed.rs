@@ -24,12 +24,12 @@ const F_INDIRECT: u16 = 4;
 const F_AVAIL: u16 = 1 << 7;
 const F_USED: u16 = 1 << 15;
 /// `RING_EVENT_FLAGS_*` (2.8.10).
-const EVENTS_ON: u16 = 0;
-const EVENTS_OFF: u16 = 1;
-const EVENTS_DESC: u16 = 2;
+pub(super) const EVENTS_ON: u16 = 0;
+pub(super) const EVENTS_OFF: u16 = 1;
+pub(super) const EVENTS_DESC: u16 = 2;
 const DESC_BYTES: u64 = 16;
 /// Largest ring (2.8.10.1): positions have 15 bits.
-const MAX_SIZE: u16 = 1 << 15;
+pub(super) const MAX_SIZE: u16 = 1 << 15;
 
 /// A place in the ring and the wrap counter there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,16 +40,16 @@ pub(crate) struct Place {
 
 impl Place {
     /// As in event suppression structures and in ring bases: the counter in bit 15.
-    fn bits(self) -> u16 {
+    pub(super) fn bits(self) -> u16 {
         self.index | u16::from(self.wrap) << 15
     }
 
-    fn from_bits(bits: u16) -> Self {
+    pub(super) fn from_bits(bits: u16) -> Self {
         Self { index: bits & 0x7fff, wrap: bits >> 15 != 0 }
     }
 
     /// `slots` further on in a ring of `size`.
-    fn advanced(self, slots: u16, size: u16) -> Self {
+    pub(super) fn advanced(self, slots: u16, size: u16) -> Self {
         let index = u32::from(self.index) + u32::from(slots);
         match index.checked_sub(size.into()) {
             Some(index) => Self { index: index as u16, wrap: !self.wrap },
@@ -67,7 +67,7 @@ impl Place {
         (flags & F_AVAIL != 0) == self.wrap && (flags & F_USED != 0) == self.wrap
     }
 
-    fn used_flags(self) -> u16 {
+    pub(super) fn used_flags(self) -> u16 {
         if self.wrap { F_AVAIL | F_USED } else { 0 }
     }
 

@@ -6,17 +6,20 @@ use std::sync::atomic::Ordering;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::burst::{BurstRing, Direction};
 use super::flight::Position;
 use super::log::{LogArea, LogFormat};
 use super::{Chain, PackedQueue, PackedStart, RingAddresses, RingError, SplitQueue, SplitStart, VirtQueue};
 use crate::mem::GuestMap;
 
-/// A split or a packed ring.
+/// A split or a packed ring, or one of either format that is run in bursts.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant)] // One per queue, for as long as it runs.
 pub(crate) enum Ring {
     Split(SplitQueue),
     Packed(PackedQueue),
+    /// Of either format. It has nothing in flight, and gives its chains away by [`Ring::burst`] alone.
+    Burst(BurstRing),
 }
 
 /// How and where a ring starts.
@@ -30,6 +33,9 @@ pub(crate) struct StartAt<'a> {
     pub(crate) packed: bool,
     pub(crate) event_idx: bool,
     pub(crate) indirect: bool,
+    pub(crate) in_order: bool,
+    /// Whether it is run in bursts, and which way its chains go.
+    pub(crate) burst: Option<Direction>,
     pub(crate) log: Option<&'a Arc<LogArea>>,
     /// Whether what the log says of this queue is older than what the front end says.
     pub(crate) forget: bool,
@@ -37,7 +43,13 @@ pub(crate) struct StartAt<'a> {
 
 impl Ring {
     /// Starts a ring; also the heads in flight, newest first, if the log said what they are.
-    pub(crate) fn start(start: &StartAt<'_>, map: &GuestMap) -> Result<(Self, Option<Vec<u16>>), RingError> {
+    pub(crate) fn start(
+        start: &StartAt<'_>,
+        map: &Arc<GuestMap>,
+    ) -> Result<(Self, Option<Vec<u16>>), RingError> {
+        if let Some(direction) = start.burst {
+            return Ok((Self::Burst(BurstRing::start(start, direction, map)?), None));
+        }
         let format = if start.packed { LogFormat::Packed } else { LogFormat::Split };
         let log = start.log.map(|area| area.queue(start.queue, start.at.size, format)).transpose()?;
         let base = start.base;
@@ -78,11 +90,21 @@ impl Ring {
         Position::new(start.base, u16::from_le(map.load(used, Ordering::Acquire).unwrap_or(0)), desc)
     }
 
+    /// The ring, if it is run in bursts.
+    #[inline]
+    pub(crate) fn burst(&mut self) -> Option<&mut BurstRing> {
+        match self {
+            Self::Burst(ring) => Some(ring),
+            Self::Split(_) | Self::Packed(_) => None,
+        }
+    }
+
     /// Addresses and size.
     pub(crate) fn addresses(&self) -> RingAddresses {
         match self {
             Self::Split(ring) => ring.addresses(),
             Self::Packed(ring) => ring.addresses(),
+            Self::Burst(ring) => ring.addresses(),
         }
     }
 
@@ -92,6 +114,7 @@ impl Ring {
             Self::Split(ring) => Position::of(ring.queue()),
             // Its base has both positions.
             Self::Packed(ring) => Position::new(ring.base(), 0, ring.addresses().desc),
+            Self::Burst(ring) => ring.position(),
         }
     }
 }
@@ -101,6 +124,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.take(map, chain),
             Self::Packed(ring) => ring.take(map, chain),
+            Self::Burst(_) => Ok(false),
         }
     }
 
@@ -108,6 +132,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.take_again(map, head, chain),
             Self::Packed(ring) => ring.take_again(map, head, chain),
+            Self::Burst(_) => Err(RingError::Framing("a ring of bursts has nothing in flight")),
         }
     }
 
@@ -115,6 +140,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.put_used(map, head, len_bytes),
             Self::Packed(ring) => ring.put_used(map, head, len_bytes),
+            Self::Burst(_) => Err(RingError::Framing("a ring of bursts has nothing in flight")),
         }
     }
 
@@ -122,6 +148,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.publish(map),
             Self::Packed(ring) => ring.publish(map),
+            Self::Burst(ring) => Ok(ring.publish()),
         }
     }
 
@@ -129,6 +156,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.arm(map),
             Self::Packed(ring) => ring.arm(map),
+            Self::Burst(ring) => ring.arm(),
         }
     }
 
@@ -136,6 +164,10 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.disarm(map),
             Self::Packed(ring) => ring.disarm(map),
+            Self::Burst(ring) => {
+                ring.disarm();
+                Ok(())
+            }
         }
     }
 
@@ -143,6 +175,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.available(map),
             Self::Packed(ring) => ring.available(map),
+            Self::Burst(ring) => ring.available(),
         }
     }
 
@@ -150,6 +183,7 @@ impl VirtQueue for Ring {
         match self {
             Self::Split(ring) => ring.base(),
             Self::Packed(ring) => ring.base(),
+            Self::Burst(ring) => ring.base(),
         }
     }
 }

@@ -33,11 +33,18 @@ pub(crate) struct Facts {
     pub(crate) features: u64,
     pub(crate) queues: u16,
     pub(crate) queue_size_max: u16,
+    /// Whether the in-flight log is offered.
+    pub(crate) keeps_log: bool,
 }
 
 impl Facts {
     pub(crate) fn of<D: RingDevice>(device: &D) -> Self {
-        Self { features: device.features(), queues: device.queues(), queue_size_max: device.queue_size_max() }
+        Self {
+            features: device.features(),
+            queues: device.queues(),
+            queue_size_max: device.queue_size_max(),
+            keeps_log: device.keeps_log(),
+        }
     }
 }
 
@@ -228,13 +235,14 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_features())
+        Ok(protocol_features(self.facts.keeps_log))
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let taken = VhostUserProtocolFeatures::from_bits_truncate(features);
-        if features & !protocol_features().bits() != 0 {
-            return Err(failed(PortError::Features(features & !protocol_features().bits())));
+        let refused = features & !protocol_features(self.facts.keeps_log).bits();
+        if refused != 0 {
+            return Err(failed(PortError::Features(refused)));
         }
         self.protocol = taken;
         Ok(())
@@ -330,12 +338,17 @@ impl VhostUserBackendReqHandlerMut for Handler {
 }
 
 /// The protocol features offered. `REPLY_ACK` is the crate's own work.
-pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
+pub(crate) fn protocol_features(keeps_log: bool) -> VhostUserProtocolFeatures {
+    let log = if keeps_log {
+        VhostUserProtocolFeatures::INFLIGHT_SHMFD
+    } else {
+        VhostUserProtocolFeatures::empty()
+    };
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::BACKEND_REQ
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | log
 }

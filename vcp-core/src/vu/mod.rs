@@ -24,6 +24,6 @@ mod take;
 mod vring;
 
 pub use rings::RingSet;
-pub use server::{DeviceSpec, End, ServeError, ServeOptions, serve};
-pub use take::take_over;
+pub use server::{DeviceSpec, End, ServeError, ServeOptions, serve, serve_joined};
+pub use take::{take_over, take_over_joined};
 pub(crate) use vring::STOP_TIMEOUT;

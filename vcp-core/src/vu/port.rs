@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::RingSet;
 use super::channel::notify_config_change;
 use super::give::StopOrder;
+use super::rings::Dialect;
 use super::vring::STOP_TIMEOUT;
 use crate::ask::{Ask, Told, tell};
 use crate::device::RingDevice;
@@ -22,6 +23,8 @@ use crate::queue::log::{LogArea, LogError};
 /// `VIRTIO_RING_F_INDIRECT_DESC` and `VIRTIO_RING_F_EVENT_IDX`.
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_IN_ORDER`; only devices whose queues are run in bursts offer it.
+const F_IN_ORDER: u64 = 1 << 35;
 /// `VIRTIO_F_RING_PACKED`: offered for every device by this server, and taken from the driver's bits before the device
 /// sees them.
 pub(crate) const F_RING_PACKED: u64 = 1 << 34;
@@ -211,20 +214,56 @@ pub struct Port<D> {
     left_behind: bool,
     /// A reset that is answered when nothing is in flight any more, or then.
     resetting: Option<(SyncSender<Reply>, Instant)>,
+    /// Something moved since the rings were published.
+    moved: bool,
 }
 
 impl<D: RingDevice> Port<D> {
     /// A device without a front end.
     pub fn new(name: Arc<str>, device: D) -> Self {
         let metrics = Arc::clone(device.metrics());
-        let rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
-        Self { device, rings, acked: 0, channel: None, changed: false, left_behind: false, resetting: None }
+        let mut rings = RingSet::new(name, device.queues(), device.queue_size_max(), metrics);
+        rings.set_bursts((0..device.queues()).map(|queue| device.burst(queue)));
+        Self {
+            device,
+            rings,
+            acked: 0,
+            channel: None,
+            changed: false,
+            left_behind: false,
+            resetting: None,
+            moved: false,
+        }
     }
 
-    /// One pass: device, engine, used rings, notifications. Returns whether anything moved.
-    pub(crate) fn pass(&mut self, epoll: &OwnedFd, now: Instant) -> bool {
+    /// Lets the device move; returns whether anything did. See [`Fabric::poll`](crate::fabric::Fabric::poll).
+    pub fn poll(&mut self, now: Instant) -> bool {
         let moved = self.device.poll(&mut self.rings, now);
-        if moved {
+        self.moved |= moved;
+        moved
+    }
+
+    /// The device and its rings. Whoever gives something to the rings [touches](Self::touch) the port.
+    #[inline]
+    pub fn parts(&mut self) -> (&mut D, &mut RingSet) {
+        (&mut self.device, &mut self.rings)
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// The rings were given something, which is published at the end of the pass.
+    #[inline]
+    pub fn touch(&mut self) {
+        self.moved = true;
+    }
+
+    /// The rest of a pass: used rings, notifications, stops.
+    pub(crate) fn settle(&mut self, epoll: &OwnedFd, now: Instant) {
+        if std::mem::take(&mut self.moved) {
             self.rings.publish_all();
         }
         if self.rings.deadline().is_some() {
@@ -249,7 +288,6 @@ impl<D: RingDevice> Port<D> {
                 self.channel = None;
             }
         }
-        moved
     }
 
     /// When [`pass`](Self::pass) has to be called again at the latest, besides what the device waits for.
@@ -278,9 +316,13 @@ impl<D: RingDevice> Port<D> {
     fn carry_out(&mut self, epoll: &OwnedFd, what: What, now: Instant) -> Reply {
         match what {
             // A new front end reads the configuration as it is.
-            What::Attach => self.changed = false,
+            What::Attach => {
+                self.changed = false;
+                self.device.attached(true);
+            }
             What::Detach => {
                 self.reset(epoll);
+                self.device.attached(false);
                 self.channel = None;
                 self.rings.set_map(Arc::default());
             }
@@ -293,7 +335,13 @@ impl<D: RingDevice> Port<D> {
                 self.acked = acked;
                 let enable_all = acked & F_PROTOCOL_FEATURES == 0;
                 let has = |feature| acked & feature != 0;
-                self.rings.set_features(has(F_RING_PACKED), has(F_EVENT_IDX), has(F_INDIRECT), enable_all);
+                let dialect = Dialect {
+                    packed: has(F_RING_PACKED),
+                    event_idx: has(F_EVENT_IDX),
+                    indirect: has(F_INDIRECT),
+                    in_order: has(F_IN_ORDER),
+                };
+                self.rings.set_features(dialect, enable_all);
             }
             What::SetMemory(map) => self.rings.set_map(map),
             What::SetVringNum { queue, size } => self.rings.set_size(queue, size)?,

@@ -30,9 +30,19 @@ use super::vring::{STOP_TIMEOUT, Vring, drop_kick, nonblocking};
 use crate::device::Rings;
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
+use crate::queue::burst::{BurstRing, Direction};
 use crate::queue::flight::Flight;
 use crate::queue::log::{LogArea, LogFormat};
 use crate::queue::{Chain, ChainId, Ring, RingAddresses, RingError, StartAt, VirtQueue};
+
+/// What was negotiated that concerns rings.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Dialect {
+    pub(crate) packed: bool,
+    pub(crate) event_idx: bool,
+    pub(crate) indirect: bool,
+    pub(crate) in_order: bool,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -44,6 +54,9 @@ pub struct RingSet {
     packed: bool,
     event_idx: bool,
     indirect: bool,
+    in_order: bool,
+    /// Queues that are run in bursts.
+    bursts: Vec<Option<Direction>>,
     /// The in-flight log, where the front end wants one.
     log: Option<Arc<LogArea>>,
     closing: bool,
@@ -57,6 +70,7 @@ impl RingSet {
     #[must_use]
     pub fn new(name: Arc<str>, queues: u16, size_max: u16, metrics: Arc<DeviceMetrics>) -> Self {
         let vrings = (0..queues).map(|_| Vring::new(size_max)).collect();
+        let bursts = vec![None; queues.into()];
         let map = Arc::default();
         Self {
             name,
@@ -67,9 +81,18 @@ impl RingSet {
             log: None,
             event_idx: false,
             indirect: false,
+            in_order: false,
+            bursts,
             closing: false,
             stalled: false,
             metrics,
+        }
+    }
+
+    /// Runs these queues in bursts from their next start on.
+    pub(crate) fn set_bursts(&mut self, bursts: impl IntoIterator<Item = Option<Direction>>) {
+        for (place, burst) in self.bursts.iter_mut().zip(bursts) {
+            *place = burst;
         }
     }
 
@@ -90,8 +113,9 @@ impl RingSet {
     }
 
     /// What the driver and the front end agreed on; for rings that start from now on.
-    pub(crate) fn set_features(&mut self, packed: bool, event_idx: bool, indirect: bool, enable_all: bool) {
-        (self.packed, self.event_idx, self.indirect) = (packed, event_idx, indirect);
+    pub(crate) fn set_features(&mut self, dialect: Dialect, enable_all: bool) {
+        let Dialect { packed, event_idx, indirect, in_order } = dialect;
+        (self.packed, self.event_idx, self.indirect, self.in_order) = (packed, event_idx, indirect, in_order);
         if enable_all {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
         }
@@ -99,6 +123,36 @@ impl RingSet {
 
     pub(crate) fn set_map(&mut self, map: Arc<GuestMap>) {
         self.map = map;
+        for queue in 0..self.vrings.len() {
+            let ring = self.vrings[queue].ring.as_mut().and_then(Ring::burst);
+            if let Some(Err(error)) = ring.map(|ring| ring.set_map(&self.map)) {
+                self.break_queue(queue, &error);
+            }
+        }
+    }
+
+    /// Queue `queue`, if it runs and is run in bursts.
+    #[inline]
+    pub fn burst(&mut self, queue: u16) -> Option<&mut BurstRing> {
+        let vring = self.vrings.get_mut(usize::from(queue))?;
+        if self.closing || !vring.runs() {
+            return None;
+        }
+        vring.ring.as_mut()?.burst()
+    }
+
+    /// The driver of queue `queue` broke a rule: the queue stops.
+    #[cold]
+    pub fn broke(&mut self, queue: u16, error: &RingError) {
+        if usize::from(queue) < self.vrings.len() {
+            self.break_queue(queue.into(), error);
+        }
+    }
+
+    /// Whether the driver and the front end have queue `queue` running.
+    #[must_use]
+    pub fn is_running(&self, queue: u16) -> bool {
+        !self.closing && self.vrings.get(usize::from(queue)).is_some_and(Vring::runs)
     }
 
     /// The log that rings use from their next start on.
@@ -219,6 +273,8 @@ impl RingSet {
             packed: self.packed,
             event_idx: self.event_idx,
             indirect: self.indirect,
+            in_order: self.in_order,
+            burst: self.bursts.get(queue).copied().flatten(),
             log: self.log.as_ref(),
             forget: false,
         };
@@ -331,7 +387,7 @@ impl RingSet {
             let flight = std::mem::replace(&mut vring.flight, Flight::new(0));
             *vring = Vring { flight, ..fresh };
         }
-        (self.packed, self.event_idx, self.indirect) = (false, false, false);
+        (self.packed, self.event_idx, self.indirect, self.in_order) = (false, false, false, false);
         self.log = None;
     }
 
@@ -361,10 +417,12 @@ impl RingSet {
 
     fn publish(&mut self, queue: usize) {
         let vring = &mut self.vrings[queue];
-        if !std::mem::take(&mut vring.unpublished) {
+        let unpublished = std::mem::take(&mut vring.unpublished);
+        let Some(ring) = &mut vring.ring else { return };
+        let burst = ring.burst().is_some_and(|ring| ring.is_unpublished());
+        if !unpublished && !burst {
             return;
         }
-        let Some(ring) = &mut vring.ring else { return };
         match ring.publish(&self.map) {
             Ok(true) => {
                 if vring.notify() {

@@ -20,6 +20,7 @@ use super::port::{Answer, Command, Port, What};
 use crate::ask::Ask;
 use crate::control::{AskSource, Control, StatusSource, TakeOver};
 use crate::device::RingDevice;
+use crate::fabric::{Apart, Fabric};
 use crate::handover::anchor::{Lifeline, Word};
 use crate::handover::giver::Giving;
 use crate::handover::state::BadState;
@@ -126,6 +127,21 @@ pub enum End {
 /// [`ServeError`].
 pub fn serve<D: RingDevice>(
     devices: Vec<DeviceSpec<D>>,
+    options: ServeOptions,
+    signals: &Signals,
+    extra: StatusSource,
+    ready: impl FnOnce(),
+) -> Result<End, ServeError> {
+    serve_joined(devices, Apart, options, signals, extra, ready)
+}
+
+/// As [`serve`], of devices that `fabric` joins.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve_joined<D: RingDevice, F: Fabric<D>>(
+    devices: Vec<DeviceSpec<D>>,
+    fabric: F,
     mut options: ServeOptions,
     signals: &Signals,
     extra: StatusSource,
@@ -148,7 +164,7 @@ pub fn serve<D: RingDevice>(
     let ask = ask_device(Arc::clone(&mailbox));
     let (socket, http) = (options.control.take(), options.metrics.take());
     let control = Control::new(socket, http, Arc::clone(&loop_metrics), parts, ask, extra);
-    let data = DataLoop::new(ports, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
+    let data = DataLoop::new(ports, fabric, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
         .map_err(system("create an epoll instance"))?;
     let server = Server::start(entries, control, data, mailbox, &options)?;
     ready();
@@ -169,10 +185,10 @@ pub(super) struct Server {
 
 impl Server {
     /// Starts the data thread.
-    pub(super) fn start<D: RingDevice>(
+    pub(super) fn start<D: RingDevice, F: Fabric<D>>(
         entries: Vec<Entry>,
         control: Control,
-        data: DataLoop<D>,
+        data: DataLoop<D, F>,
         mailbox: Arc<Mailbox<Command>>,
         options: &ServeOptions,
     ) -> Result<Self, ServeError> {
@@ -350,8 +366,8 @@ struct DataThread {
 }
 
 impl DataThread {
-    fn start<D: RingDevice>(
-        mut data: DataLoop<D>,
+    fn start<D: RingDevice, F: Fabric<D>>(
+        mut data: DataLoop<D, F>,
         cpu: Option<usize>,
         mailbox: &Arc<Mailbox<Command>>,
     ) -> Result<Self, ServeError> {

@@ -15,6 +15,7 @@ use super::resume;
 use super::server::{End, Entry, ServeError, ServeOptions, Server, ask_device, system};
 use crate::control::{Control, StatusSource};
 use crate::device::RingDevice;
+use crate::fabric::{Apart, Fabric};
 use crate::handover::Fds;
 use crate::handover::anchor::Lifeline;
 use crate::handover::state::{BadState, DeviceState, ServerState};
@@ -38,9 +39,25 @@ pub fn take_over<D: RingDevice>(
     extra: StatusSource,
     ready: impl FnOnce(),
 ) -> Result<End, ServeError> {
+    take_over_joined(taker, devices, Apart, options, signals, extra, ready)
+}
+
+/// As [`take_over`], of devices that `fabric` joins, which gets its state here as well.
+///
+/// # Errors
+/// As [`take_over`].
+pub fn take_over_joined<D: RingDevice, F: Fabric<D>>(
+    taker: Taker,
+    devices: Vec<(Arc<str>, D)>,
+    fabric: F,
+    options: &ServeOptions,
+    signals: &Signals,
+    extra: StatusSource,
+    ready: impl FnOnce(),
+) -> Result<End, ServeError> {
     let parts = Parts::new(options)?;
     let (state, fds) = taker.state()?;
-    let server = match parts.build(state, fds, devices, options, extra) {
+    let server = match parts.build(state, fds, (devices, fabric), options, extra) {
         Ok(server) => server,
         Err(error) => {
             taker.refuse(chain(&error));
@@ -61,11 +78,11 @@ struct Parts {
 }
 
 /// What is made of the state, and touches nothing yet.
-struct Built<D> {
+struct Built<D, F> {
     entries: Vec<Entry>,
     front_ends: Vec<Option<FrontEnd>>,
     control: Control,
-    data: DataLoop<D>,
+    data: DataLoop<D, F>,
     mailbox: Arc<Mailbox<Command>>,
     lifeline: Option<OwnedFd>,
     log: Option<OwnedFd>,
@@ -85,14 +102,14 @@ impl Parts {
         Ok(Self { mailbox: Arc::new(Mailbox::new().map_err(system("create an event descriptor"))?) })
     }
 
-    fn build<D: RingDevice>(
+    fn build<D: RingDevice, F: Fabric<D>>(
         self,
         state: ServerState,
         mut fds: Fds,
-        devices: Vec<(Arc<str>, D)>,
+        (devices, fabric): (Vec<(Arc<str>, D)>, F),
         options: &ServeOptions,
         extra: StatusSource,
-    ) -> Result<Built<D>, BadState> {
+    ) -> Result<Built<D, F>, BadState> {
         let now = Instant::now();
         if state.devices.len() != devices.len() {
             let (theirs, ours) = (state.devices.len(), devices.len());
@@ -107,6 +124,7 @@ impl Parts {
         };
         let mut data = DataLoop::new(
             Vec::new(),
+            fabric,
             Arc::clone(&self.mailbox),
             options.poll,
             Arc::default(),
@@ -149,6 +167,7 @@ impl Parts {
             entries.push(Entry { name, socket, facts, metrics, connection: None });
             data.add(port);
         }
+        data.import_fabric(state.fabric, &mut fds, now)?;
         data.resume_from(state.stopped_ns, state.completed_ns);
         let names =
             entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
@@ -161,7 +180,7 @@ impl Parts {
     }
 }
 
-impl<D: RingDevice> Built<D> {
+impl<D: RingDevice, F: Fabric<D>> Built<D, F> {
     /// This process is the owner: the data thread first, everything else can wait.
     fn own(mut self, options: &ServeOptions) -> Result<Server, ServeError> {
         let lifeline = self.lifeline.map(Lifeline::new).transpose().map_err(system("follow the anchor"))?;

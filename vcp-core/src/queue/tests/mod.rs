@@ -3,9 +3,9 @@
 mod crashes;
 mod hostile_log;
 #[path = "../../../tests/support/packed.rs"]
-mod packed;
+pub(crate) mod packed;
 #[path = "../../../tests/support/mod.rs"]
-mod split;
+pub(crate) mod split;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -115,6 +115,8 @@ impl Driver {
         log: Option<&Arc<LogArea>>,
     ) -> Result<(Ring, Option<Vec<u16>>), RingError> {
         let start = StartAt {
+            in_order: false,
+            burst: None,
             queue: 1,
             at: self.addresses(),
             base,

@@ -32,7 +32,9 @@ impl Bed {
 
     /// All messages up to the kick descriptors.
     fn connect(&mut self) {
-        self.rings.set_features(self.driver.is_packed(), true, true, true);
+        let dialect =
+            Dialect { packed: self.driver.is_packed(), event_idx: true, indirect: true, in_order: false };
+        self.rings.set_features(dialect, true);
         self.rings.set_map(Arc::clone(self.driver.map()));
         if let Some(log) = &self.log {
             self.rings.set_log(Arc::clone(log)).unwrap();
