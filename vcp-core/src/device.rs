@@ -62,6 +62,11 @@ pub trait RingDevice: Send + 'static {
     /// Number of virtqueues, at most 256.
     fn queues(&self) -> u16;
 
+    /// What `GET_QUEUE_NUM` is answered with. Front ends of network devices count pairs of queues.
+    fn queue_num(&self) -> u16 {
+        self.queues()
+    }
+
     /// Largest virtqueue size, a power of two.
     fn queue_size_max(&self) -> u16;
 

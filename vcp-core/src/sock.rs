@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};
 
 use crate::mem::GuestBuf;
+use crate::queue::burst::{Frame, Space};
 
 /// Most entries the kernel takes in one call (`IOV_MAX` of Linux).
 pub const IOV_MAX: usize = 1024;
@@ -82,6 +83,20 @@ impl<'a> Gather<'a> {
         push_guest(self.iov, &mut self.len_bytes, data, offset, len_bytes)
     }
 
+    /// Appends `len_bytes` bytes of a frame from `offset` on; returns how many were taken, fewer when the vector filled up or
+    /// the frame ends before.
+    pub fn push_frame(&mut self, frame: &Frame<'a>, offset: usize, len_bytes: usize) -> usize {
+        let mut taken = 0;
+        let mut full = false;
+        frame.for_each(offset, len_bytes, |ptr, len| {
+            // Once a piece was refused, later ones must not follow it.
+            let pushed = if full { 0 } else { push(self.iov, &mut self.len_bytes, ptr.cast_mut(), len) };
+            full |= pushed != len;
+            taken += pushed;
+        });
+        taken
+    }
+
     /// Bytes in the message so far.
     #[must_use]
     pub fn len_bytes(&self) -> usize {
@@ -128,6 +143,25 @@ impl<'a> Gather<'a> {
     }
 }
 
+impl Gather<'_> {
+    /// Writes all of it with one `writev`, as a character device wants one frame; returns how many bytes it took.
+    ///
+    /// # Errors
+    /// What `writev` reports; `WouldBlock` if the descriptor does not block and has no room.
+    pub fn write(self, fd: impl AsFd) -> io::Result<usize> {
+        loop {
+            // SAFETY: each entry of the vector points to memory that is borrowed for the life of this value; the kernel
+            // only reads from it.
+            let written = unsafe {
+                libc::writev(fd.as_fd().as_raw_fd(), self.iov.as_ptr(), self.iov.len() as libc::c_int)
+            };
+            if let Some(result) = outcome(written) {
+                return result;
+            }
+        }
+    }
+}
+
 /// Builds and receives one message: pieces are filled in the order of the pushes.
 #[derive(Debug)]
 pub struct Scatter<'a> {
@@ -156,6 +190,19 @@ impl<'a> Scatter<'a> {
     /// If the range is not inside the buffer.
     pub fn push_guest(&mut self, data: &'a GuestBuf, offset: usize, len_bytes: usize) -> usize {
         push_guest(self.iov, &mut self.len_bytes, data, offset, len_bytes)
+    }
+
+    /// Appends room for `len_bytes` bytes in a ring's chains from `offset` on; returns how much was taken, less when the
+    /// vector filled up or the room ends before.
+    pub fn push_space(&mut self, space: &Space<'a>, offset: usize, len_bytes: usize) -> usize {
+        let mut taken = 0;
+        let mut full = false;
+        space.for_each(offset, len_bytes, |ptr, len| {
+            let pushed = if full { 0 } else { push(self.iov, &mut self.len_bytes, ptr, len) };
+            full |= pushed != len;
+            taken += pushed;
+        });
+        taken
     }
 
     /// Bytes of room in the message so far.

@@ -72,6 +72,7 @@ fn child() {
         write: vec![dir.join("write")],
         remove: vec![dir.join("remove")],
         max_fds: 64,
+        local_sockets: false,
         max_private_bytes: 256 << 20,
     };
     let report = confinement.apply(Mode::Require).unwrap();

@@ -41,6 +41,7 @@ impl Needs {
             read: Confinement::resolver_files(),
             write: self.captures,
             remove: parents.into_iter().collect(),
+            local_sockets: false,
             max_fds: OWN_FDS + device_fds,
             max_private_bytes: OWN_BYTES + devices * DEVICE_BYTES,
         }

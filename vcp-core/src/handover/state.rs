@@ -117,6 +117,9 @@ pub struct SocketState {
     pub identity: (u64, u64),
     /// The socket.
     pub fd: FdIndex,
+    /// The front end listens, and this side connects to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dials: bool,
 }
 
 /// One device.

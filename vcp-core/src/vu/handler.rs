@@ -32,6 +32,8 @@ const ANSWER_TIMEOUT: Duration = STOP_TIMEOUT.saturating_add(Duration::from_secs
 pub(crate) struct Facts {
     pub(crate) features: u64,
     pub(crate) queues: u16,
+    /// What `GET_QUEUE_NUM` is answered with.
+    pub(crate) queue_num: u16,
     pub(crate) queue_size_max: u16,
     /// Whether the in-flight log is offered.
     pub(crate) keeps_log: bool,
@@ -42,6 +44,7 @@ impl Facts {
         Self {
             features: device.features(),
             queues: device.queues(),
+            queue_num: device.queue_num(),
             queue_size_max: device.queue_size_max(),
             keeps_log: device.keeps_log(),
         }
@@ -249,7 +252,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.facts.queues.into())
+        Ok(self.facts.queue_num.into())
     }
 
     fn set_vring_enable(&mut self, queue: u32, enable: bool) -> Result<()> {

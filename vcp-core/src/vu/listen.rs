@@ -6,13 +6,20 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Signal, getpid, kill_process, pidfd_getfd, pidfd_open};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 use crate::handover::Fds;
 use crate::handover::state::{BadState, SocketState};
+
+/// How often a front end is looked for that listens.
+const DIAL_PERIOD: Duration = Duration::from_millis(200);
 
 /// Why a socket file cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +63,8 @@ pub struct SocketFile {
     /// The connection that was given in place of a socket to listen on, until it is taken. `listener` is then an eventfd
     /// that is readable so long.
     given: Mutex<Option<UnixStream>>,
+    /// The front end listens, and this side connects to it. `listener` is then a timer that says when to try.
+    dials: bool,
 }
 
 impl SocketFile {
@@ -80,6 +89,7 @@ impl SocketFile {
             absolute: std::path::absolute(path).map_err(failed)?,
             identity: (meta.dev(), meta.ino()),
             given: Mutex::default(),
+            dials: false,
             released: false,
         })
     }
@@ -121,6 +131,7 @@ impl SocketFile {
                 absolute,
                 identity: (0, 0),
                 given: Mutex::default(),
+                dials: false,
                 released: true,
             });
         }
@@ -135,13 +146,68 @@ impl SocketFile {
         let ready = eventfd(1, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(|e| failed(&e))?;
         let given = Mutex::new(Some(stream));
         let absolute = path.clone();
-        Ok(Self { listener: ready.into(), path, absolute, identity: (0, 0), given, released: true })
+        Ok(Self {
+            listener: ready.into(),
+            path,
+            absolute,
+            identity: (0, 0),
+            given,
+            dials: false,
+            released: true,
+        })
+    }
+
+    /// The front end listens on `path`, or will: this side connects to it, again and again while it is not connected.
+    ///
+    /// # Errors
+    /// [`ListenError::Io`]: no timer could be had.
+    pub fn dial(path: &Path) -> Result<Self, ListenError> {
+        let failed = |source: io::Error| ListenError::Io { path: path.into(), source };
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(|e| failed(e.into()))?;
+        let period = Timespec { tv_sec: 0, tv_nsec: DIAL_PERIOD.as_nanos() as _ };
+        let first = Timespec { tv_sec: 0, tv_nsec: 1 };
+        let times = Itimerspec { it_interval: period, it_value: first };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &times).map_err(|e| failed(e.into()))?;
+        Ok(Self {
+            listener: timer.into(),
+            path: path.into(),
+            absolute: std::path::absolute(path).map_err(failed)?,
+            identity: (0, 0),
+            given: Mutex::default(),
+            dials: true,
+            released: true,
+        })
+    }
+
+    /// Whether this side connects.
+    pub(crate) fn dials(&self) -> bool {
+        self.dials
+    }
+
+    /// There is no reason to connect now: the timer's tick is taken.
+    pub(crate) fn rest(&self) {
+        let _ = rustix::io::read(&self.listener, &mut [0; 8]);
+    }
+
+    fn connect(&self) -> io::Result<Option<UnixStream>> {
+        self.rest();
+        match UnixStream::connect(&self.absolute) {
+            Ok(stream) => Ok(Some(stream)),
+            // Nobody listens there yet, or not any more.
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether it is one connection and not a socket that listens.
     #[must_use]
     pub fn is_one_connection(&self) -> bool {
-        !sockopt::socket_acceptconn(&self.listener).unwrap_or(false)
+        !self.dials && !sockopt::socket_acceptconn(&self.listener).unwrap_or(false)
     }
 
     /// The next connection, if one waits.
@@ -149,6 +215,9 @@ impl SocketFile {
     /// # Errors
     /// What `accept` reports, except that nobody waits.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        if self.dials {
+            return self.connect();
+        }
         if let Some(stream) = self.given.lock().unwrap_or_else(PoisonError::into_inner).take() {
             let _ = rustix::io::read(&self.listener, &mut [0; 8]);
             return Ok(Some(stream));
@@ -183,12 +252,18 @@ impl SocketFile {
             path: self.absolute.clone(),
             identity: self.identity,
             fd: fds.put_copy(&self.listener)?,
+            dials: self.dials,
         })
     }
 
     /// From another process. The file stays until this one is the owner and [says so](Self::own).
     pub(crate) fn import(state: SocketState, fds: &mut Fds) -> Result<Self, BadState> {
-        let SocketState { path, identity, fd } = state;
+        let SocketState { path, identity, fd, dials } = state;
+        if dials {
+            // The timer that came along is as good as a new one, and is closed.
+            drop(fds.take(fd)?);
+            return Self::dial(&path).map_err(|error| BadState::Text(crate::process::chain(&error)));
+        }
         let listener = UnixListener::from(fds.take(fd)?);
         let listens = rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false);
         if !listens {
@@ -197,7 +272,7 @@ impl SocketFile {
         let failed = |source| BadState::System { what: "use a listening socket", source };
         listener.set_nonblocking(true).map_err(failed)?;
         let absolute = path.clone();
-        Ok(Self { listener, path, absolute, identity, released: true, given: Mutex::default() })
+        Ok(Self { listener, path, absolute, identity, released: true, given: Mutex::default(), dials: false })
     }
 
     /// The file stays when this is dropped.
@@ -205,9 +280,9 @@ impl SocketFile {
         self.released = true;
     }
 
-    /// The file goes when this is dropped.
+    /// The file goes when this is dropped, if it is ours.
     pub(crate) fn own(&mut self) {
-        self.released = false;
+        self.released = self.dials;
     }
 
     /// The socket file.
@@ -275,6 +350,26 @@ mod tests {
         assert!(matches!(SocketFile::bind(&path), Err(ListenError::InUse(_))));
         drop(socket);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_front_end_that_listens_is_dialed_until_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let socket = SocketFile::dial(&path).unwrap();
+        assert!(!socket.is_one_connection());
+        let tick = || {
+            let mut fds = [PollFd::new(&socket, PollFlags::IN)];
+            assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 20, tv_nsec: 0 })).unwrap(), 1);
+        };
+        tick();
+        assert!(socket.accept().unwrap().is_none());
+        let listener = UnixListener::bind(&path).unwrap();
+        tick();
+        assert!(socket.accept().unwrap().is_some());
+        listener.accept().unwrap();
+        drop(socket);
+        assert!(path.exists(), "it is the front end's");
     }
 
     #[test]

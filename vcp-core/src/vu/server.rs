@@ -319,6 +319,10 @@ pub(super) fn ask_device(mailbox: Arc<Mailbox<Command>>) -> AskSource {
 
 /// Accepts or refuses one front end.
 fn accept(index: usize, entry: &mut Entry, mailbox: &Arc<Mailbox<Command>>) {
+    if entry.socket.dials() && entry.connection.as_ref().is_some_and(|connection| !connection.is_dead()) {
+        entry.socket.rest();
+        return;
+    }
     let stream = match entry.socket.accept() {
         Ok(Some(stream)) => stream,
         Ok(None) => return,

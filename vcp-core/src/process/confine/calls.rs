@@ -12,7 +12,7 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter,
 };
 
-use super::Report;
+use super::{Confinement, Report};
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
@@ -164,9 +164,9 @@ const DEADLY: &[i64] = &[
 /// `ioctl` requests: is it a terminal, how much is there to read, non-blocking mode.
 const IOCTLS: [u64; 3] = [libc::TCGETS, libc::FIONREAD, libc::FIONBIO];
 
-pub(super) fn apply(report: &mut Report) {
+pub(super) fn apply(confinement: &Confinement, report: &mut Report) {
     let install = || -> Result<(), seccompiler::Error> {
-        for filter in filters()? {
+        for filter in filters(confinement)? {
             apply_filter(&filter)?;
         }
         Ok(())
@@ -174,7 +174,7 @@ pub(super) fn apply(report: &mut Report) {
     report.note("system calls (seccomp)", install());
 }
 
-fn filters() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
+fn filters(confinement: &Confinement) -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let filter = |rules, otherwise, on_match| -> Result<BpfProgram, seccompiler::BackendError> {
         SeccompFilter::new(rules, otherwise, on_match, arch)?.try_into()
@@ -182,7 +182,7 @@ fn filters() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     let any = |calls: &[i64]| -> Rules { calls.iter().map(|&call| (call, Vec::new())).collect() };
     let mut allowed = any(ALLOWED);
     allowed.extend(any(ALLOWED_HERE));
-    allowed.extend(rules()?);
+    allowed.extend(rules(confinement)?);
     // What ends the process must pass here, or it would only be refused.
     allowed.extend(any(DEADLY));
     // The list last: it refuses the calls that install a filter.
@@ -194,7 +194,7 @@ fn filters() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
 }
 
 /// Calls that are allowed with some arguments only.
-fn rules() -> Result<Rules, seccompiler::BackendError> {
+fn rules(confinement: &Confinement) -> Result<Rules, seccompiler::BackendError> {
     let one = |conditions: Vec<If>| SeccompRule::new(conditions);
     let equal = |arg, value| If::new(arg, Len::Dword, Op::Eq, value);
     let mut rules = Rules::new();
@@ -207,9 +207,12 @@ fn rules() -> Result<Rules, seccompiler::BackendError> {
     let thread = libc::CLONE_THREAD as u64;
     rules.insert(libc::SYS_clone, vec![one(vec![If::new(0, Len::Dword, Op::MaskedEq(thread), thread)?])?]);
     // To targets, and the netlink socket with which the resolver looks which address families there are.
-    let families = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
-    let families = families.map(|family| one(vec![equal(0, family as u64)?]));
-    rules.insert(libc::SYS_socket, families.into_iter().collect::<Result<_, _>>()?);
+    let mut families = vec![libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    if confinement.local_sockets {
+        families.push(libc::AF_UNIX);
+    }
+    let families = families.into_iter().map(|family| one(vec![equal(0, family as u64)?]));
+    rules.insert(libc::SYS_socket, families.collect::<Result<_, _>>()?);
     let ioctls = IOCTLS.map(|request| one(vec![equal(1, request)?]));
     rules.insert(libc::SYS_ioctl, ioctls.into_iter().collect::<Result<_, _>>()?);
     // Names of threads; that what is not dumpable stays so is not theirs to change.

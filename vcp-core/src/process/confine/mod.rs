@@ -42,6 +42,8 @@ pub struct Confinement {
     pub write: Vec<PathBuf>,
     /// Directories from which it may remove files: those of its socket files.
     pub remove: Vec<PathBuf>,
+    /// Whether it connects to local sockets from then on (of front ends that listen).
+    pub local_sockets: bool,
     /// Most descriptors at once.
     pub max_fds: u64,
     /// Most private memory in bytes: heap, stacks, anonymous mappings. Guest memory is shared and does not count.
@@ -117,7 +119,7 @@ impl Confinement {
         limits::apply(self, &mut report);
         rights::apply(&mut report);
         files::apply(self, &mut report);
-        calls::apply(&mut report);
+        calls::apply(self, &mut report);
         match report.missing.first() {
             Some(missing) if mode == Mode::Require => Err(ConfineError::Missing(missing.clone())),
             _ => Ok(report),

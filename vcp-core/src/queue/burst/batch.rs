@@ -70,6 +70,11 @@ impl Batch {
         Frame::of_segs(segs, chain.len_bytes as usize)
     }
 
+    /// Forgets all but the first `len` chains.
+    pub fn truncate(&mut self, len: usize) {
+        self.chains.truncate(len);
+    }
+
     /// Forgets all chains. The mapping stays until another one takes its place.
     pub fn clear(&mut self) {
         self.chains.clear();

@@ -1,0 +1,116 @@
+//! `vcp-net serve`: opens sockets and uplinks, builds the ports and their switches, runs the server until a signal.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use vcp_core::device::RingDevice;
+use vcp_core::http::{Endpoint, HttpServer};
+use vcp_core::process::{Signals, exit_with_parent};
+use vcp_core::vu::listen::SocketFile;
+use vcp_core::vu::{DeviceSpec, End, ServeOptions};
+
+use crate::cli::{ServeArgs, UplinkArg};
+use crate::confine::{self, Needs};
+use crate::port::{NetPort, PortSpec};
+use crate::switch::SwitchFabric;
+use crate::uplink::Uplink;
+use crate::uplink::none::NoUplink;
+use crate::uplink::tap::Tap;
+
+/// Serves until SIGTERM or SIGINT. `signals` were blocked before any thread was started.
+///
+/// # Errors
+/// What failed, on what.
+pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
+    if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
+        bail!("the parent process ended before this one was up");
+    }
+    if let Some(cpu) = args.cpu {
+        vcp_core::poll::check_cpu(cpu).context("--cpu")?;
+    }
+    // Everything that is opened, before the process gives up the right to.
+    let sockets = args
+        .port
+        .iter()
+        .map(|port| if port.connect { SocketFile::dial(&port.path) } else { SocketFile::bind(&port.path) });
+    let sockets = sockets.collect::<Result<Vec<_>, _>>()?;
+    let mut uplinks = args.uplink.iter().map(open).collect::<Result<Vec<_>>>()?;
+    if uplinks.is_empty() {
+        uplinks.push(Box::new(NoUplink));
+    }
+    let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
+    let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
+    let secret = secret()?;
+    let report = confine::confine(args.confine, needs(args))?;
+    let specs: Vec<PortSpec> = args.port.iter().map(|port| port.spec.clone()).collect();
+    let kinds: Vec<&str> = uplinks.iter().map(|uplink| uplink.kind()).collect();
+    let mut ready = "ready:".to_owned();
+    let devices = specs.iter().zip(sockets).map(|(spec, socket)| {
+        let device = NetPort::new(spec.clone());
+        ready.push_str(&describe(spec, &socket, device.memory_bound_bytes()));
+        DeviceSpec { name: Arc::from(&*spec.name), socket, device }
+    });
+    let devices = devices.collect();
+    ready.push_str(&format!(" uplink={} confined={}", kinds.join(","), report.summary()));
+    let fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
+    let options = ServeOptions { cpu: args.cpu, poll: args.poll_us, control, metrics, giving: None };
+    let extra = confine::status(&report);
+    Ok(vcp_core::vu::serve_joined(devices, fabric, options, signals, extra, move || announce(&ready))?)
+}
+
+fn open(arg: &UplinkArg) -> Result<Box<dyn Uplink>> {
+    Ok(match arg {
+        UplinkArg::None => Box::new(NoUplink),
+        UplinkArg::Tap(name) => {
+            let tap = Tap::open(name).with_context(|| {
+                format!(
+                    "cannot use the TAP device {name} (`ip tuntap add {name} mode tap vnet_hdr user USER` makes one \
+                     for an ordinary user)"
+                )
+            });
+            Box::new(tap?)
+        }
+    })
+}
+
+/// What keys the tables of stations.
+pub(crate) fn secret() -> Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .context("no random numbers")?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Says that front ends can connect.
+pub(crate) fn announce(ready: &str) {
+    // A reader that went away is no reason to end.
+    let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
+}
+
+/// What the ready line says of one port.
+pub(crate) fn describe(spec: &PortSpec, socket: &SocketFile, memory_bound_bytes: u64) -> String {
+    format!(
+        " port={} socket={} queues={} memory_bound_bytes={memory_bound_bytes}",
+        spec.name,
+        socket.path().display(),
+        spec.pairs
+    )
+}
+
+/// What the process needs from here on.
+fn needs(args: &ServeArgs) -> Needs {
+    let mut sockets: Vec<PathBuf> = args.port.iter().map(|port| port.path.clone()).collect();
+    sockets.extend(args.control.clone());
+    if let Some(Endpoint::Unix(path)) = &args.metrics {
+        sockets.push(path.clone());
+    }
+    Needs {
+        pairs: args.port.iter().map(|port| port.spec.pairs).collect(),
+        sockets,
+        dials: args.port.iter().any(|port| port.connect),
+        captures: Vec::new(),
+    }
+}

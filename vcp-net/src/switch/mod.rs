@@ -1,0 +1,41 @@
+//! The switch: a line of operations over bursts of frames, from where they come to where they go.
+//!
+//! ```text
+//! transmit queue ─┐                                                                     ┌─ receive queue
+//!                 ├─► parse ─► police ─► learn ─► snoop ─► look up ─► (rewrite ─) enqueue ┤
+//! uplink ─────────┘                                                                     └─ uplink
+//! ```
+//!
+//! One file per operation, each with its own state and counters; [`line`] is the line itself. An operation looks at a whole
+//! burst ([`work::Work`]) before the next one does, and decides about frames by their [`work::Fate`]; nothing is copied
+//! before `enqueue`, which copies once, from the sender's memory to the receiver's. What a receiver does not take
+//! unfinished is finished there, for it alone ([`crate::frame::gso`]).
+//!
+//! [`fabric`] gives every port its turn (deficit round robin, [`drr`]) and is what the data thread of `vcp-core` calls.
+//! [`account`] counts: what came in equals what went out and what was dropped, by port, queue, operation and reason.
+
+pub mod account;
+mod command;
+pub mod drr;
+pub mod enqueue;
+pub mod fabric;
+pub mod learn;
+pub mod line;
+pub mod lookup;
+pub mod parse;
+pub mod police;
+pub mod rewrite;
+pub mod snoop;
+pub mod steer;
+pub mod table;
+pub mod work;
+
+pub use fabric::SwitchFabric;
+
+use std::time::Duration;
+
+/// How long a port that waits for its driver may hold up those that send to it, without taking anything.
+pub const PATIENCE: Duration = Duration::from_millis(20);
+
+/// Ports of a process at most.
+pub const PORTS_MAX: usize = 120;
