@@ -27,7 +27,8 @@ const MAX_HEADERS: usize = 64;
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where a page is served: `ADDR:PORT` or `unix:PATH`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Endpoint {
     /// A TCP address.
     Tcp(SocketAddr),
@@ -47,6 +48,20 @@ impl FromStr for Endpoint {
                 .map(Self::Tcp)
                 .map_err(|_| format!("`{text}` is neither ADDRESS:PORT (as 127.0.0.1:9100) nor unix:PATH")),
         }
+    }
+}
+
+impl TryFrom<String> for Endpoint {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Endpoint> for String {
+    fn from(endpoint: Endpoint) -> Self {
+        endpoint.to_string()
     }
 }
 

@@ -187,6 +187,9 @@ pub struct OpSnapshot {
     pub p50_ns: u64,
     /// 99th percentile, as `p50_ns`.
     pub p99_ns: u64,
+    /// Latencies: entry `i` counts those from 2^(i-1) up to below 2^i nanoseconds, the last one also all above. For who
+    /// wants to know what happened between two readings.
+    pub latency_buckets: Vec<u64>,
     /// Median wait in the ring, as `p50_ns`.
     pub ring_wait_p50_ns: u64,
     /// 99th percentile of it.
@@ -221,6 +224,7 @@ impl OpMetrics {
             bytes: self.bytes.get(),
             p50_ns,
             p99_ns,
+            latency_buckets: self.latency.buckets.iter().map(Counter::get).collect(),
             ring_wait_p50_ns,
             ring_wait_p99_ns,
         }

@@ -98,6 +98,14 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
+    /// Nothing can be listened on there.
+    #[error("cannot listen on {at}")]
+    Listen {
+        /// Address or path.
+        at: String,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// A vhost-user backend cannot be reached.
     #[error("{device}: cannot connect to the vhost-user socket {path}: {hint}")]
     Connect {

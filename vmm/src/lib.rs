@@ -15,17 +15,20 @@
 //! | [`virtio`] | virtio transport, entropy device, vhost-user front ends |
 //! | [`snapshot`] | the file of a snapshot |
 //! | [`vcp`] | VCP processes |
+//! | [`api`], [`ctl`], [`top`] | what users do with a running machine |
 //! | [`check`] | what this host can do |
 //! | [`mod@bench`] | load generator for vhost-user-blk backends |
 
 pub mod acpi;
 pub mod affinity;
+pub mod api;
 pub mod bench;
 pub mod boot;
 pub mod bus;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod ctl;
 pub mod devices;
 pub mod error;
 pub mod exit;
@@ -36,6 +39,8 @@ pub mod pci;
 pub mod signal;
 pub mod snapshot;
 pub mod terminal;
+pub mod text;
+pub mod top;
 pub mod vcp;
 pub mod virtio;
 

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
-use tracing_subscriber::EnvFilter;
+use vcp_core::process::{LogFormat, init_log_as};
 use vmm::cli::{Cli, Command};
 
 /// Wrong usage, as clap exits.
@@ -15,33 +15,41 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => e.exit(),
     };
-    let filter = match &cli.log {
-        Some(level) => EnvFilter::try_new(level),
-        None => EnvFilter::try_from_default_env().or_else(|_| EnvFilter::try_new("warn")),
-    };
-    let filter = match filter {
-        Ok(filter) => filter,
-        Err(e) => {
-            eprintln!("vcp: --log: {e}: write error, warn, info, debug or trace");
-            return ExitCode::from(USAGE);
-        }
-    };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
-    let result = match cli.command {
-        Command::Run(args) => vmm::machine::run(&args).map_err(anyhow::Error::from),
-        Command::Check(args) => vmm::check::run(&args).map_err(anyhow::Error::from),
-        Command::Bench(args) => vmm::bench::run(args),
-    };
-    match result {
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("vcp: {}", vmm::chain(e.as_ref()));
             let usage = e.downcast_ref::<vmm::Error>().is_some_and(vmm::Error::is_usage);
-            if usage { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+            if usage || vmm::ctl::is_usage(&e) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let init_log = |level: Option<&str>, json: bool| {
+        let format = if json { LogFormat::Json } else { LogFormat::Text };
+        init_log_as(cli.log.as_deref().or(level), format)
+            .map_err(|e| vmm::Error::Usage(format!("--log: {e}")))
+    };
+    if let Command::Run(args) = cli.command {
+        // Before logging: the file may say how.
+        let mut config = args.config()?;
+        config.log = cli.log.clone().or(config.log);
+        config.log_json |= cli.log_json;
+        if args.print_config {
+            print!("{}", config.to_toml()?);
+            return Ok(());
+        }
+        let from_file = config.log.as_deref().filter(|_| std::env::var_os("RUST_LOG").is_none());
+        init_log(from_file, config.log_json)?;
+        return Ok(vmm::machine::run(config)?);
+    }
+    init_log(None, cli.log_json)?;
+    match cli.command {
+        Command::Ctl(args) => vmm::ctl::run(&args),
+        Command::Top(args) => vmm::top::run(&args),
+        Command::Check(args) => Ok(vmm::check::run(&args)?),
+        Command::Bench(args) => vmm::bench::run(args),
+        Command::Run(_) => Ok(()),
     }
 }

@@ -55,6 +55,22 @@ pub fn install_end_handlers() -> Result<OwnedFd> {
     Ok(event)
 }
 
+/// Waits for a signal to end, at most for `limit`; whether one arrived. `event` is that of [`install_end_handlers`].
+pub fn wait(event: &OwnedFd, limit: std::time::Duration) -> Result<bool> {
+    let deadline = std::time::Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        let timeout =
+            rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut fds = [rustix::event::PollFd::new(event, rustix::event::PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(ready) => return Ok(ready != 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::os("wait")(e)),
+        }
+    }
+}
+
 /// The first ending signal that arrived, if one did.
 pub fn received() -> Option<i32> {
     match RECEIVED.load(Ordering::Acquire) {

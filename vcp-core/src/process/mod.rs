@@ -4,7 +4,7 @@ pub mod confine;
 mod log;
 mod signals;
 
-pub use log::{LogError, init_log, set_log_level};
+pub use log::{LOG_FORMAT_VARIABLE, LogError, LogFormat, init_log, init_log_as, set_log_level};
 pub use signals::Signals;
 
 use std::error::Error;

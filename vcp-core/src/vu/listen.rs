@@ -238,6 +238,14 @@ impl SocketFile {
         }
     }
 
+    /// The same socket for a server that has a loop of its own. The file stays this value's.
+    ///
+    /// # Errors
+    /// No descriptor could be had.
+    pub fn try_clone_listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
     /// The same socket as the `vhost` crate's listener, for its own daemon.
     pub(crate) fn listener(&self) -> io::Result<vhost::vhost_user::Listener> {
         self.listener.try_clone().map(Into::into)

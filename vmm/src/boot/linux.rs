@@ -236,7 +236,7 @@ mod tests {
         let memory = crate::kvm::memory::create(16 << 20, false).unwrap();
         let config = crate::config::VmFile {
             kernel: Some("k".into()),
-            memory: Some("16M".into()),
+            memory: "16M".parse().ok(),
             ..Default::default()
         }
         .finish()
@@ -254,7 +254,7 @@ mod tests {
         std::fs::write(file.path(), vec![7u8; 5000]).unwrap();
         let vm = crate::config::VmFile {
             kernel: Some("k".into()),
-            memory: Some("16M".into()),
+            memory: "16M".parse().ok(),
             initrd: Some(file.path().into()),
             ..Default::default()
         };

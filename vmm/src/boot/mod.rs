@@ -169,7 +169,7 @@ mod tests {
         let memory = crate::kvm::memory::create(64 << 20, false).unwrap();
         let config = crate::config::VmFile {
             kernel: Some("k".into()),
-            memory: Some("64M".into()),
+            memory: "64M".parse().ok(),
             ..Default::default()
         }
         .finish()

@@ -1,13 +1,20 @@
 //! What a virtual machine is made of: read from a TOML file and from command-line options, which override the file.
 //! Checks everything that can be checked without touching the host.
 
+mod disk;
+mod file;
+mod net;
+mod print;
 pub mod size;
-pub mod spec;
+mod words;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use serde::Deserialize;
-pub use spec::{DiskSpec, NetSpec, SecretUrl};
+pub use disk::{DiskSpec, MAX_QUEUES, SecretUrl};
+pub use file::VmFile;
+pub use net::{HostForward, NetKind, NetSpec, Protocol};
+
+pub use vcp_core::http::Endpoint;
 
 use crate::error::{Error, Result};
 
@@ -24,7 +31,7 @@ pub const MAX_MEMORY_BYTES: u64 = 1 << 39;
 pub const MAX_DEVICES: usize = 28;
 
 /// What virtio devices are on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Transport {
     /// The PCI bus: an interrupt for each queue, and devices come and go while the guest runs.
@@ -33,40 +40,11 @@ pub enum Transport {
     Mmio,
 }
 
-/// A virtual machine as its TOML file describes it. Everything is optional here, since options may give the rest.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct VmFile {
-    /// bzImage or ELF file.
-    pub kernel: Option<PathBuf>,
-    /// Snapshot to go on with instead of booting a kernel.
-    #[serde(skip)]
-    pub restore: Option<PathBuf>,
-    /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// Kernel command line; `console=ttyS0` is added where it names no console.
-    pub cmdline: Option<String>,
-    /// Size with K, M, G or T.
-    pub memory: Option<String>,
-    /// Number of vCPUs.
-    pub cpus: Option<u8>,
-    /// Back the memory with huge pages.
-    pub hugepages: Option<bool>,
-    /// `pci` or `mmio`.
-    pub transport: Option<Transport>,
-    /// Host CPUs for vCPU threads, e.g. `0,2-3`.
-    pub vcpu_cpus: Option<String>,
-    /// Block devices.
-    #[serde(default)]
-    pub disk: Vec<DiskSpec>,
-    /// Network devices.
-    #[serde(default)]
-    pub net: Vec<NetSpec>,
-}
-
 /// A virtual machine, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
+    /// What the guest is called in logs, metrics and `vcp top`; the kernel's file name if nothing else was said.
+    pub name: String,
     /// bzImage or ELF file; not used with a snapshot.
     pub kernel: PathBuf,
     /// Snapshot to go on with instead.
@@ -85,6 +63,18 @@ pub struct VmConfig {
     pub transport: Option<Transport>,
     /// Host CPUs for vCPU threads; `None`: chosen by the monitor.
     pub vcpu_cpus: Option<Vec<usize>>,
+    /// Socket of the API.
+    pub api_socket: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics: Option<Endpoint>,
+    /// What is logged, where neither option nor environment says it.
+    pub log: Option<String>,
+    /// Log JSON objects.
+    pub log_json: bool,
+    /// The `vcp-iscsi` program.
+    pub vcp_iscsi: Option<PathBuf>,
+    /// The `vcp-net` program.
+    pub vcp_net: Option<PathBuf>,
     /// Block devices.
     pub disks: Vec<DiskSpec>,
     /// Network devices.
@@ -92,37 +82,6 @@ pub struct VmConfig {
 }
 
 impl VmFile {
-    /// Reads a TOML file. Relative paths in it are relative to the directory that it lies in.
-    pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::File {
-            action: "read the configuration",
-            path: path.to_owned(),
-            source,
-        })?;
-        let mut file =
-            Self::parse(&text).map_err(|reason| Error::Config { path: path.to_owned(), reason })?;
-        let base = path.parent().unwrap_or(Path::new(""));
-        let paths = [&mut file.kernel, &mut file.initrd];
-        for p in paths
-            .into_iter()
-            .chain(file.disk.iter_mut().map(|d| &mut d.socket))
-            .chain(file.net.iter_mut().map(|n| &mut n.socket))
-            .flatten()
-        {
-            *p = base.join(&*p);
-        }
-        Ok(file)
-    }
-
-    /// Reads the text of a TOML file; an error is one line.
-    pub fn parse(text: &str) -> std::result::Result<Self, String> {
-        toml::from_str(text).map_err(|e| {
-            let line = e.span().map(|s| text[..s.start.min(text.len())].matches('\n').count() + 1);
-            let message = e.message().replace('\n', " ");
-            line.map_or(message.clone(), |l| format!("line {l}: {message}"))
-        })
-    }
-
     /// Completes and checks the description.
     pub fn finish(self) -> Result<VmConfig> {
         let usage = |text: String| Error::Usage(text);
@@ -130,10 +89,7 @@ impl VmFile {
             usage("no kernel given: use --kernel FILE or kernel = \"FILE\" in the VM file".into())
         })?;
         let hugepages = self.hugepages.unwrap_or(false);
-        let memory_bytes = match &self.memory {
-            Some(text) => size::parse(text).map_err(|e| usage(format!("memory: {e}")))?,
-            None => DEFAULT_MEMORY_BYTES,
-        };
+        let memory_bytes = self.memory.map_or(DEFAULT_MEMORY_BYTES, |size| size.0);
         if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&memory_bytes) {
             return Err(usage(format!("memory of {memory_bytes} bytes is out of range: 4M to 512G")));
         }
@@ -147,10 +103,6 @@ impl VmFile {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(usage(format!("cpus={vcpus} is out of range: 1 to {MAX_VCPUS}")));
         }
-        let vcpu_cpus = match &self.vcpu_cpus {
-            Some(text) => Some(size::parse_cpus(text).map_err(|e| usage(format!("vcpu-cpus: {e}")))?),
-            None => None,
-        };
         for disk in &self.disk {
             disk.validate().map_err(|e| usage(format!("disk: {e}")))?;
         }
@@ -167,7 +119,13 @@ impl VmFile {
         if cmdline.contains(['\0', '\n']) {
             return Err(usage("cmdline: a kernel command line has no line breaks or NUL bytes".into()));
         }
+        let name = match self.name {
+            Some(name) => name,
+            None => kernel.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        check_name(&name).map_err(usage)?;
         Ok(VmConfig {
+            name,
             kernel,
             restore: self.restore,
             initrd: self.initrd,
@@ -176,11 +134,27 @@ impl VmFile {
             vcpus,
             hugepages,
             transport: self.transport,
-            vcpu_cpus,
+            vcpu_cpus: self.vcpu_cpus.map(|list| list.0),
+            api_socket: self.api_socket,
+            metrics: self.metrics,
+            log: self.log,
+            log_json: self.log_json.unwrap_or(false),
+            vcp_iscsi: self.vcp_iscsi,
+            vcp_net: self.vcp_net,
             disks: self.disk,
             nets: self.net,
         })
     }
+}
+
+/// A name is short and can be printed.
+fn check_name(name: &str) -> std::result::Result<(), String> {
+    /// Longest name, bytes.
+    const MAX: usize = 64;
+    if name.is_empty() || name.len() > MAX || name.chars().any(char::is_control) {
+        return Err(format!("name {name:?} is not a name: 1 to {MAX} bytes without control characters"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -198,12 +172,6 @@ mod tests {
     }
 
     #[test]
-    fn unknown_field_is_named_with_its_line() {
-        let error = VmFile::parse("kernel='k'\nmemroy='1G'\n").unwrap_err();
-        assert!(error.starts_with("line 2:") && error.contains("memroy") && !error.contains('\n'), "{error}");
-    }
-
-    #[test]
     fn wrong_values_are_refused() {
         for text in [
             "",
@@ -211,8 +179,7 @@ mod tests {
             "kernel='k'\ncpus=65",
             "kernel='k'\nmemory='1K'",
             "kernel='k'\nmemory='5000001'",
-            "kernel='k'\nvcpu-cpus='x'",
-            "kernel='k'\n[[disk]]\nqueues=1",
+            "kernel='k'\nname=''",
             "kernel='k'\ncmdline=\"a\\nb\"",
         ] {
             let result = VmFile::parse(text).unwrap().finish();

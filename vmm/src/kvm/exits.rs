@@ -3,7 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Counters of one vCPU; written by its thread, read by any.
 #[derive(Debug, Default)]
@@ -34,7 +35,7 @@ pub enum ExitKind {
 }
 
 /// Exits by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
 pub struct Exits {
     /// Reads from ports.
     pub io_in: u64,
@@ -53,7 +54,19 @@ pub struct Exits {
 impl Exits {
     /// All kinds together.
     pub fn total(&self) -> u64 {
-        self.io_in + self.io_out + self.mmio_read + self.mmio_write + self.interrupted + self.other
+        self.by_kind().into_iter().fold(0, |sum, (_, count)| sum.saturating_add(count))
+    }
+
+    /// The kinds with their names, as in JSON.
+    pub fn by_kind(&self) -> [(&'static str, u64); 6] {
+        [
+            ("io_in", self.io_in),
+            ("io_out", self.io_out),
+            ("mmio_read", self.mmio_read),
+            ("mmio_write", self.mmio_write),
+            ("interrupted", self.interrupted),
+            ("other", self.other),
+        ]
     }
 }
 

@@ -29,7 +29,6 @@ impl Machine {
             Command::Pin { target, cpus } => self.pin(&target, &cpus),
             Command::RestartVcp { device, how } => self.restart_vcp(&device, how),
             Command::RateLimits { .. } => Err(CommandError::NotYet("changing rate limits")),
-            Command::LogLevel(_) => Err(CommandError::NotYet("changing the log level")),
         };
         reply.give(answer);
     }

@@ -6,9 +6,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::status::Status;
@@ -62,14 +63,13 @@ pub enum Command {
         /// The limits.
         limits: RateLimits,
     },
-    /// Change what is logged, e.g. `info` or `vmm=debug`.
-    LogLevel(String),
     /// Write the paused machine to a file that `vcp run --restore` takes.
     Snapshot(PathBuf),
 }
 
 /// Whose thread is pinned.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum PinTarget {
     /// The vCPU of this number.
     Vcpu(usize),
@@ -143,14 +143,18 @@ impl From<Error> for CommandError {
 pub type Answer = std::result::Result<Reply, CommandError>;
 
 /// The way back to who asked. If it is dropped, the answer is [`CommandError::Ended`].
-#[derive(Debug)]
-pub struct ReplyTo(SyncSender<Answer>);
+pub struct ReplyTo(Box<dyn FnOnce(Answer) + Send>);
+
+impl std::fmt::Debug for ReplyTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReplyTo").finish_non_exhaustive()
+    }
+}
 
 impl ReplyTo {
     /// Answers.
     pub fn give(self, answer: Answer) {
-        // Fails only if nobody waits any more.
-        let _ = self.0.send(answer);
+        (self.0)(answer);
     }
 }
 
@@ -194,8 +198,15 @@ impl Control {
     /// Sends a command; its answer comes on the channel.
     pub fn send(&self, command: Command) -> Receiver<Answer> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        self.post(Message::Command(command, ReplyTo(sender)));
+        // Fails only if nobody waits any more.
+        self.send_with(command, move |answer| drop(sender.send(answer)));
         receiver
+    }
+
+    /// Sends a command; `reply` is called with its answer on another thread, where it must not block, or dropped if the
+    /// machine has ended.
+    pub fn send_with(&self, command: Command, reply: impl FnOnce(Answer) + Send + 'static) {
+        self.post(Message::Command(command, ReplyTo(Box::new(reply))));
     }
 
     /// Sends a command and waits for its answer.

@@ -43,7 +43,6 @@ use self::status::{DeviceKind, RunState};
 use crate::affinity::{self, Placement};
 use crate::boot::Kernel;
 use crate::bus::Bus;
-use crate::cli::RunArgs;
 use crate::config::{MAX_MEMORY_BYTES, MAX_VCPUS, Transport, VmConfig};
 use crate::devices::console::{Console, Stdout};
 use crate::devices::hotplug::Hotplug;
@@ -59,7 +58,7 @@ use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::rng::Rng;
-use crate::{acpi, signal, vcp};
+use crate::{acpi, api, signal, vcp};
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 
@@ -69,9 +68,10 @@ fn has_balloon(config: &VmConfig, is_ring3: bool) -> bool {
 }
 
 /// Runs a virtual machine until it ends.
-pub fn run(args: &RunArgs) -> Result<()> {
+pub fn run(mut config: VmConfig) -> Result<()> {
     terminal::install_panic_hook();
-    let mut config = args.config()?;
+    // Before anything is started: a second monitor with the same socket ends here.
+    let sockets = api::server::Sockets::bind(&config)?;
     let snapshot = config.restore.clone().map(|path| take_over(&mut config, &path)).transpose()?;
     let kernel = if snapshot.is_none() { Some(Kernel::open(&config.kernel)?) } else { None };
     let signals = signal::install_end_handlers()?;
@@ -87,7 +87,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         (None, None) => return Err(Error::Usage("there is neither a kernel nor a snapshot".into())),
     };
     let saved = snapshot.map(|snapshot| snapshot.machine);
-    let program = vcp::find_program(args.vcp_iscsi.as_deref());
+    let program = vcp::find_program(config.vcp_iscsi.as_deref());
     let backends = match backends::start_all(&program, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
             tracing::info!("ended by a signal while starting");
@@ -97,8 +97,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
     };
     warn_of_emulation(board.is_ring3);
     let (control, commands) = Control::new()?;
+    let name = config.name.clone();
+    let api_control = control.clone();
     let parts = Parts { config, board, saved, backends, placement, program, control, exit };
-    Machine::start(parts, signals, &commands)?.run(&commands)
+    let machine = Machine::start(parts, signals, &commands)?;
+    let _api = sockets.serve(&name, api_control)?;
+    machine.run(&commands)
 }
 
 /// Opens a snapshot, and makes of the user's description what it was made of.

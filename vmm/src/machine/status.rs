@@ -1,11 +1,15 @@
 //! What a machine tells of itself. Serialised as it is by the API; names and units are part of that interface.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::kvm::exits::Exits;
 
 /// A machine.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct Status {
     /// Whether its vCPUs run.
     pub state: RunState,
@@ -26,7 +30,7 @@ pub struct Status {
 }
 
 /// Whether vCPUs run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
     /// They do.
@@ -36,7 +40,7 @@ pub enum RunState {
 }
 
 /// One vCPU.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct VcpuStatus {
     /// Its number.
     pub id: usize,
@@ -49,7 +53,7 @@ pub struct VcpuStatus {
 }
 
 /// One device.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct DeviceStatus {
     /// Its name, e.g. `disk0`.
     pub name: String,
@@ -64,7 +68,7 @@ pub struct DeviceStatus {
 }
 
 /// What a device is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceKind {
     /// virtio-blk.
@@ -78,7 +82,7 @@ pub enum DeviceKind {
 }
 
 /// A device's backend.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub struct BackendStatus {
     /// Whether it is connected.
     pub connected: bool,
@@ -86,4 +90,7 @@ pub struct BackendStatus {
     pub pid: Option<u32>,
     /// How often another one has taken its place.
     pub restarts: u64,
+    /// Leads to the control socket of the process, where the monitor has started it: an `O_PATH` descriptor of its file.
+    #[serde(skip)]
+    pub control: Option<Arc<OwnedFd>>,
 }

@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 const COUNTER: u64 = 0x20_0000;
 
 fn config() -> VmConfig {
-    VmFile { kernel: Some("none".into()), memory: Some("8M".into()), ..Default::default() }.finish().unwrap()
+    VmFile { kernel: Some("none".into()), memory: "8M".parse().ok(), ..Default::default() }.finish().unwrap()
 }
 
 /// A board whose guest counts in rax and in memory; none where there is no KVM.

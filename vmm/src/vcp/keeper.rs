@@ -120,6 +120,7 @@ impl Keeper {
             connected: self.front.is_connected(),
             pid: (pid != 0).then_some(pid),
             restarts: self.facts.restarts.load(Ordering::Relaxed),
+            control: None,
         }
     }
 

@@ -1,0 +1,168 @@
+//! Block devices: `--disk`, `[[disk]]`, and the body of the API's request.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::words::{number, parts, switch, wrong_key};
+
+/// A URL that may hold a secret: it is not shown by `Debug`. Serialised in full, for `vcp run --print-config` and for
+/// requests to the API; nothing that holds one is a part of an answer.
+#[derive(Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(transparent)]
+pub struct SecretUrl(String);
+
+impl SecretUrl {
+    /// The URL in full, for the process that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether it names a secret: `USER%PASSWORD@`.
+    pub fn has_secret(&self) -> bool {
+        let authority = self.0.trim_start_matches("iscsi://").split('/').next().unwrap_or_default();
+        authority.rsplit_once('@').is_some_and(|(user, _)| user.contains('%'))
+    }
+}
+
+impl From<&str> for SecretUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl std::fmt::Debug for SecretUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("iscsi://...")
+    }
+}
+
+/// One block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskSpec {
+    /// iSCSI URL: the monitor starts a `vcp-iscsi` for it. Either this or `socket`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub url: Option<SecretUrl>,
+    /// Socket of a vhost-user-blk backend that already runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub socket: Option<PathBuf>,
+    /// Offer the disk read-only (with `url`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// Number of request queues, 1 to 64; 1 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 64)]
+    pub queues: Option<u16>,
+    /// Hardware thread of the disk's VCP (with `url`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<usize>,
+    /// Offer packed rings to the guest; the backend must have them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packed: bool,
+    /// Whether another backend is started or sought when this one dies, which is so if not given; else the run ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reconnect: Option<bool>,
+}
+
+/// Largest number of request queues of a disk.
+pub const MAX_QUEUES: u16 = 64;
+
+const KEYS: &[&str] = &["url", "socket", "read-only", "queues", "cpu", "packed", "reconnect"];
+
+impl DiskSpec {
+    /// Reads a specification as it stands after `--disk`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut spec = DiskSpec::default();
+        for part in parts(text) {
+            match part {
+                ("url", Some(v)) if !v.is_empty() => spec.url = Some(v.into()),
+                ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
+                ("read-only", None) => spec.read_only = true,
+                (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
+                (key @ "cpu", Some(v)) => spec.cpu = Some(number(key, v)?),
+                (key @ "packed", Some(v)) => spec.packed = switch(key, v)?,
+                (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
+                part => return Err(wrong_key("disk", part, KEYS)),
+            }
+        }
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// Checks what the syntax alone does not.
+    pub fn validate(&self) -> Result<(), String> {
+        match (&self.url, &self.socket) {
+            (None, None) => return Err("a disk needs url=iscsi://... or socket=PATH".into()),
+            (Some(_), Some(_)) => return Err("a disk has either url= or socket=, not both".into()),
+            (Some(url), None) if !url.expose().starts_with("iscsi://") => {
+                return Err("a disk's url must begin with iscsi://, e.g. url=iscsi://127.0.0.1/iqn.2026-01.example:disk/0".into());
+            }
+            (None, Some(_)) if self.read_only => {
+                return Err("read-only is the backend's business with socket=: set it there".into());
+            }
+            (None, Some(_)) if self.cpu.is_some() => {
+                return Err("cpu= applies to the vcp-iscsi that url= starts; pin the backend of socket= where it is started".into());
+            }
+            _ => {}
+        }
+        match self.queues {
+            Some(n) if !(1..=MAX_QUEUES).contains(&n) => {
+                Err(format!("queues={n} is out of range: 1 to {MAX_QUEUES}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_with_everything() {
+        let text = "url=iscsi://h/iqn.x:y/0,read-only,queues=2,cpu=1,packed=on,reconnect=no";
+        let spec = DiskSpec::parse(text).unwrap();
+        assert!(spec.packed && spec.reconnect == Some(false));
+        assert_eq!(spec.queues, Some(2));
+        assert_eq!(spec.cpu, Some(1));
+        assert!(spec.read_only);
+    }
+
+    #[test]
+    fn wrong_key_gets_a_suggestion() {
+        let error = DiskSpec::parse("sokcet=/tmp/x").unwrap_err();
+        assert!(error.contains("did you mean \"socket\""), "{error}");
+    }
+
+    #[test]
+    fn bad_disks_are_refused() {
+        for bad in [
+            "",
+            "url=",
+            "socket=a,url=iscsi://b",
+            "url=http://x",
+            "socket=a,queues=0",
+            "socket=a,queues=65",
+            "socket=a,queues=x",
+            "socket=a,cpu=1",
+            "socket=a,packed",
+            "socket=a,reconnect=maybe",
+            "socket=a,read-only=1",
+        ] {
+            assert!(DiskSpec::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let error = DiskSpec::parse("url=iscsi://u%pass,Word1@h/iqn.x:y/0").unwrap_err();
+        assert!(!error.contains("Word1"), "{error}");
+        let spec = DiskSpec::parse("url=iscsi://u%passWord1@h/iqn.x:y/0").unwrap();
+        assert!(!format!("{spec:?}").contains("passWord1"));
+        assert!(spec.url.unwrap().has_secret());
+        assert!(!SecretUrl::from("iscsi://h/iqn.x:y%20z/0").has_secret());
+    }
+}

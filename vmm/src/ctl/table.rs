@@ -1,0 +1,88 @@
+//! `vcp ctl status` for people: tables that fit 80 columns.
+
+use crate::api::types::{GuestStatus, VcpFigures};
+use crate::config::size::CpuList;
+use crate::machine::status::RunState;
+use crate::text::{self, Table};
+
+/// Everything that is known.
+pub(super) fn status(status: &GuestStatus) -> String {
+    let machine = &status.machine;
+    let state = match machine.state {
+        RunState::Running => "running",
+        RunState::Paused => "paused",
+    };
+    let panicked = if machine.panicked { ", PANICKED" } else { "" };
+    let mut out = format!(
+        "{}: {state}{panicked}, up {}, {} vCPUs, {}, pid {}, vcp {}\n",
+        status.name,
+        text::duration(machine.uptime_ms.saturating_mul(1_000_000)),
+        machine.vcpus.len(),
+        text::bytes(machine.memory_bytes),
+        machine.pid,
+        status.version,
+    );
+    out.push('\n');
+    let mut table = Table::new(&["vCPU", "thread", "CPUs", "exits", "port", "mmio", "signal", "other"]);
+    for vcpu in &machine.vcpus {
+        let exits = &vcpu.exits;
+        table.row([
+            vcpu.id.to_string(),
+            vcpu.thread_id.to_string(),
+            vcpu.cpus.clone().map_or("any".into(), |cpus| CpuList(cpus).to_string()),
+            exits.total().to_string(),
+            (exits.io_in + exits.io_out).to_string(),
+            (exits.mmio_read + exits.mmio_write).to_string(),
+            exits.interrupted.to_string(),
+            exits.other.to_string(),
+        ]);
+    }
+    out.push_str(&table.to_string());
+    out.push('\n');
+    let mut table =
+        Table::new(&["device", "driver", "backend", "pid", "restarts", "address"]).left(&[1, 2, 5]);
+    for device in &machine.devices {
+        let backend = device.backend.as_ref();
+        table.row([
+            device.name.clone(),
+            if device.active { "active" } else { "-" }.into(),
+            backend.map_or("-", |b| if b.connected { "connected" } else { "AWAY" }).into(),
+            backend.and_then(|b| b.pid).map_or("-".into(), |pid| pid.to_string()),
+            backend.map_or("-".into(), |b| b.restarts.to_string()),
+            device.address.clone(),
+        ]);
+    }
+    out.push_str(&table.to_string());
+    if !status.vcps.is_empty() {
+        out.push('\n');
+        out.push_str(&vcps(&status.vcps));
+    }
+    out
+}
+
+fn vcps(vcps: &[VcpFigures]) -> String {
+    let mut table =
+        Table::new(&["VCP", "busy", "look", "sleep", "reads", "writes", "read", "written", "failed", "now"]);
+    for vcp in vcps {
+        if !vcp.answers {
+            table.row([vcp.device.clone(), "does not answer".into()]);
+            continue;
+        }
+        let load = vcp.load;
+        let all = load.busy_ns.saturating_add(load.look_ns).saturating_add(load.sleep_ns);
+        let failed = [&vcp.read, &vcp.write, &vcp.flush, &vcp.other].iter().map(|op| op.failed).sum::<u64>();
+        table.row([
+            vcp.device.clone(),
+            text::percent(load.busy_ns, all),
+            text::percent(load.look_ns, all),
+            text::percent(load.sleep_ns, all),
+            text::count(vcp.read.ok),
+            text::count(vcp.write.ok),
+            text::bytes(vcp.read.bytes),
+            text::bytes(vcp.write.bytes),
+            failed.to_string(),
+            vcp.inflight.to_string(),
+        ]);
+    }
+    table.to_string()
+}
