@@ -168,7 +168,7 @@ exec 3</tmp/ready
 read line <&3 || { cat /tmp/target.log; exit 1; }
 echo "$line"
 vcp check --json >/tmp/check.json; value LINUX_GUEST $(grep -o '"linux_guest":[ ]*[a-z]*' /tmp/check.json)
-timeout 100 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd --cmdline 'console=ttyS0 quiet root=/dev/vda rw' \
+timeout 240 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd --cmdline 'console=ttyS0 quiet root=/dev/vda rw' \
     --memory 512M --cpus 2 --disk url=iscsi://127.0.0.1:3260/iqn.2026-01.test.vcp:root/0 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
 status=$?
 value RUN $status

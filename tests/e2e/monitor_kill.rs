@@ -343,7 +343,7 @@ read line <&3 || { cat /tmp/target.log; exit 1; }
   done ) 2>/dev/null &
 killer=$!
 url=iscsi://127.0.0.1:3260/iqn.2026-01.test.vcp:root
-timeout 230 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd \
+timeout 360 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd \
     --cmdline 'console=ttyS0 quiet root=/dev/vda rw' --memory 512M --cpus 2 \
     --disk url=$url/0 --disk url=$url/1,packed=on,queues=2 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
 status=$?

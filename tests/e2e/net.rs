@@ -46,7 +46,7 @@ until grep -q '00010000 .*/tmp/net.sock' /proc/net/unix; do
     [ $left -gt 0 ] && kill -0 $testpmd || { cat /tmp/testpmd.log; exit 1; }
     sleep 0.1
 done
-timeout 100 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd --cmdline "console=ttyS0 quiet $(cat /guest/job)" \
+timeout 240 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd --cmdline "console=ttyS0 quiet $(cat /guest/job)" \
     --memory 256M --net socket=/tmp/net.sock,mac=52:54:00:12:34:56 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
 status=$?
 value RUN $status

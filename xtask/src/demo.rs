@@ -20,7 +20,7 @@ use crate::server::Server;
 
 const TARGET: &str = "iqn.2026-11.vcp:demo";
 const ROOT_BYTES: u64 = 256 << 20;
-const LINUX_DEADLINE: Duration = Duration::from_secs(150);
+const LINUX_DEADLINE: Duration = Duration::from_secs(420);
 
 /// What the Debian guest does on its root disk. Printed lines with `demo:` are the user's proof.
 const LINUX_JOB: &str = r#"set -e
@@ -138,7 +138,7 @@ fn linux_in_helper(bin: &Path, guest: &LinuxGuest, root: &Path) -> Result<()> {
         r#"
 iscsi-target serve --listen 127.0.0.1:3260 --target {TARGET} --lun file:/dev/vda >/tmp/target &
 until grep -q ^ready: /tmp/target; do kill -0 $! || exit 1; usleep 10000; done
-timeout 100 vcp run --vcpu-cpus 0-1 --cpus 2 --memory 512M --kernel {kernel} --initrd {initramfs} --cmdline '{}' \
+timeout 240 vcp run --vcpu-cpus 0-1 --cpus 2 --memory 512M --kernel {kernel} --initrd {initramfs} --cmdline '{}' \
     --disk url=iscsi://127.0.0.1:3260/{TARGET}/0 >/tmp/guest 2>/tmp/vcp
 status=$?
 cat /tmp/guest /tmp/vcp
