@@ -23,6 +23,7 @@ pub mod port;
 pub mod proc;
 pub mod procfs;
 pub mod proxy;
+pub mod screen;
 pub mod survivor;
 pub mod target;
 pub mod tool;

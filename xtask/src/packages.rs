@@ -39,6 +39,7 @@ const TEST: &[&str] = &[
     "cpio",
     "strace",
     "tshark",
+    "tmux",
     "procps",
     "dpdk-dev",
 ];

@@ -23,6 +23,11 @@ static EXITS: Family = Family::counter(
     Unit::None,
     "Exits of a vCPU to the monitor, by kind; those that KVM handles by itself are not among them",
 );
+static KVM_EXITS: Family = Family::counter(
+    "vcp_vcpu_kvm",
+    Unit::None,
+    "What KVM counts of a vCPU: all its exits, and those of some kinds",
+);
 static CONNECTED: Family =
     Family::gauge("vcp_device_backend_connected", Unit::None, "1 while the device has a backend");
 static RESTARTS: Family = Family::counter(
@@ -69,6 +74,9 @@ fn collect(samples: &mut Samples, status: &GuestStatus) {
         samples.within("vcpu", &vcpu.id.to_string(), |samples| {
             for (kind, count) in vcpu.exits.by_kind() {
                 samples.add(&EXITS, &[("kind", kind)], count);
+            }
+            for (name, count) in vcpu.kvm.iter().flat_map(crate::kvm::stats::KvmExits::by_name) {
+                samples.add(&KVM_EXITS, &[("counter", name)], count);
             }
         });
     }

@@ -217,3 +217,24 @@ fn connection(
         }
     });
 }
+
+/// What the server says to these bytes of a client, on a connection without a socket: for tests and fuzzing.
+#[doc(hidden)]
+pub fn answer(bytes: &[u8], machine: impl Machine) -> Vec<u8> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return Vec::new();
+    };
+    runtime.block_on(async {
+        let shared = Arc::new(Shared { name: "guest".into(), machine: Box::new(machine) });
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await;
+        connection(server, routes::router(shared), CONNECTION_TIMEOUT, permit);
+        let mut answer = Vec::new();
+        // A client that has said all it has to say.
+        let _ = client.write_all(bytes).await;
+        let _ = client.shutdown().await;
+        let _ = client.read_to_end(&mut answer).await;
+        answer
+    })
+}

@@ -6,6 +6,7 @@ pub mod exits;
 pub mod memory;
 pub mod regs;
 pub mod saved;
+pub mod stats;
 pub mod vcpu;
 pub mod vm;
 pub mod wires;

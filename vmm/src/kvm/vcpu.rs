@@ -13,6 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use super::exits::{ExitCounters, ExitKind};
+use super::stats::{KvmExits, VcpuStats};
 use crate::affinity;
 use crate::bus::Bus;
 use crate::error::{Error, Result};
@@ -79,6 +80,7 @@ struct Thread {
     handle: JoinHandle<()>,
     id: Arc<AtomicI32>,
     counters: Arc<ExitCounters>,
+    stats: Option<VcpuStats>,
 }
 
 /// The running vCPU threads.
@@ -116,6 +118,10 @@ impl Vcpus {
                 shared: running.shared.clone(),
                 counters: counters.clone(),
             };
+            let stats = VcpuStats::open(&worker.fd);
+            if let Err(e) = &stats {
+                tracing::debug!(vcpu = id, "KVM does not tell its statistics: {e}");
+            }
             let cpus = cpus.get(id).cloned().flatten();
             let handle = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
@@ -132,7 +138,7 @@ impl Vcpus {
                     }
                 })
                 .map_err(Error::os("start a vCPU thread"))?;
-            running.threads.push(Thread { handle, id: thread_id, counters });
+            running.threads.push(Thread { handle, id: thread_id, counters, stats: stats.ok() });
         }
         Ok(running)
     }
@@ -150,6 +156,11 @@ impl Vcpus {
     /// The exits of a vCPU.
     pub fn exits(&self, vcpu: usize) -> Option<super::exits::Exits> {
         self.threads.get(vcpu).map(|thread| thread.counters.read())
+    }
+
+    /// The exits of a vCPU as KVM counts them, if it tells.
+    pub fn kvm_exits(&self, vcpu: usize) -> Option<KvmExits> {
+        self.threads.get(vcpu)?.stats.as_ref()?.read().ok()
     }
 
     /// Stops all vCPUs until [`Vcpus::resume`]. False if one did not stop in time; all go on then.

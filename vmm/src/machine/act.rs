@@ -39,6 +39,7 @@ impl Machine {
             thread_id: self.vcpus.thread_id(id).unwrap_or(0),
             cpus: self.placement.vcpus.get(id).cloned().flatten(),
             exits: self.vcpus.exits(id).unwrap_or_default(),
+            kvm: self.vcpus.kvm_exits(id),
         };
         Status {
             state: self.state,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::kvm::exits::Exits;
+use crate::kvm::stats::KvmExits;
 
 /// A machine.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -50,6 +51,9 @@ pub struct VcpuStatus {
     pub cpus: Option<Vec<usize>>,
     /// Exits to the monitor so far, by kind.
     pub exits: Exits,
+    /// All exits so far as KVM counts them, if it tells.
+    #[serde(default)]
+    pub kvm: Option<KvmExits>,
 }
 
 /// One device.

@@ -38,6 +38,9 @@ fn vcpu_row(out: &mut String, start: &str, vcpu: &VcpuView) {
     for (kind, rate) in &vcpu.by_kind {
         let _ = write!(out, " {kind}={}", number(*rate));
     }
+    for (name, rate) in &vcpu.kvm {
+        let _ = write!(out, " kvm_{name}={}", number(*rate));
+    }
     out.push('\n');
 }
 
@@ -99,6 +102,7 @@ mod tests {
         assert!(lines[0].starts_with("# "));
         assert!(lines[1].starts_with("12:00:00Z vm1 guest state=running pid="), "{text}");
         assert!(lines[2].contains(" vcpu id=0 cpus=0-1 exits=50 io_in=0.0"), "{text}");
+        assert!(lines[2].contains(" kvm_exits=500 "), "{text}");
         let vcp = lines.iter().find(|line| line.contains(" vcp device=disk0 ")).unwrap();
         for pair in ["state=up", "busy=0.250", "reads=1000", "p99_ns=131072", "inflight=7", "restarts=2"] {
             assert!(vcp.split(' ').any(|found| found == pair), "no {pair} in {vcp}");

@@ -73,21 +73,18 @@ fn guest_lines<'a>(guest: &'a GuestView, choices: Choices, style: &dyn Fn(Style)
     if !choices.hide_vcpus && !guest.vcpus.is_empty() {
         lines.push(Line::styled(VCPU_HEAD, dim));
         lines.extend(guest.vcpus.iter().map(|vcpu| {
-            let kind = |names: &[&str]| {
-                let some = vcpu.by_kind.iter().filter(|(kind, _)| names.contains(kind));
-                some.map(|(_, rate)| *rate).sum::<Option<f64>>()
-            };
             Line::raw(format!(
-                " {:<5}{:>10}{:>11}{:>9}{:>9}{:>10}{:>10}{:>8}{:>7}",
+                " {:<4}{:>9}{:>10}{:>9}{:>9}{:>10}{:>7}{:>7}{:>7}{:>6}",
                 vcpu.id,
-                cut(&vcpu.cpus, 9),
+                cut(&vcpu.cpus, 8),
+                rate(vcpu.kvm("exits")),
+                rate(vcpu.kvm("halt_exits")),
+                rate(vcpu.kvm("irq_exits")),
                 rate(vcpu.exits),
-                rate(kind(&["io_in"])),
-                rate(kind(&["io_out"])),
-                rate(kind(&["mmio_read"])),
-                rate(kind(&["mmio_write"])),
-                rate(kind(&["interrupted"])),
-                rate(kind(&["other"])),
+                short(vcpu.kinds(&["io_in", "io_out"])),
+                short(vcpu.kinds(&["mmio_read", "mmio_write"])),
+                short(vcpu.kinds(&["interrupted"])),
+                short(vcpu.kinds(&["other"])),
             ))
         }));
     }
@@ -99,7 +96,7 @@ fn guest_lines<'a>(guest: &'a GuestView, choices: Choices, style: &dyn Fn(Style)
     lines
 }
 
-const VCPU_HEAD: &str = " vCPU       CPUs    exits/s  port in port out mmio read mmio wrt  signal  other";
+const VCPU_HEAD: &str = " vCPU     CPUs   exits/s   halt/s    irq/s monitor/s   port   mmio signal other";
 const VCP_HEAD: &str = " VCP    CPU  busy  look sleep   r/s   w/s  read/s write/s    p50    p99  now rst";
 
 fn vcp_line<'a>(vcp: &VcpView, alarm: Style) -> Line<'a> {
@@ -220,6 +217,18 @@ mod tests {
         );
         assert!(lines[1].starts_with("vm1  running  up "), "{lines:#?}");
         assert_eq!(lines[2], VCPU_HEAD.trim_end());
+        let vcpu = &lines[3];
+        for (title, value) in [
+            ("CPUs", "0-1"),
+            ("exits/s", "500"),
+            ("halt/s", "10"),
+            ("monitor/s", "50"),
+            ("port", "50"),
+            ("other", "0"),
+        ] {
+            let at = VCPU_HEAD.find(title).map(|at| at + title.len()).unwrap();
+            assert!(vcpu[..at].ends_with(value), "{title} {value}:\n{VCPU_HEAD}\n{vcpu}");
+        }
         let head = lines.iter().position(|line| line == VCP_HEAD).unwrap();
         let vcp = &lines[head + 1];
         let ends = |word: &str, line: &str| line.find(word).map(|at| at + word.len());

@@ -17,7 +17,8 @@ pub(super) fn look(at: Instant, steps: u64) -> Look {
     let machine = serde_json::json!({
         "state": "running", "pid": 4711, "uptime_ms": 10_000 + 2000 * steps, "memory_bytes": 1u64 << 30, "panicked": false,
         "vcpus": [{"id": 0, "thread_id": 4712, "cpus": [0, 1], "exits":
-            {"io_in": 0, "io_out": 100 * steps, "mmio_read": 0, "mmio_write": 0, "interrupted": 0, "other": 0}}],
+            {"io_in": 0, "io_out": 100 * steps, "mmio_read": 0, "mmio_write": 0, "interrupted": 0, "other": 0},
+            "kvm": {"exits": 1000 * steps, "halt_exits": 20 * steps}}],
         "devices": [
             {"name": "disk0", "kind": "disk", "address": "mmio 0xd0000000", "active": true,
                 "backend": {"connected": true, "pid": 4713, "restarts": 2}},

@@ -41,6 +41,20 @@ pub struct VcpuView {
     pub exits: Option<f64>,
     /// Exits by kind.
     pub by_kind: Vec<(&'static str, Option<f64>)>,
+    /// What KVM counts: all exits, also those that the monitor does not see.
+    pub kvm: Vec<(&'static str, Option<f64>)>,
+}
+
+impl VcpuView {
+    /// The sum of some kinds; `None` if one is not known.
+    pub fn kinds(&self, names: &[&str]) -> Option<f64> {
+        self.by_kind.iter().filter(|(kind, _)| names.contains(kind)).map(|(_, rate)| *rate).sum()
+    }
+
+    /// One of KVM's counters.
+    pub fn kvm(&self, name: &str) -> Option<f64> {
+        self.kvm.iter().find(|(counter, _)| *counter == name)?.1
+    }
 }
 
 /// A device and who serves it. Rates are per second; `None` where nothing is known.
@@ -95,12 +109,18 @@ pub fn guest(before: Option<&Look>, now: &Look) -> GuestView {
         (RunState::Paused, false) => "paused",
     };
     let vcpus = machine.vcpus.iter().enumerate().map(|(at, vcpu)| {
-        let earlier = before.and_then(|before| before.status.machine.vcpus.get(at)).map(|vcpu| vcpu.exits);
+        let before = before.and_then(|before| before.status.machine.vcpus.get(at));
+        let earlier = before.map(|vcpu| vcpu.exits);
+        let kvm_earlier = before.and_then(|vcpu| vcpu.kvm).map(|kvm| kvm.by_name());
+        let kvm = vcpu.kvm.iter().flat_map(crate::kvm::stats::KvmExits::by_name).enumerate();
         VcpuView {
             id: vcpu.id,
             cpus: vcpu.cpus.clone().map_or("any".into(), |cpus| CpuList(cpus).to_string()),
             exits: rate(earlier.map(|e| e.total()), vcpu.exits.total(), elapsed),
             by_kind: kinds(earlier, vcpu.exits, elapsed),
+            kvm: kvm
+                .map(|(at, (name, count))| (name, rate(kvm_earlier.map(|kvm| kvm[at].1), count, elapsed)))
+                .collect(),
         }
     });
     let vcps = machine.devices.iter().filter(|device| device.backend.is_some()).map(|device| {
@@ -224,6 +244,7 @@ mod tests {
         let view = guest(Some(&before), &now);
         assert_eq!((view.name.as_str(), view.state.as_str()), ("vm1", "running"));
         assert_eq!(view.vcpus[0].exits, Some(50.0));
+        assert_eq!((view.vcpus[0].kvm("exits"), view.vcpus[0].kvm("halt_exits")), (Some(500.0), Some(10.0)));
         let vcp = &view.vcps[0];
         assert_eq!((vcp.reads, vcp.read_bytes), (Some(1000.0), Some(4_096_000.0)));
         assert_eq!((vcp.p50_ns, vcp.p99_ns), (Some(1 << 15), Some(1 << 17)));
