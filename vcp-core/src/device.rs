@@ -14,6 +14,7 @@ use crate::handover::state::{BadState, NotNow};
 use crate::metrics::{DeviceMetrics, Samples};
 use crate::queue::burst::Direction;
 use crate::queue::{Chain, ChainId, RingError};
+use crate::uring::Ring;
 
 /// What has to happen before [`RingDevice::poll`] must be called again (besides a kick).
 #[derive(Debug, Default)]
@@ -107,6 +108,19 @@ pub trait RingDevice: Send + 'static {
     /// What the runner knows of the descriptor in [`wait`](Self::wait): it is readable or may be (`ready`), or it is not
     /// and need not be looked at. A runner that never calls this knows nothing, and the device looks every time.
     fn readiness(&mut self, _ready: bool) {}
+
+    /// Gives a runner's ring what is to be sent and received for the device, which from then on makes no such calls of its
+    /// own, until [`leave_ring`](Self::leave_ring). Called before the runner waits, and while it looks. Returns whether it
+    /// must not wait: there is more to do than could be given.
+    fn submit_to(&mut self, _ring: &mut Ring) -> bool {
+        false
+    }
+
+    /// Takes from the ring what ended there; [`poll`](Self::poll) follows.
+    fn reap_from(&mut self, _ring: &mut Ring) {}
+
+    /// Nothing of the device is under way in the ring any more, and it makes its own calls again.
+    fn leave_ring(&mut self) {}
 
     /// Whether it moves long transfers: looking for what is next while several are in flight then only takes the
     /// pieces one by one.

@@ -23,4 +23,5 @@ pub mod poll;
 pub mod process;
 pub mod queue;
 pub mod sock;
+pub mod uring;
 pub mod vu;

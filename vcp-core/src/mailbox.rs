@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -15,7 +15,7 @@ use rustix::event::{EventfdFlags, eventfd};
 pub struct Mailbox<T> {
     queue: Mutex<VecDeque<T>>,
     pending: AtomicBool,
-    wake: OwnedFd,
+    wake: Arc<OwnedFd>,
 }
 
 impl<T> Mailbox<T> {
@@ -24,7 +24,7 @@ impl<T> Mailbox<T> {
     /// # Errors
     /// No event descriptor could be had.
     pub fn new() -> rustix::io::Result<Self> {
-        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         Ok(Self { queue: Mutex::default(), pending: AtomicBool::new(false), wake })
     }
 
@@ -39,6 +39,11 @@ impl<T> Mailbox<T> {
     pub fn wake(&self) {
         // Fails only when the counter is full, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The event descriptor that wakes the reader.
+    pub(crate) fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.wake
     }
 
     /// Whether something is there. Cheap enough for every pass.
@@ -73,8 +78,6 @@ impl<T> AsFd for Mailbox<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     /// Many senders, one reader that sleeps on the descriptor alone: a lost wake-up would end in the poll's timeout.

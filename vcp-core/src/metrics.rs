@@ -291,6 +291,8 @@ pub struct LoopMetrics {
     pub busy_passes: Counter,
     /// Times the thread went to sleep.
     pub sleeps: Counter,
+    /// System calls of its io_uring instance, if it has one.
+    pub ring_enters: Counter,
     /// 1 while it sleeps: a pass counter that stands still is then no sign of trouble.
     pub sleeping: Counter,
     /// Spin budget learned now, in nanoseconds.
@@ -313,6 +315,7 @@ pub struct LoopSnapshot {
     pub busy_passes: u64,
     pub sleeps: u64,
     pub sleeping: bool,
+    pub ring_enters: u64,
     pub spin_ns: u64,
     pub take_overs: u64,
     pub take_over_stopped_ns: u64,
@@ -327,6 +330,7 @@ impl LoopMetrics {
             (&families::BUSY_PASSES, &self.busy_passes),
             (&families::SLEEPS, &self.sleeps),
             (&families::SLEEPING, &self.sleeping),
+            (&families::RING_ENTERS, &self.ring_enters),
             (&families::SPIN, &self.spin_ns),
         ] {
             samples.add(family, &[], counter.get());
@@ -341,6 +345,7 @@ impl LoopMetrics {
             busy_passes: self.busy_passes.get(),
             sleeps: self.sleeps.get(),
             sleeping: self.sleeping.get() != 0,
+            ring_enters: self.ring_enters.get(),
             spin_ns: self.spin_ns.get(),
             take_overs: self.take_overs.get(),
             take_over_stopped_ns: self.take_over_stopped_ns.get(),
@@ -412,6 +417,12 @@ pub mod families {
     /// Sleeps.
     pub static SLEEPS: Family =
         Family::counter("vcp_loop_sleeps", Unit::None, "Times the data thread went to sleep");
+    /// Calls of the ring.
+    pub static RING_ENTERS: Family = Family::counter(
+        "vcp_loop_ring_enters",
+        Unit::None,
+        "System calls of the data thread's io_uring instance; 0 without one",
+    );
     /// Asleep.
     pub static SLEEPING: Family =
         Family::gauge("vcp_loop_sleeping", Unit::None, "1 while the data thread sleeps");

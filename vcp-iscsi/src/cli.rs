@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 use vcp_core::process::confine::Mode as ConfineMode;
+use vcp_core::uring::IoMode;
 
 use crate::capabilities;
 use crate::discover::DiscoverArgs;
@@ -147,6 +148,9 @@ pub struct ServeArgs {
     /// Microseconds that an idle data thread looks before it sleeps; 0: sleeps at once, `always`: never sleeps
     #[arg(long, value_name = "N|always", default_value = "adaptive")]
     pub poll_us: PollMode,
+    /// How the data thread sends, receives, signals and waits
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub io: IoMode,
     /// What runs the devices
     #[arg(long, value_enum, default_value_t)]
     pub server: ServerKind,

@@ -55,16 +55,16 @@ fn parent(socket: &Path) -> PathBuf {
     }
 }
 
-/// Confines this process, on its only thread.
+/// Confines this process, on its only thread. `ring`: it has an io_uring instance.
 ///
 /// # Errors
 /// `--confine require`, and something could not be done.
-pub(crate) fn confine(mode: Mode, needs: Needs) -> Result<Report> {
+pub(crate) fn confine(mode: Mode, ring: bool, needs: Needs) -> Result<Report> {
     if mode != Mode::Off {
         // The resolver loads its modules with its first question, which it cannot do later.
         let _ = ("localhost", 0).to_socket_addrs();
     }
-    let report = needs.confinement().apply(mode).context("--confine")?;
+    let report = needs.confinement().apply_with(mode, ring).context("--confine")?;
     for missing in &report.missing {
         tracing::warn!("not confined: {missing}");
     }

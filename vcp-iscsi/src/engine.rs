@@ -12,6 +12,7 @@ use vcp_core::handover::Fds;
 use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::Samples;
+use vcp_core::uring::Ring;
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +143,17 @@ pub trait Engine {
 
     /// See [`RingDevice::readiness`](vcp_core::device::RingDevice::readiness).
     fn readiness(&mut self, _ready: bool) {}
+
+    /// See [`RingDevice::submit_to`](vcp_core::device::RingDevice::submit_to).
+    fn submit_to(&mut self, _ring: &mut Ring) -> bool {
+        false
+    }
+
+    /// See [`RingDevice::reap_from`](vcp_core::device::RingDevice::reap_from).
+    fn reap_from(&mut self, _ring: &mut Ring) {}
+
+    /// See [`RingDevice::leave_ring`](vcp_core::device::RingDevice::leave_ring).
+    fn leave_ring(&mut self) {}
 
     /// See [`RingDevice::moves_long`](vcp_core::device::RingDevice::moves_long).
     fn moves_long(&self) -> bool {

@@ -12,6 +12,7 @@ use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
 use vcp_core::http::{Endpoint, HttpServer};
 use vcp_core::process::{Signals, exit_with_parent};
+use vcp_core::uring::{self, Ring};
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
@@ -65,7 +66,11 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let manager = Manager::find();
-    let report = confine::confine(args.confine, needs(args, &plans))?;
+    let ring = match args.server {
+        ServerKind::Poll => uring::choose(args.io).context("--io")?,
+        ServerKind::Epoll => None,
+    };
+    let report = confine::confine(args.confine, ring.is_some(), needs(args, &plans))?;
     let options = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
@@ -91,10 +96,18 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         .collect();
     // What a later process would be offered: the same filter for the log, wherever it came from.
     let log = log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
-    let offer =
-        Offer { cpu: args.cpu, poll_us: poll_us(args.poll_us), log, confine: args.confine, disks: offers };
+    let offer = Offer {
+        cpu: args.cpu,
+        poll_us: poll_us(args.poll_us),
+        io: args.io,
+        log,
+        confine: args.confine,
+        disks: offers,
+    };
     let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
+    let io = describe_io(ring.as_ref());
     let options = ServeOptions {
+        ring,
         cpu: args.cpu,
         poll: args.poll_us,
         control,
@@ -102,7 +115,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         giving: Some(Giving { program: program(), offer }),
     };
     let extra = confine::status(&report);
-    ready.push_str(&format!(" confined={}", report.summary()));
+    ready.push_str(&format!(" io={io} confined={}", report.summary()));
     let ready = move || announce(&ready, &manager);
     match args.server {
         ServerKind::Poll => Ok(vcp_core::vu::serve(devices, options, signals, extra, ready)?),
@@ -144,6 +157,11 @@ pub(crate) fn describe(socket: &Path, queues: u16, lun: &Lun, memory_bound_bytes
         lun.blocks.saturating_mul(lun.block_bytes.into()),
         lun.block_bytes,
     )
+}
+
+/// How the data thread does its calls, for the ready line.
+pub(crate) fn describe_io(ring: Option<&Ring>) -> &'static str {
+    if ring.is_some() { "uring" } else { "plain" }
 }
 
 fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {

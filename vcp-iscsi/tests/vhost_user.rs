@@ -26,8 +26,14 @@ use front::{DEADLINE, Done, Front, Guest, Io, Kind, Server, wait_readable};
 use mem_engine::lun;
 
 const ADAPTIVE: Kind = Kind::Poll(PollMode::Adaptive);
-const KINDS: [Kind; 4] =
-    [ADAPTIVE, Kind::Poll(PollMode::Fixed(Duration::ZERO)), Kind::Poll(PollMode::Always), Kind::Epoll];
+const KINDS: [Kind; 6] = [
+    ADAPTIVE,
+    Kind::Poll(PollMode::Fixed(Duration::ZERO)),
+    Kind::Poll(PollMode::Always),
+    Kind::Ring(PollMode::Fixed(Duration::ZERO)),
+    Kind::Ring(PollMode::Adaptive),
+    Kind::Epoll,
+];
 
 /// Waits until `check` holds.
 fn eventually(what: &str, mut check: impl FnMut() -> bool) {

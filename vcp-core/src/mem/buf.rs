@@ -100,6 +100,11 @@ impl GuestBuf {
         self.pieces.capacity()
     }
 
+    /// The mapping that the pieces lie in.
+    pub(crate) fn map(&self) -> Option<&Arc<GuestMap>> {
+        self.map.as_ref()
+    }
+
     /// Forgets the pieces and the mapping, keeps the storage.
     pub fn clear(&mut self) {
         self.pieces.clear();

@@ -44,11 +44,13 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let mut completed_ns = stopped_ns;
         let mut completions = self.completions();
         let deadline = Instant::now() + limit;
+        self.leave_ring()?;
         loop {
             let now = Instant::now();
             self.readiness(true);
             let moved = self.move_ports(now);
             self.metrics.passes.add(1);
+            self.signal_by_ring()?;
             if std::mem::replace(&mut completions, self.completions()) != completions {
                 completed_ns = monotonic_ns();
             }
@@ -86,6 +88,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         fds: &mut Fds,
         now: Instant,
     ) -> Result<(), BadState> {
+        if self.ring.is_some() {
+            port.rings.leave_to_runner();
+        }
         port.import(&self.epoll, state, map, fds, now)
     }
 

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod handover;
+mod ring;
 pub mod spin;
 
 pub use cpu::{CpuError, check_cpu, pin_to};
@@ -23,6 +24,7 @@ use crate::device::{RingDevice, Wait};
 use crate::fabric::{Apart, Fabric};
 use crate::mailbox::Mailbox;
 use crate::metrics::{LoopMetrics, Samples};
+use crate::uring::Ring;
 use crate::vu::give::StopOrder;
 use crate::vu::port::{Answer, Command, Port, What};
 
@@ -45,8 +47,12 @@ pub struct DataLoop<D, F = Apart> {
     ports: Vec<Port<D>>,
     fabric: F,
     mailbox: Arc<Mailbox<Command>>,
-    /// Kick descriptors and the mailbox, all edge-triggered.
-    epoll: OwnedFd,
+    /// Kick descriptors and the mailbox, all edge-triggered; with a ring only what devices name to wait for.
+    epoll: Arc<OwnedFd>,
+    /// Instead of plain system calls.
+    ring: Option<Ring>,
+    /// Passes since something was given to the ring.
+    lag: u32,
     spin: Spin,
     stop: Arc<AtomicBool>,
     metrics: Arc<LoopMetrics>,
@@ -72,12 +78,15 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&epoll, &*mailbox, epoll::EventData::new_u64(1), flags)?;
+        let (spin, epoll) = (Spin::new(mode), Arc::new(epoll));
         Ok(Self {
             ports,
             fabric,
             mailbox,
             epoll,
-            spin: Spin::new(mode),
+            ring: None,
+            lag: 0,
+            spin,
             stop,
             metrics,
             order: None,
@@ -91,6 +100,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     /// Waiting failed, which it does only when the system is out of memory.
     pub fn run(&mut self) -> rustix::io::Result<()> {
         let mut idle_since: Option<Instant> = None;
+        self.start_ring()?;
         self.first_look();
         while !self.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
@@ -107,6 +117,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                 }
                 idle_since = None;
                 self.metrics.busy_passes.add(1);
+                self.move_ring(true)?;
                 continue;
             }
             let since = *idle_since.get_or_insert(now);
@@ -116,6 +127,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             {
                 std::hint::spin_loop();
                 self.readiness(true);
+                self.move_ring(false)?;
                 continue;
             }
             if self.arm() || self.mailbox.has_mail() {
@@ -123,7 +135,11 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                 idle_since = None;
                 continue;
             }
-            self.sleep(now)?;
+            if self.ring.is_some() {
+                self.sleep_in_ring(now)?;
+            } else {
+                self.sleep(now)?;
+            }
             self.disarm();
             self.spin.slept(since.elapsed(), load);
             self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
@@ -219,14 +235,20 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         self.ports.iter_mut().for_each(|port| port.rings.disarm());
     }
 
+    /// How long it may sleep.
+    fn limit(&self, now: Instant) -> Option<Duration> {
+        let deadlines = self.ports.iter().filter_map(|port| port.device.wait().deadline);
+        let mut deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
+        self.fabric.waits(&mut |wait| deadline = [deadline, wait.deadline].into_iter().flatten().min());
+        deadline.map(|deadline| deadline.saturating_duration_since(now))
+    }
+
     /// Sleeps until something that was waited for happens.
     fn sleep(&mut self, now: Instant) -> rustix::io::Result<()> {
         let mut joint: Vec<Wait<'_>> = Vec::new();
         self.fabric.waits(&mut |wait| joint.push(wait));
         let waits = || self.ports.iter().map(|port| port.device.wait()).chain(joint.iter().map(Wait::again));
-        let deadlines = waits().filter_map(|wait| wait.deadline);
-        let deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
-        let timeout = deadline.map(|deadline| timespec(deadline.saturating_duration_since(now)));
+        let timeout = self.limit(now).map(timespec);
         self.metrics.sleeps.add(1);
         self.metrics.sleeping.set(1);
         let fds = waits().filter_map(|wait| {
@@ -261,10 +283,12 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     fn drain(&mut self) -> rustix::io::Result<()> {
         let deadline = Instant::now() + DRAIN_AT_EXIT;
         self.ports.iter_mut().for_each(|port| port.rings.close());
+        self.leave_ring()?;
         loop {
             let now = Instant::now();
             self.readiness(true);
             let moved = self.pass(now);
+            self.signal_by_ring()?;
             let inflight = self.inflight();
             if inflight == 0 {
                 return Ok(());

@@ -26,7 +26,7 @@ use std::time::Instant;
 use rustix::event::epoll;
 
 use super::port::{Answer, PortError, Reply};
-use super::vring::{STOP_TIMEOUT, Vring, drop_kick, nonblocking};
+use super::vring::{Later, STOP_TIMEOUT, Vring, drop_kick, nonblocking};
 use crate::device::Rings;
 use crate::mem::GuestMap;
 use crate::metrics::DeviceMetrics;
@@ -34,6 +34,7 @@ use crate::queue::burst::{BurstRing, Direction};
 use crate::queue::flight::Flight;
 use crate::queue::log::{LogArea, LogFormat};
 use crate::queue::{Chain, ChainId, Ring, RingAddresses, RingError, StartAt, VirtQueue};
+use crate::uring;
 
 /// What was negotiated that concerns rings.
 #[derive(Clone, Copy, Debug, Default)]
@@ -62,6 +63,8 @@ pub struct RingSet {
     closing: bool,
     /// A stop ran out of time and nothing has come back since: the next one need not wait as long to learn it.
     stalled: bool,
+    /// For a runner that signals and listens by its own means.
+    later: Option<Later>,
     metrics: Arc<DeviceMetrics>,
 }
 
@@ -85,6 +88,7 @@ impl RingSet {
             bursts,
             closing: false,
             stalled: false,
+            later: None,
             metrics,
         }
     }
@@ -105,6 +109,20 @@ impl RingSet {
     /// Whether the driver waits for any request in flight.
     pub(crate) fn any_wanted(&self) -> bool {
         self.vrings.iter().any(|vring| vring.flight.inflight() != 0)
+    }
+
+    /// From here on signals and kicks are the runner's, who asks for them with [`hand_to`](Self::hand_to).
+    pub(crate) fn leave_to_runner(&mut self) {
+        let watches = self.vrings.iter().filter_map(|vring| vring.kick.clone()).collect();
+        self.later = Some(Later { signals: Vec::with_capacity(self.vrings.len()), watches });
+    }
+
+    /// Gives the runner's ring the signals and kicks that came up since.
+    pub(crate) fn hand_to(&mut self, ring: &mut uring::Ring) {
+        if let Some(later) = &mut self.later {
+            later.watches.drain(..).for_each(|fd| ring.watch(&fd));
+            later.signals.drain(..).for_each(|fd| ring.signal(&fd));
+        }
     }
 
     /// Takes no more chains from now on (the process ends).
@@ -223,11 +241,12 @@ impl RingSet {
     }
 
     pub(crate) fn set_call(&mut self, queue: u32, fd: Option<File>) -> Result<(), PortError> {
+        let fd = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
         let vring = self.vring(queue)?;
-        vring.call = fd.map(|fd| nonblocking(fd, queue)).transpose()?;
+        vring.call = fd.map(Arc::new);
         if vring.recovered {
             // The interrupt for what the process before us published last may be missing. One too many is harmless.
-            vring.notify();
+            self.notify(queue as usize);
         }
         Ok(())
     }
@@ -244,15 +263,21 @@ impl RingSet {
         queue: u32,
         fd: Option<File>,
     ) -> Result<(), PortError> {
-        let vring = self.vring(queue)?;
+        let queues = self.vrings.len();
+        let vring = self.vrings.get_mut(queue as usize).ok_or(PortError::NoSuchQueue { queue, queues })?;
         drop_kick(epoll, vring);
         vring.polled = fd.is_none();
         if let Some(fd) = fd {
-            let fd = OwnedFd::from(fd);
+            let fd = Arc::new(OwnedFd::from(fd));
             // Edge-triggered and never read: each kick is an edge, and there is nothing that could block.
-            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-            epoll::add(epoll, &fd, epoll::EventData::new_u64(0), flags)
-                .map_err(|error| PortError::Descriptor { queue, error })?;
+            match &mut self.later {
+                Some(later) => later.watches.push(Arc::clone(&fd)),
+                None => {
+                    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+                    epoll::add(epoll, &fd, epoll::EventData::new_u64(0), flags)
+                        .map_err(|error| PortError::Descriptor { queue, error })?;
+                }
+            }
             vring.kick = Some(fd);
         }
         if vring.ring.is_none() && vring.addresses_set {
@@ -322,9 +347,13 @@ impl RingSet {
         );
         vring.ring = Some(ring);
         if vring.recovered {
-            vring.notify();
+            self.notify(queue);
         }
         Ok(())
+    }
+
+    fn notify(&mut self, queue: usize) -> bool {
+        self.vrings[queue].notify(self.later.as_mut())
     }
 
     /// `GET_VRING_BASE`: the ring stops; [`finish_stops`](Self::finish_stops) replies when nothing is in flight or the
@@ -425,7 +454,7 @@ impl RingSet {
         }
         match ring.publish(&self.map) {
             Ok(true) => {
-                if vring.notify() {
+                if self.notify(queue) {
                     self.metrics.notifications.add(1);
                 }
             }

@@ -4,7 +4,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
@@ -30,6 +30,7 @@ use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
 use crate::poll::{CpuError, DataLoop, PollMode, check_cpu, pin_to};
 use crate::process::Signals;
+use crate::uring::Ring;
 
 /// How long a front end that reconnects waits for its previous connection to be taken down. Messages already sent on
 /// it are still carried out first.
@@ -66,6 +67,15 @@ pub struct ServeOptions {
     pub metrics: Option<HttpServer>,
     /// What another process is offered that wants to take over; without it none can.
     pub giving: Option<Giving>,
+    /// For the data thread, instead of plain system calls.
+    pub ring: Mutex<Option<Ring>>,
+}
+
+impl ServeOptions {
+    /// The ring, for the one data thread.
+    pub(super) fn take_ring(&self) -> Option<Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// Why a VCP cannot serve, or no longer.
@@ -165,7 +175,8 @@ pub fn serve_joined<D: RingDevice, F: Fabric<D>>(
     let (socket, http) = (options.control.take(), options.metrics.take());
     let control = Control::new(socket, http, Arc::clone(&loop_metrics), parts, ask, extra);
     let data = DataLoop::new(ports, fabric, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
-        .map_err(system("create an epoll instance"))?;
+        .map_err(system("create an epoll instance"))?
+        .with_ring(options.take_ring());
     let server = Server::start(entries, control, data, mailbox, &options)?;
     ready();
     server.run(signals)

@@ -130,7 +130,8 @@ impl Parts {
             Arc::default(),
             Arc::clone(&metrics),
         )
-        .map_err(failed)?;
+        .map_err(failed)?
+        .with_ring(options.take_ring());
         let (mut entries, mut front_ends) = (Vec::new(), Vec::new());
         for (index, (state, (name, device))) in state.devices.into_iter().zip(devices).enumerate() {
             if state.name != *name {

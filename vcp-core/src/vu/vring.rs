@@ -18,6 +18,15 @@ use crate::queue::{Chain, Ring, RingAddresses, RingError, VirtQueue};
 /// meanwhile, so it must be short of what a user takes for a hang; a healthy target answers in milliseconds.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// What a runner with a ring of its own does for the virtqueues.
+#[derive(Debug, Default)]
+pub(super) struct Later {
+    /// Drivers to interrupt.
+    pub(super) signals: Vec<Arc<OwnedFd>>,
+    /// Kicks to listen to.
+    pub(super) watches: Vec<Arc<OwnedFd>>,
+}
+
 #[derive(Debug)]
 pub(super) struct Vring {
     /// Size and addresses for the next start.
@@ -30,10 +39,10 @@ pub(super) struct Vring {
     /// It went on after a crash: the driver may never have been told of what was published last.
     pub(super) recovered: bool,
     pub(super) enabled: bool,
-    pub(super) kick: Option<OwnedFd>,
+    pub(super) kick: Option<Arc<OwnedFd>>,
     /// `SET_VRING_KICK` came without a descriptor: the ring has to be polled.
     pub(super) polled: bool,
-    pub(super) call: Option<OwnedFd>,
+    pub(super) call: Option<Arc<OwnedFd>>,
     pub(super) err: Option<OwnedFd>,
     pub(super) flight: Flight,
     pub(super) unpublished: bool,
@@ -81,9 +90,14 @@ impl Vring {
         Ok(true)
     }
 
-    /// Interrupts the driver.
-    pub(super) fn notify(&self) -> bool {
-        self.call.as_ref().is_some_and(|call| rustix::io::write(call, &1u64.to_ne_bytes()).is_ok())
+    /// Interrupts the driver, at once or when the runner carries `later` out.
+    pub(super) fn notify(&self, later: Option<&mut Later>) -> bool {
+        let Some(call) = &self.call else { return false };
+        match later {
+            Some(later) => later.signals.push(Arc::clone(call)),
+            None => return rustix::io::write(call, &1u64.to_ne_bytes()).is_ok(),
+        }
+        true
     }
 }
 

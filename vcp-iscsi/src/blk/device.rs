@@ -22,6 +22,7 @@ use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::{DeviceMetrics, OpMetrics, Samples};
 use vcp_core::queue::{Chain, MAX_CHAIN_DESCRIPTORS, RingError};
+use vcp_core::uring::Ring;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::backlog::Backlogs;
@@ -525,6 +526,18 @@ impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
 
     fn readiness(&mut self, ready: bool) {
         self.engine.readiness(ready);
+    }
+
+    fn submit_to(&mut self, ring: &mut Ring) -> bool {
+        self.engine.submit_to(ring)
+    }
+
+    fn reap_from(&mut self, ring: &mut Ring) {
+        self.engine.reap_from(ring);
+    }
+
+    fn leave_ring(&mut self) {
+        self.engine.leave_ring();
     }
 
     fn moves_long(&self) -> bool {

@@ -6,6 +6,7 @@ use iscsi::scsi;
 use serde::{Deserialize, Serialize};
 use vcp_core::poll::PollMode;
 use vcp_core::process::confine::Mode as ConfineMode;
+use vcp_core::uring::IoMode;
 
 use crate::portal::options::{Credentials, DigestChoice, PathPolicy, Timeouts};
 use crate::portal::probe::{Found, UnitId};
@@ -21,6 +22,9 @@ pub struct Offer {
     pub cpu: Option<usize>,
     /// `--poll-us`.
     pub poll_us: String,
+    /// `--io`.
+    #[serde(default)]
+    pub io: IoMode,
     /// What is logged.
     pub log: Option<String>,
     /// `--confine`.

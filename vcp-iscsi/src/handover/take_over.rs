@@ -13,6 +13,7 @@ use vcp_core::handover::giver::Giving;
 use vcp_core::handover::taker::Taker;
 use vcp_core::process::confine::Report;
 use vcp_core::process::{Signals, exit_with_parent, set_log_level};
+use vcp_core::uring::{self, Ring};
 use vcp_core::vu::{End, ServeOptions};
 
 use super::offer::{DiskOffer, Offer};
@@ -22,7 +23,7 @@ use crate::confine::{self, Needs};
 use crate::engine::Engine;
 use crate::notify::Manager;
 use crate::portal::IscsiEngine;
-use crate::serve::{announce, describe};
+use crate::serve::{announce, describe, describe_io};
 
 /// How long the old process may take to answer that it can be taken over.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -76,13 +77,17 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
         sockets: sockets.collect(),
         captures: offer.disks.iter().filter_map(DiskOffer::capture_dir).collect(),
     };
-    let confined = confine::confine(offer.confine, needs);
-    match confined.and_then(|report| Ok((build(offer, &report)?, report))) {
+    let ring = uring::choose(offer.io);
+    let confined = ring.map_err(anyhow::Error::from).and_then(|ring| {
+        let report = confine::confine(offer.confine, ring.is_some(), needs)?;
+        Ok((build(offer, ring, &report)?, report))
+    });
+    match confined {
         Ok((Built { devices, options, ready }, report)) => {
             let options = ServeOptions { giving: Some(Giving { program: program(), offer: app }), ..options };
             let extra = confine::status(&report);
             let ready = move || announce(&ready, &manager);
-            Ok(vcp_core::vu::take_over(taker, devices, &options, signals, extra, ready)?)
+            Ok(vcp_core::vu::take_over(taker, devices, options, signals, extra, ready)?)
         }
         Err(error) => {
             taker.refuse(vcp_core::process::chain(&*error));
@@ -116,10 +121,11 @@ struct Built {
     ready: String,
 }
 
-fn build(offer: Offer, confined: &Report) -> Result<Built> {
+fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
-    let options = ServeOptions { cpu: offer.cpu, poll, ..ServeOptions::default() };
+    let io = describe_io(ring.as_ref());
+    let options = ServeOptions { cpu: offer.cpu, poll, ring, ..ServeOptions::default() };
     let mut ready = "ready:".to_owned();
     let mut devices = Vec::new();
     for disk in offer.disks {
@@ -132,6 +138,6 @@ fn build(offer: Offer, confined: &Report) -> Result<Built> {
         ready.push_str(&describe(&disk.socket, disk.queues, &lun, bytes));
         devices.push((name, device));
     }
-    ready.push_str(&format!(" confined={}", confined.summary()));
+    ready.push_str(&format!(" io={io} confined={}", confined.summary()));
     Ok(Built { devices, options, ready })
 }

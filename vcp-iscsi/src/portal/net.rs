@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -17,34 +18,29 @@ use socket2::SockRef;
 use super::socket::{self, Resolving};
 use crate::url::Portal;
 
-/// A connected (or connecting) stream socket that never blocks.
+/// A connected (or connecting) stream socket that never blocks. What a ring does with it keeps it open until it was
+/// cancelled, which is when it next enters the kernel.
 #[derive(Debug)]
-pub struct Stream(OwnedFd);
+pub struct Stream(Arc<OwnedFd>);
 
 impl From<OwnedFd> for Stream {
     /// The socket must be non-blocking.
     fn from(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self(Arc::new(fd))
     }
 }
 
 impl From<TcpStream> for Stream {
     /// The socket must be non-blocking.
     fn from(stream: TcpStream) -> Self {
-        Self(stream.into())
+        OwnedFd::from(stream).into()
     }
 }
 
 impl From<UnixStream> for Stream {
     /// The socket must be non-blocking.
     fn from(stream: UnixStream) -> Self {
-        Self(stream.into())
-    }
-}
-
-impl From<Stream> for OwnedFd {
-    fn from(stream: Stream) -> Self {
-        stream.0
+        OwnedFd::from(stream).into()
     }
 }
 
@@ -55,6 +51,11 @@ impl AsFd for Stream {
 }
 
 impl Stream {
+    /// The descriptor, for operations that outlive a call.
+    pub fn shared(&self) -> &Arc<OwnedFd> {
+        &self.0
+    }
+
     /// Makes the end of the connection an abort: what was not sent is not sent after it either, and the other side hears
     /// of it by a reset. An ordinary close leaves it to the kernel to deliver the rest, which a dead link may allow minutes
     /// later.

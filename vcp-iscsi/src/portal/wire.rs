@@ -7,10 +7,12 @@
 //! - Receiving: one large receive into a staging buffer takes many headers and small payloads at once. Where payloads
 //!   are long, only a header and what little comes with it is staged; the rest is received into guest memory directly,
 //!   together with the next header.
+//! - A runner with a ring (`vcp_core::uring`) makes these calls for it: sends, and receives into the staging buffer.
 //! - A socket that was emptied is not looked at again before the runner says that it is readable, if the runner does
 //!   that at all (`Wire::readiness`).
 
 mod export;
+mod ring;
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,9 +22,11 @@ use iscsi::digest::Crc32c;
 use iscsi::initiator::{Place, Session, SessionError, TxPdu};
 use iscsi::pdu::framing::{FrameError, Limits, Receiver, Step, Trailer};
 use iscsi::pdu::{ahs::MAX_AHS_BYTES, framing::Digests};
+use vcp_core::mem::GuestBuf;
 use vcp_core::sock::{Gather, IovStorage, Scatter};
 
 pub use export::WireState;
+use ring::InRing;
 
 use super::job::{Data, Jobs};
 use super::net::Stream;
@@ -50,6 +54,21 @@ const RX_ROUNDS: usize = 16;
 const TX_PIECES: usize = 256;
 /// Bytes queued for one send at most: more than a socket buffer takes brings nothing.
 const TX_BYTES: usize = 1 << 20;
+
+/// Where the rest of a payload goes that is worth a receive of its own: guest memory, offset, and how much of it is due.
+fn direct<'a>(rx: &Receiver, place: Place, long: bool, jobs: &'a Jobs) -> Option<(&'a GuestBuf, usize, u32)> {
+    let (Step::Data { offset_bytes: done, len_bytes }, Place::Task { slot, offset_bytes, .. }) =
+        (rx.step(), place)
+    else {
+        return None;
+    };
+    match jobs.data(slot) {
+        Data::Guest(guest) if (long || len_bytes >= RX_DIRECT_MIN_BYTES) && !rx.digests().data => {
+            Some((guest, (offset_bytes + done) as usize, len_bytes))
+        }
+        _ => None,
+    }
+}
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +128,12 @@ pub struct Wire {
     pieces: VecDeque<Piece>,
     blocked: bool,
     iov: IovStorage,
+    /// What a runner's ring has of this connection, while it does the calls.
+    in_ring: Option<InRing>,
+    /// The last fill stopped before the session had no more.
+    unfilled: bool,
+    /// How the connection ended, found out by the ring.
+    ended: Option<WireError>,
     /// The runner tells when the socket is readable.
     watched: bool,
     /// The last receive emptied the socket.
@@ -144,6 +169,9 @@ impl Wire {
             pieces: VecDeque::with_capacity(2 * TX_PIECES),
             blocked: false,
             iov: IovStorage::new(),
+            in_ring: None,
+            unfilled: false,
+            ended: None,
             watched: false,
             drained: false,
             skipped: 0,
@@ -184,6 +212,13 @@ impl Wire {
 
     /// Sends what the session has and what the socket takes. Returns whether anything moved.
     pub(super) fn send(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
+        if self.in_ring.is_some() {
+            if self.ended.is_some() || !self.pieces.is_empty() {
+                return Ok(false);
+            }
+            self.fill(jobs, now);
+            return Ok(!self.pieces.is_empty());
+        }
         let mut moved = false;
         loop {
             if self.pieces.is_empty() {
@@ -228,7 +263,12 @@ impl Wire {
     fn fill(&mut self, jobs: &mut Jobs, now: Instant) {
         self.arena.clear();
         let mut queued_bytes = 0;
-        while self.pieces.len() < TX_PIECES && queued_bytes < TX_BYTES {
+        self.unfilled = false;
+        loop {
+            if self.pieces.len() >= TX_PIECES || queued_bytes >= TX_BYTES {
+                self.unfilled = true;
+                break;
+            }
             let Some(pdu) = self.session.next_pdu(now) else { break };
             queued_bytes += pdu.header().len() + pdu.data.map_or(0, |d| d.len_bytes as usize);
             observe_sent(&mut self.recorder, &pdu, jobs, now);
@@ -306,6 +346,13 @@ impl Wire {
     pub(super) fn receive(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
         let mut moved = !self.staged.is_empty();
         self.parse(jobs, now)?;
+        // Behind what arrived before.
+        if let Some(error) = self.ended.take() {
+            return Err(error);
+        }
+        if self.ring_receives(jobs) {
+            return Ok(moved);
+        }
         if self.watched && self.drained && self.skipped < RX_SKIPS {
             self.skipped += 1;
             return Ok(moved);
@@ -325,6 +372,9 @@ impl Wire {
             }
             moved = true;
             self.parse(jobs, now)?;
+            if self.ring_receives(jobs) {
+                break;
+            }
             if got < room {
                 // The socket is empty now; what arrives from here on wakes the poll loop again.
                 self.drained = true;
@@ -340,13 +390,8 @@ impl Wire {
         debug_assert!(self.staged.is_empty());
         self.stats.receives += 1;
         let mut scatter = Scatter::new(&mut self.iov);
-        if let (Step::Data { offset_bytes: done, len_bytes }, Place::Task { slot, offset_bytes, .. }) =
-            (self.rx.step(), self.place)
-            && (self.long || len_bytes >= RX_DIRECT_MIN_BYTES)
-            && !self.rx.digests().data
-            && let Data::Guest(guest) = jobs.data(slot)
-        {
-            let direct = scatter.push_guest(guest, (offset_bytes + done) as usize, len_bytes as usize);
+        if let Some((guest, offset, len_bytes)) = direct(&self.rx, self.place, self.long, jobs) {
+            let direct = scatter.push_guest(guest, offset, len_bytes as usize);
             // Only when all of it fits may something else follow.
             if direct == len_bytes as usize {
                 scatter.push_bytes_mut(&mut self.staging[..RX_HEADER_ROOM_BYTES]);
@@ -369,6 +414,15 @@ impl Wire {
         self.staged = 0..got;
         self.stats.received_bytes += got as u64;
         Ok((room, got))
+    }
+
+    /// Whether what comes next is received by the runner's ring: all that goes through the staging buffer. Guest memory is
+    /// received into by a call, so that nothing of it is armed.
+    fn ring_receives(&self, jobs: &Jobs) -> bool {
+        self.in_ring.as_ref().is_some_and(InRing::is_receiving)
+            || self.in_ring.is_some()
+                && (!self.long || self.rx.digests().data)
+                && direct(&self.rx, self.place, self.long, jobs).is_none()
     }
 
     /// Works off the staging buffer.

@@ -12,6 +12,7 @@ use vcp_core::handover::giver::Giving;
 use vcp_core::mem::GuestMap;
 use vcp_core::poll::PollMode;
 use vcp_core::process::Signals;
+use vcp_core::uring::{self, IoMode};
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, ServeError, ServeOptions};
 use vcp_iscsi::blk::BlkDevice;
@@ -39,6 +40,8 @@ const EVENT_IDX: u64 = 1 << 29;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Poll(PollMode),
+    /// As `Poll`, with io_uring (where this kernel has it).
+    Ring(PollMode),
     Epoll,
 }
 
@@ -58,17 +61,29 @@ impl Server {
         let socket = SocketFile::bind(&dir.path().join("vu")).unwrap();
         let specs = vec![DeviceSpec { name: "disk0".into(), socket, device }];
         let (signals, stop) = Signals::embedded().unwrap();
-        let poll = if let Kind::Poll(mode) = kind { mode } else { PollMode::Adaptive };
+        let (poll, io) = match kind {
+            Kind::Poll(mode) => (mode, IoMode::Plain),
+            Kind::Ring(mode) => (mode, IoMode::Auto),
+            Kind::Epoll => (PollMode::Adaptive, IoMode::Plain),
+        };
+        let ring = uring::choose(io).unwrap();
         let giving = Giving { program: "test".into(), offer: serde_json::json!({"offered": 1}) };
         let control_socket = Some(SocketFile::bind(&dir.path().join("ctl")).unwrap());
-        let options =
-            ServeOptions { poll, control: control_socket, giving: Some(giving), ..ServeOptions::default() };
+        let options = ServeOptions {
+            poll,
+            ring,
+            control: control_socket,
+            giving: Some(giving),
+            ..ServeOptions::default()
+        };
         let (ready, is_ready) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let extra = Box::new(serde_json::Map::new);
             let ready = move || ready.send(()).unwrap();
             match kind {
-                Kind::Poll(_) => vcp_core::vu::serve(specs, options, &signals, extra, ready).map(drop),
+                Kind::Poll(_) | Kind::Ring(_) => {
+                    vcp_core::vu::serve(specs, options, &signals, extra, ready).map(drop)
+                }
                 Kind::Epoll => vcp_core::epoll::serve(specs, options, &signals, extra, ready),
             }
         });

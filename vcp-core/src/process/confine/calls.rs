@@ -134,6 +134,9 @@ const ALLOWED_HERE: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_HERE: &[i64] = &[];
 
+/// Of an io_uring instance that is there already; none can be made.
+const RING: &[i64] = &[libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+
 /// Calls that end the process.
 const DEADLY: &[i64] = &[
     libc::SYS_add_key,
@@ -164,9 +167,9 @@ const DEADLY: &[i64] = &[
 /// `ioctl` requests: is it a terminal, how much is there to read, non-blocking mode.
 const IOCTLS: [u64; 3] = [libc::TCGETS, libc::FIONREAD, libc::FIONBIO];
 
-pub(super) fn apply(confinement: &Confinement, report: &mut Report) {
+pub(super) fn apply(confinement: &Confinement, ring: bool, report: &mut Report) {
     let install = || -> Result<(), seccompiler::Error> {
-        for filter in filters(confinement)? {
+        for filter in filters(confinement, ring)? {
             apply_filter(&filter)?;
         }
         Ok(())
@@ -174,7 +177,7 @@ pub(super) fn apply(confinement: &Confinement, report: &mut Report) {
     report.note("system calls (seccomp)", install());
 }
 
-fn filters(confinement: &Confinement) -> Result<[BpfProgram; 3], seccompiler::BackendError> {
+fn filters(confinement: &Confinement, ring: bool) -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let filter = |rules, otherwise, on_match| -> Result<BpfProgram, seccompiler::BackendError> {
         SeccompFilter::new(rules, otherwise, on_match, arch)?.try_into()
@@ -182,6 +185,9 @@ fn filters(confinement: &Confinement) -> Result<[BpfProgram; 3], seccompiler::Ba
     let any = |calls: &[i64]| -> Rules { calls.iter().map(|&call| (call, Vec::new())).collect() };
     let mut allowed = any(ALLOWED);
     allowed.extend(any(ALLOWED_HERE));
+    if ring {
+        allowed.extend(any(RING));
+    }
     allowed.extend(rules(confinement)?);
     // What ends the process must pass here, or it would only be refused.
     allowed.extend(any(DEADLY));

@@ -109,6 +109,15 @@ impl Confinement {
     /// With [`Mode::Require`], the first restriction that cannot be had; those before it hold all the same, so the
     /// process should end.
     pub fn apply(&self, mode: Mode) -> Result<Report, ConfineError> {
+        self.apply_with(mode, false)
+    }
+
+    /// As [`apply`](Self::apply), with the two system calls of an io_uring instance where one was made before. None can be
+    /// made afterwards, and what a [`Ring`](crate::uring::Ring) can do was restricted when it was made.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn apply_with(&self, mode: Mode, ring: bool) -> Result<Report, ConfineError> {
         let mut report = Report::default();
         if mode == Mode::Off {
             report.missing.push("everything: turned off".into());
@@ -119,7 +128,7 @@ impl Confinement {
         limits::apply(self, &mut report);
         rights::apply(&mut report);
         files::apply(self, &mut report);
-        calls::apply(self, &mut report);
+        calls::apply(self, ring, &mut report);
         match report.missing.first() {
             Some(missing) if mode == Mode::Require => Err(ConfineError::Missing(missing.clone())),
             _ => Ok(report),

@@ -37,6 +37,7 @@ use vcp_core::handover::Fds;
 use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
 use vcp_core::metrics::Samples;
+use vcp_core::uring::Ring;
 
 use super::client::{Client, Negotiated};
 use super::job::{Job, Jobs, Payload};
@@ -357,6 +358,10 @@ impl IscsiEngine {
         let Some(waits) = &mut self.waits else { return };
         for (index, path) in self.paths.iter().enumerate() {
             let wanted = match (&path.wire, &path.phase) {
+                (Some(wire), _) if wire.is_in_ring() => {
+                    waits.remove(index, wire.stream().as_fd());
+                    continue;
+                }
                 (Some(wire), _) => {
                     Some((wire.stream().as_fd(), path.stats.sessions_gained, wire.wants_write()))
                 }
@@ -462,9 +467,28 @@ impl Engine for IscsiEngine {
         moved
     }
 
+    fn submit_to(&mut self, ring: &mut Ring) -> bool {
+        let mut again = false;
+        for wire in self.paths.iter_mut().filter_map(|path| path.wire.as_mut()) {
+            again |= wire.submit_to(&self.jobs, ring);
+        }
+        again
+    }
+
+    fn reap_from(&mut self, ring: &mut Ring) {
+        for wire in self.paths.iter_mut().filter_map(|path| path.wire.as_mut()) {
+            wire.reap_from(&mut self.jobs, ring);
+        }
+    }
+
+    fn leave_ring(&mut self) {
+        self.paths.iter_mut().filter_map(|path| path.wire.as_mut()).for_each(Wire::leave_ring);
+        self.update_waits();
+    }
+
     fn readiness(&mut self, ready: bool) {
         let set = match &self.waits {
-            Some(waits) if ready => waits.ready(),
+            Some(waits) if ready && !waits.is_empty() => waits.ready(),
             _ => 0,
         };
         let many = self.waits.is_some();
@@ -498,8 +522,9 @@ impl Engine for IscsiEngine {
         }
         sooner(self.give_up_at().filter(|_| self.someone_waits()));
         let (fd, writable) = match (&self.waits, &self.paths[..]) {
-            (Some(waits), _) => (Some(waits.fd()), false),
+            (Some(waits), _) => (Some(waits.fd()).filter(|_| !waits.is_empty()), false),
             (None, [path, ..]) => match (&path.wire, &path.phase) {
+                (Some(wire), _) if wire.is_in_ring() => (None, false),
                 (Some(wire), _) => (Some(wire.stream().as_fd()), wire.wants_write()),
                 (None, Phase::Dialing(dial)) => (dial.fd(), dial.wants_write()),
                 _ => (None, false),

@@ -35,6 +35,21 @@ impl Waits {
         self.epoll.as_fd()
     }
 
+    /// Whether there is nothing to wait for.
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.iter().all(Option::is_none)
+    }
+
+    /// No longer waits for `fd`, which stays open, under `key`.
+    pub(super) fn remove(&mut self, key: usize, fd: BorrowedFd<'_>) {
+        if let Some(entry) = self.entries.get_mut(key)
+            && entry.take().is_some_and(|entry| entry.fd == fd.as_raw_fd())
+        {
+            // If it was not there, it is not waited for either.
+            let _ = epoll::delete(&self.epoll, fd);
+        }
+    }
+
     /// Waits for `fd` (or nothing) under `key` from now on. `serial` differs between sockets; one that was closed is
     /// no longer waited for by itself.
     pub(super) fn set(&mut self, key: usize, wanted: Option<(BorrowedFd<'_>, u64, bool)>) {
