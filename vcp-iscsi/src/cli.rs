@@ -121,7 +121,8 @@ pub struct ServeArgs {
     /// The unit: `iscsi://[USER[%PASSWORD]@]HOST[:PORT]/TARGET-IQN/LUN`
     #[arg(value_name = "URL", conflicts_with_all = ["url_file", "disk"], requires = "front")]
     pub url: Option<Private>,
-    /// Read the URL from this file (or /dev/fd/N), so that a secret in it stays out of the process list
+    /// Read the URL from this file (or /dev/fd/N), so that a secret in it stays out of the process list; further lines are
+    /// further ways to the unit, as --path
     #[arg(long, value_name = "FILE", conflicts_with = "disk", requires = "front")]
     pub url_file: Option<PathBuf>,
     /// Unix socket to listen on for the monitor

@@ -25,7 +25,7 @@ use crate::handover::program;
 use crate::limit::Limits;
 use crate::notify::Manager;
 use crate::portal::login::Negotiated;
-use crate::portal::{IscsiEngine, Options};
+use crate::portal::{IscsiEngine, MAX_PATHS, Options};
 use crate::recorder::StoreOptions;
 use crate::url::Url;
 
@@ -57,8 +57,11 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     if let (Some(file), Some((socket, fd))) = (&args.url_file, args.front()) {
         // It may be a pipe that nobody has written to yet.
         let file = file.clone();
-        let Some(url) = unless_signalled(signals, move || read_url(&file))? else { return Ok(End::Signal) };
-        let paths = args.paths.spec().map_err(anyhow::Error::msg)?;
+        let Some((url, more)) = unless_signalled(signals, move || read_urls(&file))? else {
+            return Ok(End::Signal);
+        };
+        let mut paths = args.paths.spec().map_err(anyhow::Error::msg)?;
+        paths.urls.extend(more);
         disks.push(DiskSpec { fd, paths, ..DiskSpec::new(socket, url) });
     }
     let plans = plans(args, disks)?;
@@ -204,7 +207,8 @@ fn recorder(args: &ServeArgs, index: usize, socket: &Path) -> Result<Option<Stor
     Ok(Some(store))
 }
 
-fn read_url(file: &Path) -> Result<Url> {
+/// The URL of the unit, and further ways to it, one a line.
+fn read_urls(file: &Path) -> Result<(Url, Vec<Url>)> {
     use std::io::Read;
     let failed = || format!("cannot read the URL file {}", file.display());
     let mut text = String::new();
@@ -216,7 +220,14 @@ fn read_url(file: &Path) -> Result<Url> {
     if text.len() as u64 > MAX_URL_BYTES {
         bail!("URL file {}: more than {MAX_URL_BYTES} bytes", file.display());
     }
-    text.trim().parse().with_context(|| format!("URL file {}", file.display()))
+    let mut urls = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let parse = |url: &str| url.parse().with_context(|| format!("URL file {}", file.display()));
+    let first = parse(urls.next().unwrap_or_default())?;
+    let more: Vec<Url> = urls.map(parse).collect::<Result<_>>()?;
+    if more.len() >= MAX_PATHS {
+        bail!("URL file {}: {} URLs, at most {MAX_PATHS}", file.display(), more.len() + 1);
+    }
+    Ok((first, more))
 }
 
 fn open(options: Vec<(Options, bool)>) -> Result<Vec<IscsiEngine>> {

@@ -45,6 +45,18 @@ pub struct DiskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub url: Option<SecretUrl>,
+    /// Further ways to the same unit (with `url`): other portals, other targets. What such a URL does not say is as in
+    /// `url`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub path: Vec<SecretUrl>,
+    /// `all`: besides, every portal that the target names (with `url`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paths: Option<PathsFrom>,
+    /// Sessions with each portal, 1 to 16; 1 if not given (with `url`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub sessions: Option<u16>,
     /// Socket of a vhost-user-blk backend that already runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -67,10 +79,31 @@ pub struct DiskSpec {
     pub reconnect: Option<bool>,
 }
 
+/// Which ways to a unit are taken besides those that are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathsFrom {
+    /// Every portal that the target names.
+    All,
+}
+
+/// Most ways to a disk.
+const MAX_PATHS: usize = 16;
 /// Largest number of request queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
 
-const KEYS: &[&str] = &["url", "socket", "read-only", "queues", "cpu", "packed", "reconnect"];
+const KEYS: &[&str] = &[
+    "url",
+    "path",
+    "paths",
+    "sessions",
+    "socket",
+    "read-only",
+    "queues",
+    "cpu",
+    "packed",
+    "reconnect",
+];
 
 impl DiskSpec {
     /// Reads a specification as it stands after `--disk`.
@@ -79,6 +112,9 @@ impl DiskSpec {
         for part in parts(text) {
             match part {
                 ("url", Some(v)) if !v.is_empty() => spec.url = Some(v.into()),
+                ("path", Some(v)) if !v.is_empty() => spec.path.push(v.into()),
+                ("paths", Some("all")) => spec.paths = Some(PathsFrom::All),
+                (key @ "sessions", Some(v)) => spec.sessions = Some(number(key, v)?),
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("read-only", None) => spec.read_only = true,
                 (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
@@ -100,6 +136,9 @@ impl DiskSpec {
             (Some(url), None) if !url.expose().starts_with("iscsi://") => {
                 return Err("a disk's url must begin with iscsi://, e.g. url=iscsi://127.0.0.1/iqn.2026-01.example:disk/0".into());
             }
+            (None, Some(_)) if !self.path.is_empty() || self.paths.is_some() || self.sessions.is_some() => {
+                return Err("path=, paths= and sessions= apply to the vcp-iscsi that url= starts; give them to the backend of socket=".into());
+            }
             (None, Some(_)) if self.read_only => {
                 return Err("read-only is the backend's business with socket=: set it there".into());
             }
@@ -107,6 +146,17 @@ impl DiskSpec {
                 return Err("cpu= applies to the vcp-iscsi that url= starts; pin the backend of socket= where it is started".into());
             }
             _ => {}
+        }
+        if !self.path.iter().all(|url| url.expose().starts_with("iscsi://")) {
+            return Err("a disk's path must begin with iscsi://, e.g. path=iscsi://192.0.2.8".into());
+        }
+        if self.path.len() >= MAX_PATHS {
+            return Err(format!("{} ways to a disk are too many: at most {MAX_PATHS}", self.path.len() + 1));
+        }
+        if let Some(n) = self.sessions
+            && !(1..=MAX_PATHS).contains(&usize::from(n))
+        {
+            return Err(format!("sessions={n} is out of range: 1 to {MAX_PATHS}"));
         }
         match self.queues {
             Some(n) if !(1..=MAX_QUEUES).contains(&n) => {
@@ -132,6 +182,15 @@ mod tests {
     }
 
     #[test]
+    fn several_ways_to_a_disk() {
+        let text = "url=iscsi://h/iqn.x:y/0,path=iscsi://i,path=iscsi://j/iqn.x:z/0,paths=all,sessions=2";
+        let spec = DiskSpec::parse(text).unwrap();
+        let paths: Vec<_> = spec.path.iter().map(SecretUrl::expose).collect();
+        assert_eq!(paths, ["iscsi://i", "iscsi://j/iqn.x:z/0"]);
+        assert_eq!((spec.paths, spec.sessions), (Some(PathsFrom::All), Some(2)));
+    }
+
+    #[test]
     fn wrong_key_gets_a_suggestion() {
         let error = DiskSpec::parse("sokcet=/tmp/x").unwrap_err();
         assert!(error.contains("did you mean \"socket\""), "{error}");
@@ -151,6 +210,11 @@ mod tests {
             "socket=a,packed",
             "socket=a,reconnect=maybe",
             "socket=a,read-only=1",
+            "socket=a,sessions=2",
+            "socket=a,path=iscsi://b",
+            "url=iscsi://h/iqn.x:y/0,path=b",
+            "url=iscsi://h/iqn.x:y/0,paths=some",
+            "url=iscsi://h/iqn.x:y/0,sessions=17",
         ] {
             assert!(DiskSpec::parse(bad).is_err(), "{bad}");
         }

@@ -10,7 +10,7 @@ mod words;
 
 use std::path::PathBuf;
 
-pub use disk::{DiskSpec, MAX_QUEUES, SecretUrl};
+pub use disk::{DiskSpec, MAX_QUEUES, PathsFrom, SecretUrl};
 pub use file::VmFile;
 pub use net::{HostForward, NetKind, NetSpec, Protocol};
 

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::status::DeviceKind;
 use crate::affinity::Placement;
-use crate::config::{DiskSpec, NetSpec, VmConfig};
+use crate::config::{DiskSpec, NetSpec, PathsFrom, VmConfig};
 use crate::error::{Error, Result};
 use crate::vcp::process::READY_TIMEOUT;
 use crate::vcp::runtime_dir::RuntimeDir;
-use crate::vcp::{IscsiVcp, Source, VcpProcess};
+use crate::vcp::{IscsiVcp, Source, VcpPaths, VcpProcess};
 use crate::virtio::vhost_user::link::Link;
 use crate::virtio::vhost_user::{VhostUserDevice, blk, net};
 
@@ -120,6 +120,11 @@ fn start_disk(
         read_only: disk.read_only,
         queues: disk.queues.unwrap_or(1),
         cpu,
+        paths: VcpPaths {
+            urls: disk.path.clone(),
+            all: disk.paths == Some(PathsFrom::All),
+            sessions: disk.sessions,
+        },
     };
     let process = VcpProcess::start(program, &vcp, &socket)?;
     Ok(Started { vcp, process, socket })

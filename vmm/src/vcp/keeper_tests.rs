@@ -218,6 +218,7 @@ fn vcp() -> IscsiVcp {
         read_only: false,
         queues: 2,
         cpu: None,
+        paths: crate::vcp::VcpPaths::default(),
     }
 }
 

@@ -6,4 +6,4 @@ pub mod process;
 pub mod runtime_dir;
 
 pub use keeper::{Keeper, Source};
-pub use process::{IscsiVcp, VcpProcess, find_program};
+pub use process::{IscsiVcp, VcpPaths, VcpProcess, find_program};

@@ -1,7 +1,7 @@
 //! One `vcp-iscsi`: starts it, waits until it is ready, tells how it ended, ends it. When to start another one is
 //! [`super::keeper`]'s business.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -37,6 +37,19 @@ pub struct IscsiVcp {
     pub queues: u16,
     /// Hardware thread of its own.
     pub cpu: Option<usize>,
+    /// Further ways to the unit.
+    pub paths: VcpPaths,
+}
+
+/// Ways to a disk's unit besides its URL.
+#[derive(Clone, Debug, Default)]
+pub struct VcpPaths {
+    /// Further URLs, with secrets.
+    pub urls: Vec<SecretUrl>,
+    /// Every portal that the target names as well.
+    pub all: bool,
+    /// Sessions with each portal, if more than one.
+    pub sessions: Option<u16>,
 }
 
 /// Finds the program: what the user names, the variable `VCP_ISCSI`, the directory of this executable, the path.
@@ -69,12 +82,22 @@ impl VcpProcess {
         // opens it anew by its name, and so reads it from the start.
         let url = rustix::fs::memfd_create("url", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(Error::os("create a memfd"))?;
-        rustix::io::write(&url, vcp.url.expose().as_bytes()).map_err(Error::os("write a memfd"))?;
+        let mut url = std::fs::File::from(url);
+        for line in std::iter::once(&vcp.url).chain(&vcp.paths.urls) {
+            writeln!(url, "{}", line.expose())
+                .map_err(|error| fail(format!("its URL cannot be passed on: {error}")))?;
+        }
         let mut command = Command::new(program);
         command.arg("serve").arg("--socket-path").arg(socket);
         command.arg("--url-file").arg("/proc/self/fd/0");
         command.arg("--instance").arg(&vcp.instance);
         command.arg("--exit-with-parent").arg("--queues").arg(vcp.queues.to_string());
+        if vcp.paths.all {
+            command.args(["--paths", "all"]);
+        }
+        if let Some(sessions) = vcp.paths.sessions {
+            command.arg("--sessions").arg(sessions.to_string());
+        }
         if vcp.read_only {
             command.arg("--read-only");
         }
@@ -274,6 +297,7 @@ mod tests {
             read_only: true,
             queues: 2,
             cpu: None,
+            paths: VcpPaths { urls: vec!["iscsi://user%secret@other".into()], ..VcpPaths::default() },
         };
         VcpProcess::start(&program(dir, then), &vcp, &dir.join("s")).unwrap()
     }
@@ -293,7 +317,7 @@ mod tests {
         let arguments = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
         assert!(!String::from_utf8_lossy(&arguments).contains("secret"));
         let url = std::fs::read_to_string(dir.path().join("s.url")).unwrap();
-        assert_eq!(url.trim(), "iscsi://user%secret@host/iqn.x:y/0");
+        assert_eq!(url.trim(), "iscsi://user%secret@host/iqn.x:y/0\niscsi://user%secret@other");
         let pid = process.pid();
         assert_eq!(process.ended(), None);
         drop(process);
