@@ -10,7 +10,8 @@ impl VmConfig {
         let file = self.to_file()?;
         let text = toml::to_string(&file)
             .map_err(|e| Error::Usage(format!("this machine cannot be written as TOML: {e}")))?;
-        let secret = self.disks.iter().filter_map(|disk| disk.url.as_ref()).any(super::SecretUrl::has_secret);
+        let urls = self.disks.iter().flat_map(|disk| disk.url.iter().chain(&disk.path));
+        let secret = urls.into_iter().any(super::SecretUrl::has_secret);
         let warning = if secret { "# Holds secrets: keep it readable for its owner only.\n" } else { "" };
         Ok(format!("{warning}{text}"))
     }
