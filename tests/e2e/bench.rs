@@ -1,5 +1,7 @@
 //! `vcp bench blk` as a user runs it, on our backend and on qemu-storage-daemon's.
 
+use std::io::{BufRead, BufReader, Write};
+
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use vcp_tests::backend::Backend;
@@ -21,6 +23,37 @@ fn verifies(backend: &Backend) -> Result<()> {
         let iops = report.get("iops").and_then(Value::as_f64);
         ensure!(iops.is_some_and(|n| n > 0.0), "{rw}: no iops in {report}");
     }
+    Ok(())
+}
+
+/// With io_uring one call does all that a pass brought up and waits: at depth 1 two for a request, one for each sleep. Where
+/// this machine has none, plain calls serve.
+#[test]
+fn a_request_costs_two_system_calls_of_the_ring() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let dir = tempfile::tempdir()?;
+    let control = dir.path().join("ctl").display().to_string();
+    let backend = Backend::vcp_iscsi(&target.url(0), &["--poll-us", "0", "--control", &control])?;
+    let enters = || -> Result<u64> {
+        let mut stream = std::os::unix::net::UnixStream::connect(&control)?;
+        writeln!(stream, "{{\"cmd\":\"metrics\"}}")?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        let metrics: Value = serde_json::from_str(&line)?;
+        metrics["loop"]["ring_enters"].as_u64().context("ring_enters")
+    };
+    let socket = backend.socket().display().to_string();
+    let args =
+        ["bench", "blk", "--socket", &socket, "--rw", "randread", "--qd", "1", "--secs", "1", "--json"];
+    let before = enters()?;
+    if before == 0 {
+        return Ok(());
+    }
+    let report: Value = serde_json::from_str(&vcp(args)?.output(COMMAND)?)?;
+    let (ios, calls) = (report["ios"].as_u64().context("ios")?, enters()? - before);
+    println!("{calls} system calls of the ring for {ios} requests");
+    // Some more for the set-up, the timers and the questions of this test.
+    ensure!(calls <= 2 * ios + ios / 20 + 200, "{calls} calls for {ios} requests");
     Ok(())
 }
 

@@ -67,6 +67,13 @@ impl Server {
         Ok(serde_json::from_str(&line)?)
     }
 
+    /// Sessions that stand.
+    fn paths_up(&self) -> Result<u64> {
+        let status = self.ask("status")?;
+        let paths = status["devices"][0]["status"]["engine"]["paths"].as_array().context("paths")?;
+        Ok(paths.iter().filter(|path| path["state"] == "up").count() as u64)
+    }
+
     /// The process that owns the disk now.
     fn owner(&self) -> Result<u64> {
         self.ask("status")?["pid"].as_u64().context("pid")
@@ -129,6 +136,11 @@ fn quantile(sorted: &[f64], quantile: f64) -> f64 {
 
 /// `count` hand-overs one after the other, each to a process of its own.
 fn in_a_row(kind: Kind, packed: bool, count: usize, args: &[&str]) -> Result<()> {
+    in_a_row_by(1, kind, packed, count, args)
+}
+
+/// As [`in_a_row`], with this many sessions through one portal.
+fn in_a_row_by(sessions: u64, kind: Kind, packed: bool, count: usize, args: &[&str]) -> Result<()> {
     if !target::have(kind) {
         return Ok(());
     }
@@ -136,7 +148,14 @@ fn in_a_row(kind: Kind, packed: bool, count: usize, args: &[&str]) -> Result<()>
     // It counts connections, each of which is a login.
     let proxy = Proxy::start(target.portal())?;
     let server = Server::start(&target.url_at(proxy.addr(), 0), args)?;
+    // The ready line waits for the first only.
+    let by = Instant::now() + START;
+    while server.paths_up()? < sessions {
+        ensure!(Instant::now() < by, "not all sessions come up: {}", server.proc.tail());
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let logins = proxy.accepted();
+    ensure!(logins as u64 == sessions, "{logins} logins for {sessions} sessions");
     let ((pauses, read), longest, done) = under_load(&server, packed, |progress| {
         progress()?;
         let mut owner = server.owner()?;
@@ -163,6 +182,7 @@ fn in_a_row(kind: Kind, packed: bool, count: usize, args: &[&str]) -> Result<()>
         let status = server.ask("status")?;
         let stats = &status["devices"][0]["status"]["engine"]["stats"];
         ensure!(stats["sessions_lost"] == 0 && stats["repeated"] == 0, "{status}");
+        ensure!(server.paths_up()? == sessions, "{status}");
         Ok((pauses, read))
     })?;
     ensure!(proxy.accepted() == logins, "{} logins, {logins} of them at the start", proxy.accepted());
@@ -198,6 +218,18 @@ fn twenty_in_a_row_with_split_rings() -> Result<()> {
 #[test]
 fn ten_in_a_row_with_packed_rings() -> Result<()> {
     in_a_row(Kind::Ours, true, 10, &["--poll-us", "0"])
+}
+
+/// Commands are spread over three sessions, all of which go along.
+#[test]
+fn with_three_sessions() -> Result<()> {
+    in_a_row_by(3, Kind::Ours, false, 10, &["--sessions", "3"])
+}
+
+/// The two ways of the data thread to do its calls understand each other's state.
+#[test]
+fn with_plain_system_calls() -> Result<()> {
+    in_a_row_by(2, Kind::Ours, true, 5, &["--sessions", "2", "--io", "plain"])
 }
 
 #[test]

@@ -6,6 +6,7 @@ use anyhow::ensure;
 use vcp_tests::Result;
 use vcp_tests::front::{Failure, Op};
 use vcp_tests::load::Load;
+use vcp_tests::proc::Stream;
 
 use super::bed::{DEADLINE, bed, eventually};
 
@@ -145,7 +146,7 @@ fn out_of_space_is_told_without_a_storm() -> Result<()> {
     bed.reads(1, 0, LEN)?;
     bed.driver.discard(1 << 19, 4096)?;
     bed.had_sessions(1)?;
-    ensure!(bed.backend.proc().text().contains("out of space"), "the log does not say so");
+    bed.backend.proc().wait_line(Stream::Err, "out of space", DEADLINE)?;
     Ok(())
 }
 

@@ -168,6 +168,13 @@ impl Ring {
         news || !self.ring.completion().is_empty()
     }
 
+    /// Whether a result waits to be taken.
+    #[must_use]
+    pub fn has_results(&self) -> bool {
+        let ended = |op: &Op| matches!(op.state, State::Done(_));
+        self.places.iter().any(|place| place.op.as_ref().is_some_and(ended))
+    }
+
     /// From here on, each event of `fd` ends a wait, until nobody else holds it. Its events are never read.
     pub fn watch(&mut self, fd: &Arc<OwnedFd>) {
         let token = self.place(fd, Work::Watch);

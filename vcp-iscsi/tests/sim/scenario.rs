@@ -44,6 +44,8 @@ pub struct Scenario {
     /// Paths of the engine: of each portal, so many sessions.
     pub paths: (usize, u16),
     pub policy: PathPolicy,
+    /// The data thread has a ring (io_uring); without one on this machine it makes plain calls all the same.
+    pub ring: bool,
     /// Only these kinds of faults.
     pub only: Option<Vec<Kind>>,
 }
@@ -105,6 +107,7 @@ impl Scenario {
             digests: digest_choices,
             paths,
             policy,
+            ring: seed % 2 == 1,
             only: None,
         }
     }

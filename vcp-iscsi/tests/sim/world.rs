@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vcp_core::device::RingDevice;
+use vcp_core::uring::{self, IoMode, Ring};
 use vcp_iscsi::blk::BlkDevice;
 use vcp_iscsi::portal::IscsiEngine;
 
@@ -117,6 +118,7 @@ pub struct World {
     faults: Faults,
     guest: Guest,
     device: BlkDevice<IscsiEngine>,
+    ring: Option<Ring>,
     stage: Stage,
     stage_since: u64,
     issued: u64,
@@ -125,6 +127,13 @@ pub struct World {
     hash: u64,
     turns: u64,
     buffer: Vec<u8>,
+}
+
+/// A ring for this thread, if there can be one.
+fn ring() -> Option<Ring> {
+    let mut ring = uring::choose(IoMode::Auto).ok()??;
+    ring.enable().ok()?;
+    Some(ring)
 }
 
 impl World {
@@ -164,6 +173,7 @@ impl World {
             faults,
             guest,
             device,
+            ring: scenario.ring.then(ring).flatten(),
             stage: Stage::Load,
             stage_since: 0,
             issued: 0,
@@ -273,7 +283,9 @@ impl World {
                 self.turns += 1;
                 self.guest.kicked = false;
                 let now = self.instant();
+                self.reap_ring();
                 moved |= self.device.poll(&mut self.guest, now);
+                moved |= self.move_ring()?;
                 if self.trace.on {
                     for line in std::mem::take(&mut self.guest.events) {
                         self.trace.line(self.now, &line);
@@ -304,8 +316,27 @@ impl World {
         Err(format!("the engine ran {MAX_TURNS} times at one moment"))
     }
 
-    /// Whether the data thread would run the device now: by a kick, a deadline, or what the socket says.
-    fn is_woken(&self) -> bool {
+    /// Carries out what the device gives the ring, as the loop does before it sleeps; whether there is more to do at once.
+    fn move_ring(&mut self) -> Result<bool, String> {
+        let Some(ring) = &mut self.ring else { return Ok(false) };
+        let again = self.device.submit_to(ring);
+        ring.submit().map_err(|error| format!("the ring: {error}"))?;
+        Ok(again)
+    }
+
+    fn reap_ring(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            // Fails only without memory.
+            let _ = ring.submit();
+            self.device.reap_from(ring);
+        }
+    }
+
+    /// Whether the data thread would run the device now: by a kick, a deadline, or what the socket or the ring says.
+    fn is_woken(&mut self) -> bool {
+        if self.ring.as_mut().is_some_and(|ring| ring.has_news() || ring.has_results()) {
+            return true;
+        }
         let wait = self.device.wait();
         if self.guest.kicked || wait.deadline.is_some_and(|at| at <= self.instant()) {
             return true;
