@@ -2,8 +2,8 @@
 //! the poll loop that owns one hardware thread, the control socket and metrics.
 //!
 //! A device model (virtio semantics) sits on top of this crate and implements [`device::RingDevice`]; nothing in here
-//! knows what a disk or a network is. `unsafe` is confined to [`mem`], [`sock`] and [`queue::burst`], the places that touch
-//! memory another party or the kernel can write, and to the signal mask in [`process`].
+//! knows what a disk or a network is. `unsafe` is confined to [`mem`], [`sock`], [`uring`] and [`queue::burst`], the
+//! places that touch memory another party or the kernel can write, and to the signal mask in [`process`].
 
 // The driver models of the integration tests serve the unit tests, too.
 #[cfg(test)]

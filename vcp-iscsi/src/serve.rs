@@ -110,7 +110,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
     let io = describe_io(ring.as_ref());
     let options = ServeOptions {
-        ring,
+        ring: ring.into(),
         cpu: args.cpu,
         poll: args.poll_us,
         control,

@@ -247,7 +247,7 @@ fn take_over(
         };
         let extra = Box::new(serde_json::Map::new);
         let ready = move || ready.send(()).unwrap();
-        vcp_core::vu::take_over(taker, vec![("disk0".into(), device)], options, &signals, extra, ready)
+        vcp_core::vu::take_over(taker, vec![("disk0".into(), device)], &options, &signals, extra, ready)
     })
 }
 

@@ -87,7 +87,7 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
             let options = ServeOptions { giving: Some(Giving { program: program(), offer: app }), ..options };
             let extra = confine::status(&report);
             let ready = move || announce(&ready, &manager);
-            Ok(vcp_core::vu::take_over(taker, devices, options, signals, extra, ready)?)
+            Ok(vcp_core::vu::take_over(taker, devices, &options, signals, extra, ready)?)
         }
         Err(error) => {
             taker.refuse(vcp_core::process::chain(&*error));
@@ -125,7 +125,7 @@ fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let io = describe_io(ring.as_ref());
-    let options = ServeOptions { cpu: offer.cpu, poll, ring, ..ServeOptions::default() };
+    let options = ServeOptions { cpu: offer.cpu, poll, ring: ring.into(), ..ServeOptions::default() };
     let mut ready = "ready:".to_owned();
     let mut devices = Vec::new();
     for disk in offer.disks {

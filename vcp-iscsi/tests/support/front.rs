@@ -71,7 +71,7 @@ impl Server {
         let control_socket = Some(SocketFile::bind(&dir.path().join("ctl")).unwrap());
         let options = ServeOptions {
             poll,
-            ring,
+            ring: ring.into(),
             control: control_socket,
             giving: Some(giving),
             ..ServeOptions::default()

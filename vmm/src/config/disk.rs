@@ -92,18 +92,8 @@ const MAX_PATHS: usize = 16;
 /// Largest number of request queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
 
-const KEYS: &[&str] = &[
-    "url",
-    "path",
-    "paths",
-    "sessions",
-    "socket",
-    "read-only",
-    "queues",
-    "cpu",
-    "packed",
-    "reconnect",
-];
+const KEYS: &[&str] =
+    &["url", "path", "paths", "sessions", "socket", "read-only", "queues", "cpu", "packed", "reconnect"];
 
 impl DiskSpec {
     /// Reads a specification as it stands after `--disk`.
