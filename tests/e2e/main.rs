@@ -8,6 +8,7 @@ mod bench;
 mod chap;
 mod conformance;
 mod cut;
+mod devices;
 mod discovery;
 mod disk;
 mod errors;

@@ -32,6 +32,9 @@ pub struct NetSpec {
     /// MAC address, `aa:bb:cc:dd:ee:ff`; one is made from the device's number if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
+    /// Number of queue pairs (receive and transmit), 1 to 16; 1 if not given. The backend must have as many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
     /// Hardware thread of the device's VCP (not with `socket`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu: Option<usize>,
@@ -39,6 +42,9 @@ pub struct NetSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect: Option<bool>,
 }
+
+/// Largest number of queue pairs of a network device.
+pub const MAX_PAIRS: u16 = 16;
 
 /// What a network device is connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +144,7 @@ impl From<HostForward> for String {
     }
 }
 
-const KEYS: &[&str] = &["user", "hostfwd", "tap", "switch", "socket", "mac", "cpu", "reconnect"];
+const KEYS: &[&str] = &["user", "hostfwd", "tap", "switch", "socket", "mac", "queues", "cpu", "reconnect"];
 
 /// Longest name of a network interface (`IFNAMSIZ` without its NUL).
 const MAX_INTERFACE_NAME: usize = 15;
@@ -157,6 +163,7 @@ impl NetSpec {
                 ("switch", Some(v)) if !v.is_empty() => spec.switch = Some(v.to_owned()),
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("mac", Some(v)) => spec.mac = Some(v.to_owned()),
+                (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
                 (key @ "cpu", Some(v)) => spec.cpu = Some(number(key, v)?),
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("net", part, KEYS)),
@@ -184,6 +191,9 @@ impl NetSpec {
 
     /// Checks what the syntax alone does not.
     pub fn validate(&self) -> Result<(), String> {
+        if let Some(pairs) = self.queues.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
+            return Err(format!("queues={pairs} is out of range: 1 to {MAX_PAIRS}"));
+        }
         let kind = self.kind()?;
         if !self.hostfwd.is_empty() && !self.user {
             return Err("hostfwd= needs user: other networks reach the guest by its own address".into());
@@ -263,6 +273,8 @@ mod tests {
             "switch=../x",
             "switch=-x",
             "socket=/s,cpu=1",
+            "socket=/s,queues=0",
+            "socket=/s,queues=17",
             "tap=x,hostfwd=tcp::1-1",
             "user,hostfwd=tcp:127.0.0.1:2222",
             "user,hostfwd=icmp::1-1",

@@ -170,7 +170,9 @@ pub(super) fn connect_net(name: &str, index: usize, spec: &NetSpec) -> Result<Ba
     let Some(socket) = &spec.socket else {
         return Err(Error::Usage(format!("{name} has no socket")));
     };
-    let (link, recovers) = (Link::connect(name, socket, 2)?, spec.reconnect.unwrap_or(true));
-    let device = VhostUserDevice::new(name, net::kind(mac), link, recovers)?;
+    let kind = net::kind(mac, spec.queues.unwrap_or(1));
+    let queues = kind.queue_max_sizes.len() as u16;
+    let (link, recovers) = (Link::connect(name, socket, queues)?, spec.reconnect.unwrap_or(true));
+    let device = VhostUserDevice::new(name, kind, link, recovers)?;
     Ok(Backend { kind: DeviceKind::Net, device, source: Source::Socket(socket.clone()), process: None })
 }

@@ -26,24 +26,43 @@ const FEATURES: [u32; 13] = [
     vn::VIRTIO_NET_F_GUEST_USO6,
 ];
 
-/// A network device; the guest gets the address `mac`.
-pub fn kind(mac: [u8; 6]) -> Kind {
-    let features = FEATURES.iter().fold(0, |bits, f| bits | 1u64 << f);
+/// What several queue pairs need besides `MQ`: a control queue, by which the driver says how many it uses.
+const MQ: u64 = 1 << vn::VIRTIO_NET_F_MQ | 1 << vn::VIRTIO_NET_F_CTRL_VQ;
+/// What else the control queue is good for.
+const CONTROL: [u32; 4] = [
+    vn::VIRTIO_NET_F_CTRL_RX,
+    vn::VIRTIO_NET_F_CTRL_VLAN,
+    vn::VIRTIO_NET_F_CTRL_MAC_ADDR,
+    vn::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+];
+/// Offset of `max_virtqueue_pairs` in the configuration space.
+const MAX_PAIRS: usize = 8;
+
+/// A network device with `pairs` pairs of a receive and a transmit queue, and with more than one a control queue after
+/// them, which is the backend's too; the guest gets the address `mac`.
+pub fn kind(mac: [u8; 6], pairs: u16) -> Kind {
+    let several = pairs > 1;
+    let mut features = FEATURES.iter().fold(0, |bits, f| bits | 1u64 << f);
+    let mut own_config = vec![(0, mac.to_vec()), (6, LINK_UP.to_le_bytes().to_vec())];
+    if several {
+        features |= CONTROL.iter().fold(MQ, |bits, f| bits | 1u64 << f);
+        own_config.push((MAX_PAIRS, pairs.to_le_bytes().to_vec()));
+    }
     Kind {
         device_type: virtio_bindings::virtio_ids::VIRTIO_ID_NET,
         features: features
             | crate::virtio::F_VERSION_1
             | crate::virtio::F_RING_INDIRECT_DESC
             | crate::virtio::F_RING_EVENT_IDX,
-        needed_features: 0,
+        needed_features: if several { MQ } else { 0 },
         own_features: 1 << vn::VIRTIO_NET_F_MAC | 1 << vn::VIRTIO_NET_F_STATUS,
-        queue_max_sizes: vec![QUEUE_SIZE; 2],
+        queue_max_sizes: vec![QUEUE_SIZE; usize::from(pairs) * 2 + usize::from(several)],
         needed: VhostUserProtocolFeatures::empty(),
         // A network may lose and repeat packets.
         needs_log: false,
         config_len: 0,
         writable: 0..0,
-        own_config: vec![(0, mac.to_vec()), (6, LINK_UP.to_le_bytes().to_vec())],
+        own_config,
         fixed: &[],
         limits: &[],
     }

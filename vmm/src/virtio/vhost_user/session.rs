@@ -37,9 +37,13 @@ impl Session {
             return Err(lacks("does not offer VIRTIO_F_VERSION_1".into()));
         }
         if features & kind.needed_features != kind.needed_features {
-            return Err(lacks(
-                "does not offer packed rings (VIRTIO_F_RING_PACKED): leave out packed=on".into(),
-            ));
+            let packed = kind.needed_features & !features & F_RING_PACKED != 0;
+            let (what, hint) = if packed {
+                ("packed rings (VIRTIO_F_RING_PACKED)", "packed=on")
+            } else {
+                ("several queues (VIRTIO_NET_F_MQ with VIRTIO_NET_F_CTRL_VQ)", "queues=")
+            };
+            return Err(lacks(format!("does not offer {what}: leave out {hint}")));
         }
         let mut protocol = VhostUserProtocolFeatures::empty();
         if features & PROTOCOL_FEATURES != 0 {
