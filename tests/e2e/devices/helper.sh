@@ -8,9 +8,9 @@ fail() { echo "FAILED: $*"; cat /tmp/guest*.log /tmp/vcp*.log; again_if_kvm_fail
 # Waits for a line of a file while the monitor runs.
 await() {
     left=1500
-    until grep -q "$1" $2; do
+    until grep -qs "$1" $2; do
         left=$((left - 1))
-        [ $left -gt 0 ] && kill -0 $monitor 2>/dev/null || fail "no $1 in $2"
+        { [ $left -gt 0 ] && kill -0 $monitor 2>/dev/null; } || fail "no $1 in $2"
         sleep 0.1
     done
 }
@@ -42,7 +42,7 @@ vcp run --log info --api-socket /tmp/api --restore /tmp/snap --disk url=$url/0,q
     </dev/null >/tmp/guest2.log 2>/tmp/vcp2.log &
 monitor=$!
 await '^ready:' /tmp/guest2.log
-until ctl status >/tmp/status; do kill -0 $monitor || fail 'the restored guest ended'; sleep 0.1; done
+until ctl status >/tmp/status 2>&1; do kill -0 $monitor || fail 'the restored guest ended'; sleep 0.1; done
 ctl shutdown || fail shutdown
 await '@STAGE=end' /tmp/guest2.log
 wait $monitor

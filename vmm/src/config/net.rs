@@ -44,7 +44,7 @@ pub struct NetSpec {
 }
 
 /// Largest number of queue pairs of a network device.
-pub const MAX_PAIRS: u16 = 16;
+pub(crate) const MAX_PAIRS: u16 = 16;
 
 /// What a network device is connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
