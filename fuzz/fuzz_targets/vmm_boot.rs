@@ -31,7 +31,7 @@ fuzz_target!(|data: &[u8]| {
     file.write_all(&content).expect("room");
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let Ok(kernel) = Kernel::open(&path) else { return };
-    let vm = VmFile { kernel: Some(path), memory: Some("8M".into()), ..Default::default() };
+    let vm = VmFile { kernel: Some(path), memory: "8M".parse().ok(), ..Default::default() };
     let config = vm.finish().expect("a machine");
     let memory = vmm::kvm::memory::create(config.memory_bytes, false).expect("memory");
     let _ = kernel.load(&memory, &config, 1_000_000, 0xe_0000, 1);

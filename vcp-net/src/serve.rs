@@ -56,7 +56,8 @@ pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
     let devices = devices.collect();
     ready.push_str(&format!(" uplink={} confined={}", kinds.join(","), report.summary()));
     let fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
-    let options = ServeOptions { cpu: args.cpu, poll: args.poll_us, control, metrics, ..ServeOptions::default() };
+    let options =
+        ServeOptions { cpu: args.cpu, poll: args.poll_us, control, metrics, ..ServeOptions::default() };
     let extra = confine::status(&report);
     Ok(vcp_core::vu::serve_joined(devices, fabric, options, signals, extra, move || announce(&ready))?)
 }
