@@ -51,7 +51,8 @@ pub struct ServeArgs {
     /// own address), `rate=SIZE` bytes and `frames=N` frames per second, `offloads=on|off`, `switch=N`
     #[arg(long, value_name = "SPEC", required = true)]
     pub port: Vec<PortArg>,
-    /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host).
+    /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host), `packet=IFNAME` (a
+    /// network interface of the host).
     /// Given several times: one for each switch, in their order
     #[arg(long, value_name = "SPEC")]
     pub uplink: Vec<UplinkArg>,

@@ -18,6 +18,7 @@ use crate::port::{NetPort, PortSpec};
 use crate::switch::SwitchFabric;
 use crate::uplink::Uplink;
 use crate::uplink::none::NoUplink;
+use crate::uplink::packet::Packet;
 use crate::uplink::tap::Tap;
 
 /// Serves until SIGTERM or SIGINT. `signals` were blocked before any thread was started.
@@ -65,6 +66,12 @@ pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
 fn open(arg: &UplinkArg) -> Result<Box<dyn Uplink>> {
     Ok(match arg {
         UplinkArg::None => Box::new(NoUplink),
+        UplinkArg::Packet(name) => {
+            let packet = Packet::open(name);
+            Box::new(packet.with_context(|| {
+                format!("cannot use the network interface {name} (this needs CAP_NET_RAW)")
+            })?)
+        }
         UplinkArg::Tap(name) => {
             let tap = Tap::open(name).with_context(|| {
                 format!(

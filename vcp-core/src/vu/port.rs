@@ -236,6 +236,39 @@ impl<D: RingDevice> Port<D> {
         }
     }
 
+    /// As a front end would set it up: features, memory, and rings by their queues, which run at once. For tests and tools
+    /// without a front end.
+    ///
+    /// # Errors
+    /// As a front end would be told.
+    pub fn start_for_test(
+        &mut self,
+        features: u64,
+        map: Arc<GuestMap>,
+        rings: &[(u32, crate::queue::RingAddresses, u32)],
+    ) -> Result<(), PortError> {
+        let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC)
+            .map_err(|error| PortError::Descriptor { queue: 0, error })?;
+        let now = Instant::now();
+        self.carry_out(&epoll, What::Attach, now)?;
+        self.carry_out(&epoll, What::SetFeatures(features | F_PROTOCOL_FEATURES), now)?;
+        self.carry_out(&epoll, What::SetMemory(map), now)?;
+        for &(queue, at, base) in rings {
+            self.carry_out(&epoll, What::SetVringNum { queue, size: at.size.into() }, now)?;
+            let (desc, avail, used) = (at.desc, at.avail, at.used);
+            self.carry_out(&epoll, What::SetVringAddr { queue, desc, avail, used }, now)?;
+            self.carry_out(&epoll, What::SetVringBase { queue, base }, now)?;
+            self.carry_out(&epoll, What::SetVringKick { queue, fd: None }, now)?;
+            self.carry_out(&epoll, What::SetVringEnable { queue, enable: true }, now)?;
+        }
+        Ok(())
+    }
+
+    /// The end of a pass of a test: what was given to the rings is published.
+    pub fn settle_for_test(&mut self) {
+        self.rings.publish_all();
+    }
+
     /// Lets the device move; returns whether anything did. See [`Fabric::poll`](crate::fabric::Fabric::poll).
     pub fn poll(&mut self, now: Instant) -> bool {
         let moved = self.device.poll(&mut self.rings, now);

@@ -9,6 +9,8 @@ pub enum UplinkArg {
     None,
     /// A TAP device.
     Tap(String),
+    /// A network interface.
+    Packet(String),
 }
 
 impl FromStr for UplinkArg {
@@ -19,8 +21,9 @@ impl FromStr for UplinkArg {
         match kind {
             "none" if rest.is_empty() => Ok(Self::None),
             "tap" if !rest.is_empty() => Ok(Self::Tap(rest.to_owned())),
-            "tap" => Err(format!("`{text}`: the name of a network device is missing")),
-            _ => Err(format!("`{text}` is no uplink (none, tap=NAME)")),
+            "packet" if !rest.is_empty() => Ok(Self::Packet(rest.to_owned())),
+            "tap" | "packet" => Err(format!("`{text}`: the name of a network device is missing")),
+            _ => Err(format!("`{text}` is no uplink (none, tap=NAME, packet=IFNAME)")),
         }
     }
 }
@@ -33,7 +36,8 @@ mod tests {
     fn uplinks_are_read_as_they_are_written() {
         assert_eq!("none".parse(), Ok(UplinkArg::None));
         assert_eq!("tap=tap0".parse(), Ok(UplinkArg::Tap("tap0".into())));
-        for bad in ["", "tap", "tap=", "none=1", "wire"] {
+        assert_eq!("packet=eth0".parse(), Ok(UplinkArg::Packet("eth0".into())));
+        for bad in ["", "packet", "tap", "tap=", "none=1", "wire"] {
             assert!(bad.parse::<UplinkArg>().is_err(), "{bad}");
         }
     }

@@ -174,12 +174,13 @@ impl Enqueue {
         }
         let (header, count_at) = (device.header_bytes(), device.count_at());
         let Some(ring) = receive_queue(rings, 0) else { return 0 };
-        if ring.look_ahead(items.len()).is_err() {
-            // Broken; found again, and named, by the frame that goes the long way.
+        if let Err(error) = ring.look_ahead(items.len()) {
+            // The frames go the long way, and find nobody there.
+            rings.broke(0, &error);
             return 0;
         }
         let plain: [u8; HEADER_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-        let (mut done, mut bytes) = (0, 0);
+        let (mut done, mut bytes, mut broken) = (0, 0, None);
         for (at, item) in items.iter().enumerate() {
             if !item.meta.is_plain() || item.ether.tag.is_some() {
                 break;
@@ -193,14 +194,22 @@ impl Enqueue {
                 skip: frame.skip,
                 len_bytes: frame.len_bytes,
             };
-            if !matches!(ring.put(&out), Ok(Put::Done)) {
-                break;
+            match ring.put(&out) {
+                Ok(Put::Done) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    broken = Some(error);
+                    break;
+                }
             }
             done += 1;
             bytes += u64::from(item.len_bytes);
         }
+        ring.want(false);
+        if let Some(error) = broken {
+            rings.broke(0, &error);
+        }
         if done != 0 {
-            ring.want(false);
             target.touch();
             targets.members[port.index()].full_since = None;
             let tally = targets.account.of(port, 0);

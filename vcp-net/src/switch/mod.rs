@@ -28,6 +28,8 @@ pub mod rewrite;
 pub mod snoop;
 pub mod steer;
 pub mod table;
+#[cfg(test)]
+mod tests;
 pub mod work;
 
 pub use fabric::SwitchFabric;

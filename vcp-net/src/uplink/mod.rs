@@ -9,9 +9,11 @@
 //!   into the memory of a guest whose port is known.
 //! * [`waits`](Uplink::waits) says what to sleep for.
 //!
-//! [`none`] is the uplink of a switch without one; [`tap`] a network device of the host.
+//! [`none`] is the uplink of a switch without one; [`tap`] a network device of the host
+//! that this process makes, [`packet`] one that is there.
 
 pub mod none;
+pub mod packet;
 mod sys;
 pub mod tap;
 
@@ -122,6 +124,7 @@ pub trait Uplink: Send {
 pub fn restore(kind: &str, state: Value, fds: &mut Fds) -> Result<Box<dyn Uplink>, BadState> {
     match kind {
         "none" => Ok(Box::new(none::NoUplink)),
+        "packet" => Ok(Box::new(packet::Packet::restore(state, fds)?)),
         "tap" => Ok(Box::new(tap::Tap::restore(state, fds)?)),
         _ => Err(BadState::Text(format!("an uplink of a kind that is not known: {kind}"))),
     }

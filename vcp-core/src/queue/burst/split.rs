@@ -114,11 +114,12 @@ impl SplitBurst {
     ) -> Result<usize, RingError> {
         let max = max.min(MAX_BURST) as u16;
         if self.seen.wrapping_sub(self.look) < max {
-            self.seen = u16::from_le(self.index(self.avail).load(Ordering::Acquire));
-            let ahead = self.seen.wrapping_sub(self.next);
+            let seen = u16::from_le(self.index(self.avail).load(Ordering::Acquire));
+            let ahead = seen.wrapping_sub(self.next);
             if ahead > self.at.size {
                 return Err(RingError::AvailIndex { ahead, size: self.at.size });
             }
+            self.seen = seen;
         }
         let count = self.seen.wrapping_sub(self.look).min(max);
         let mask = self.at.size - 1;

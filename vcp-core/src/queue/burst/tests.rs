@@ -335,7 +335,9 @@ fn breaches_are_named() {
         }
         ring.set_avail_idx(ahead);
         let mut ring = BurstRing::new(&Driver::Split(ring).setup(Direction::FromDriver), &map).unwrap();
-        ring.fetch(&mut Batch::default(), 64).unwrap_err()
+        let error = ring.fetch(&mut Batch::default(), 64).unwrap_err();
+        assert_eq!(ring.fetch(&mut Batch::default(), 64).unwrap_err(), error, "it stays broken");
+        error
     };
     assert_eq!(verdict(&[], 17), RingError::AvailIndex { ahead: 17, size: 16 });
     assert_eq!(verdict(&[(DATA, 1, 1, 16)], 1), RingError::DescriptorIndex { index: 16, size: 16 });
