@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::builder::NonEmptyStringValueParser;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vcp_core::handover::upgrade::UpgradeArgs;
 use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 use vcp_core::process::confine::Mode as ConfineMode;
@@ -16,7 +17,6 @@ use vcp_core::uring::IoMode;
 use crate::capabilities;
 use crate::discover::DiscoverArgs;
 use crate::handover::take_over::TakeOverArgs;
-use crate::handover::upgrade::UpgradeArgs;
 use crate::info::InfoArgs;
 use crate::limit::{Limits, Rate, parse_size};
 use crate::paths::{PathArgs, PathSpec};
@@ -52,6 +52,9 @@ pub enum Command {
     /// Tell what a logical unit is and what was negotiated with its target
     Info(InfoArgs),
     /// Replace a running `serve` by a newer program, under load
+    #[command(after_help = "Example:\n  \
+        vcp-iscsi serve --socket-path /run/disk0 --control /run/disk0.ctl iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
+        install -m 755 new/vcp-iscsi /usr/bin/vcp-iscsi && vcp-iscsi upgrade --control /run/disk0.ctl")]
     Upgrade(UpgradeArgs),
     /// Take over from a running `serve`: what `upgrade` starts, and a monitor may start itself
     TakeOver(TakeOverArgs),

@@ -13,7 +13,6 @@ pub mod engine;
 pub mod handover;
 pub mod info;
 pub mod limit;
-pub mod notify;
 pub mod paths;
 pub mod portal;
 pub mod recorder;

@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use vcp_core::handover::anchor;
+use vcp_core::handover::upgrade;
 use vcp_core::process::{Signals, chain, init_log};
 use vcp_core::vu::End;
 use vcp_iscsi::cli::{Cli, Command, parse};
-use vcp_iscsi::handover::{take_over, upgrade};
+use vcp_iscsi::handover::take_over;
 use vcp_iscsi::{discover, info, serve};
 
 fn main() -> ExitCode {
@@ -42,7 +43,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let end = take_over::run(&args, cli.log.as_deref(), &signals)?;
             return ended(end, &signals);
         }
-        Command::Upgrade(args) => upgrade::run(&args)?,
+        Command::Upgrade(args) => upgrade::run(&args, "vcp-iscsi")?,
         Command::Discover(args) => discover::run(&args)?,
         Command::Info(args) => info::run(&args)?,
     }

@@ -10,10 +10,12 @@ use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+use vcp_core::handover::upgrade::UpgradeArgs;
 use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 use vcp_core::process::confine::Mode as ConfineMode;
 
+use crate::handover::take_over::TakeOverArgs;
 use crate::switch::PORTS_MAX;
 
 /// An Ethernet switch among guests, as vhost-user-net devices.
@@ -34,6 +36,13 @@ pub struct Cli {
 pub enum Command {
     /// Serve ports of a switch (or of several) as vhost-user-net devices
     Serve(ServeArgs),
+    /// Replace a running `serve` by a newer program, under traffic
+    #[command(after_help = "Example:\n  \
+        vcp-net serve --port socket=/run/net0 --port socket=/run/net1 --control /run/net.ctl\n  \
+        install -m 755 new/vcp-net /usr/bin/vcp-net && vcp-net upgrade --control /run/net.ctl")]
+    Upgrade(UpgradeArgs),
+    /// Take over from a running `serve`: what `upgrade` starts, and a monitor may start itself
+    TakeOver(TakeOverArgs),
 }
 
 /// Arguments of `serve`.

@@ -8,6 +8,7 @@
 pub mod cli;
 mod confine;
 pub mod frame;
+pub mod handover;
 pub mod port;
 pub mod serve;
 pub mod switch;

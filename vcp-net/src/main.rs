@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use vcp_core::handover::anchor;
+use vcp_core::handover::{anchor, upgrade};
 use vcp_core::process::{Signals, chain, init_log};
 use vcp_core::vu::End;
 use vcp_net::cli::{Cli, Command};
+use vcp_net::handover::take_over;
 use vcp_net::serve;
 
 fn main() -> ExitCode {
@@ -28,8 +29,17 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             args.check().unwrap_or_else(|error| usage(&error));
             // Before any thread is started.
             let signals = Signals::block()?;
-            let end = serve::run(&args, &signals)?;
+            let end = serve::run(&args, cli.log.as_deref(), &signals)?;
             ended(end, &signals)
+        }
+        Command::TakeOver(args) => {
+            let signals = Signals::block()?;
+            let end = take_over::run(&args, cli.log.as_deref(), &signals)?;
+            ended(end, &signals)
+        }
+        Command::Upgrade(args) => {
+            upgrade::run(&args, "vcp-net")?;
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

@@ -7,13 +7,16 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use vcp_core::device::RingDevice;
+use vcp_core::handover::giver::Giving;
 use vcp_core::http::{Endpoint, HttpServer};
+use vcp_core::process::notify::Manager;
 use vcp_core::process::{Signals, exit_with_parent};
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
 use crate::cli::{ServeArgs, UplinkArg};
 use crate::confine::{self, Needs};
+use crate::handover::{Offer, program};
 use crate::port::{NetPort, PortSpec};
 use crate::switch::SwitchFabric;
 use crate::uplink::Uplink;
@@ -25,7 +28,7 @@ use crate::uplink::tap::Tap;
 ///
 /// # Errors
 /// What failed, on what.
-pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
+pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End> {
     if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
         bail!("the parent process ended before this one was up");
     }
@@ -45,9 +48,10 @@ pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
     let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let secret = secret()?;
+    let manager = Manager::find();
     let report = confine::confine(args.confine, needs(args))?;
     let specs: Vec<PortSpec> = args.port.iter().map(|port| port.spec.clone()).collect();
-    let kinds: Vec<&str> = uplinks.iter().map(|uplink| uplink.kind()).collect();
+    let kinds: Vec<String> = uplinks.iter().map(|uplink| uplink.kind().to_owned()).collect();
     let mut ready = "ready:".to_owned();
     let devices = specs.iter().zip(sockets).map(|(spec, socket)| {
         let device = NetPort::new(spec.clone());
@@ -57,10 +61,34 @@ pub fn run(args: &ServeArgs, signals: &Signals) -> Result<End> {
     let devices = devices.collect();
     ready.push_str(&format!(" uplink={} confined={}", kinds.join(","), report.summary()));
     let fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
-    let options =
-        ServeOptions { cpu: args.cpu, poll: args.poll_us, control, metrics, ..ServeOptions::default() };
+    // What a later process would be offered: the same filter for the log, wherever it came from.
+    let needed = needs(args);
+    let offer = Offer {
+        cpu: args.cpu,
+        poll_us: args.poll_us.to_string(),
+        log: log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok()),
+        confine: args.confine,
+        capture_dir: None,
+        sockets: needed.sockets,
+        dials: needed.dials,
+        ports: specs,
+        switches: kinds.len(),
+    };
+    let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
+    let giving = Some(Giving { program: program(), offer });
+    let options = ServeOptions {
+        cpu: args.cpu,
+        poll: args.poll_us,
+        control,
+        metrics,
+        giving,
+        ..ServeOptions::default()
+    };
     let extra = confine::status(&report);
-    Ok(vcp_core::vu::serve_joined(devices, fabric, options, signals, extra, move || announce(&ready))?)
+    Ok(vcp_core::vu::serve_joined(devices, fabric, options, signals, extra, move || {
+        announce(&ready);
+        manager.notify("READY=1");
+    })?)
 }
 
 fn open(arg: &UplinkArg) -> Result<Box<dyn Uplink>> {

@@ -36,6 +36,7 @@ pub mod giver;
 mod message;
 pub mod state;
 pub mod taker;
+pub mod upgrade;
 
 pub use channel::{Channel, ChannelError};
 pub use fds::{FdError, FdIndex, Fds};

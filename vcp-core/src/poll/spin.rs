@@ -1,5 +1,6 @@
 //! How long an idle data thread keeps looking before it sleeps.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -13,6 +14,17 @@ pub enum PollMode {
     Fixed(Duration),
     /// Never sleep.
     Always,
+}
+
+impl fmt::Display for PollMode {
+    /// As it is given.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Adaptive => f.write_str("adaptive"),
+            Self::Always => f.write_str("always"),
+            Self::Fixed(budget) => write!(f, "{}", budget.as_micros()),
+        }
+    }
 }
 
 impl FromStr for PollMode {

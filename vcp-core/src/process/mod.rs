@@ -2,6 +2,7 @@
 
 pub mod confine;
 mod log;
+pub mod notify;
 mod signals;
 
 pub use log::{LOG_FORMAT_VARIABLE, LogError, LogFormat, init_log, init_log_as, set_log_level};

@@ -3,13 +3,12 @@
 //! - [`offer`]: what the devices were made with, as the old process tells the new one before anything stops. It holds
 //!   secrets (for the logins to come); it is told over a local socket to root or the same user only, and never written.
 //! - [`take_over`]: the new process.
-//! - [`upgrade`]: the user's command that starts it.
+//! - `upgrade`, the user's command that starts it, is that of every VCP ([`vcp_core::handover::upgrade`]).
 //!
 //! The sessions and the unit's facts are in the engine's own state (`portal/engine/export.rs`).
 
 pub mod offer;
 pub mod take_over;
-pub mod upgrade;
 
 /// How this program calls itself to the other side.
 #[must_use]

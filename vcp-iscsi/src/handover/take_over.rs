@@ -1,17 +1,17 @@
 //! `vcp-iscsi take-over`: the new process of a hand-over.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
 use vcp_core::handover::taker::Taker;
+use vcp_core::handover::upgrade::ask;
 use vcp_core::process::confine::Report;
+use vcp_core::process::notify::Manager;
 use vcp_core::process::{Signals, exit_with_parent, set_log_level};
 use vcp_core::uring::{self, Ring};
 use vcp_core::vu::{End, ServeOptions};
@@ -21,12 +21,9 @@ use super::program;
 use crate::blk::BlkDevice;
 use crate::confine::{self, Needs};
 use crate::engine::Engine;
-use crate::notify::Manager;
+
 use crate::portal::IscsiEngine;
 use crate::serve::{announce, describe, describe_io};
-
-/// How long the old process may take to answer that it can be taken over.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// Arguments of `take-over`.
 #[derive(Args, Debug)]
@@ -94,24 +91,6 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
             Err(error)
         }
     }
-}
-
-/// Asks the old process; what follows on the connection is the hand-over.
-fn ask(control: &Path, stand_in: bool) -> Result<UnixStream> {
-    let failed = || format!("cannot ask the process behind {}", control.display());
-    let mut stream = UnixStream::connect(control).with_context(failed)?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).with_context(failed)?;
-    let request = serde_json::json!({"cmd": "take-over", "keep_pid": stand_in});
-    stream.write_all(format!("{request}\n").as_bytes()).with_context(failed)?;
-    let mut line = String::new();
-    // The answer is all that it says before it is spoken to again.
-    BufReader::new(&stream).read_line(&mut line).with_context(failed)?;
-    let answer: serde_json::Value = serde_json::from_str(&line).with_context(failed)?;
-    if answer["ok"] != true {
-        let why = answer["error"].as_str().unwrap_or("it does not say why");
-        bail!("the process behind {} refused: {why}", control.display());
-    }
-    Ok(stream)
 }
 
 /// What is made of an offer.

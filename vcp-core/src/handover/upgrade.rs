@@ -1,4 +1,5 @@
-//! `vcp-iscsi upgrade`: replaces a running process by one of the program as it is installed now.
+//! `upgrade`, a command of every VCP: replaces a running process by one of the program as it is installed now. And the
+//! question with which the new process begins.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,12 +17,11 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long a question to the control socket may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long the old process may take to answer that it can be taken over.
+const ASK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Arguments of `upgrade`.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  \
-    vcp-iscsi serve --socket-path /run/disk0 --control /run/disk0.ctl iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
-    install -m 755 new/vcp-iscsi /usr/bin/vcp-iscsi && vcp-iscsi upgrade --control /run/disk0.ctl")]
 pub struct UpgradeArgs {
     /// Control socket of the running process
     #[arg(long, value_name = "SOCKET")]
@@ -35,11 +35,11 @@ pub struct UpgradeArgs {
     pub new_pid: bool,
 }
 
-/// Starts the new process and waits until it has taken over.
+/// Starts the new process and waits until it has taken over. `program` is the name that its complaints begin with.
 ///
 /// # Errors
 /// It has not; the old process goes on.
-pub fn run(args: &UpgradeArgs) -> Result<()> {
+pub fn run(args: &UpgradeArgs, program: &str) -> Result<()> {
     let binary = args.binary.clone().map_or_else(own_binary, Ok)?;
     let mut command = Command::new(&binary);
     command.arg("take-over").arg("--control").arg(&args.control);
@@ -56,7 +56,7 @@ pub fn run(args: &UpgradeArgs) -> Result<()> {
     let Ok(ready) = ready else {
         let _ = child.kill();
         let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-        let why = complaint(&mut child).unwrap_or_else(|| format!("it ended ({status})"));
+        let why = complaint(&mut child, program).unwrap_or_else(|| format!("it ended ({status})"));
         bail!("the old process goes on; {} did not take over: {why}", binary.display());
     };
     let pause = pause(&args.control).unwrap_or_default();
@@ -95,12 +95,13 @@ fn wait_ready(child: &mut Child) -> Result<String> {
 }
 
 /// The last line of what a process that ended complained about, without its name.
-fn complaint(child: &mut Child) -> Option<String> {
+fn complaint(child: &mut Child, program: &str) -> Option<String> {
     let mut text = Vec::new();
     child.stderr.take()?.read_to_end(&mut text).ok()?;
     let text = String::from_utf8_lossy(&text);
     let line = text.lines().rfind(|line| !line.trim().is_empty())?;
-    Some(line.strip_prefix("vcp-iscsi: ").unwrap_or(line).to_owned())
+    let told = line.strip_prefix(program).and_then(|line| line.strip_prefix(": "));
+    Some(told.unwrap_or(line).to_owned())
 }
 
 /// How long the guest's requests waited, for people.
@@ -113,4 +114,26 @@ fn pause(control: &Path) -> Result<String> {
     let answer: Value = serde_json::from_str(&line)?;
     let stopped_ns = answer["loop"]["take_over_stopped_ns"].as_u64().context("it does not say")?;
     Ok(format!(" stopped_us={}", stopped_ns / 1000))
+}
+
+/// Asks the process behind a control socket to be taken over; what follows on the connection is the hand-over. With
+/// `stand_in` that process stays and stands for the new one.
+///
+/// # Errors
+/// It cannot be asked, or says no.
+pub fn ask(control: &Path, stand_in: bool) -> Result<UnixStream> {
+    let failed = || format!("cannot ask the process behind {}", control.display());
+    let mut stream = UnixStream::connect(control).with_context(failed)?;
+    stream.set_read_timeout(Some(ASK_LIMIT)).with_context(failed)?;
+    let request = serde_json::json!({"cmd": "take-over", "keep_pid": stand_in});
+    stream.write_all(format!("{request}\n").as_bytes()).with_context(failed)?;
+    let mut line = String::new();
+    // The answer is all that it says before it is spoken to again.
+    BufReader::new(&stream).read_line(&mut line).with_context(failed)?;
+    let answer: serde_json::Value = serde_json::from_str(&line).with_context(failed)?;
+    if answer["ok"] != true {
+        let why = answer["error"].as_str().unwrap_or("it does not say why");
+        bail!("the process behind {} refused: {why}", control.display());
+    }
+    Ok(stream)
 }
