@@ -25,5 +25,6 @@ mod ops;
 mod recovery;
 mod servers;
 mod support;
+mod switch;
 mod upgrade;
 mod wire;

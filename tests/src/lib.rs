@@ -9,6 +9,7 @@
 //! - [`guest`]: stock QEMU with a stock Debian kernel on a vhost-user socket.
 //! - [`proxy`]: a TCP proxy that cuts, refuses and records connections; [`pcap`] shows a recording to tshark.
 //! - [`load`] and [`pattern`]: verified data.
+//! - [`switch`]: `vcp-net`; [`testpmd`]: DPDK's virtio_user front ends and its vhost back end.
 //!
 //! The tests themselves are in `tests/e2e`. Nothing here builds the programs under test; see [`tool`].
 
@@ -25,7 +26,9 @@ pub mod procfs;
 pub mod proxy;
 pub mod screen;
 pub mod survivor;
+pub mod switch;
 pub mod target;
+pub mod testpmd;
 pub mod tool;
 
 /// Result of this crate; the chain says which peer failed at what, with the end of its output.

@@ -199,6 +199,11 @@ impl Proc {
         stdin.write_all(bytes).with_context(|| format!("write to {}", self.name))
     }
 
+    /// Closes its standard input.
+    pub fn close_stdin(&self) {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     /// Returns its process id.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()

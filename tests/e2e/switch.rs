@@ -1,0 +1,234 @@
+//! `vcp-net` as a process, between front ends that nobody here wrote: DPDK's virtio_user in all its ring variants, and
+//! the network interfaces of the kernel.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use vcp_tests::proc::Cmd;
+use vcp_tests::switch::Switch;
+use vcp_tests::testpmd::{Options, Testpmd};
+use vcp_tests::{Result, tool};
+
+/// How long traffic may take to get going, on a busy machine.
+const TRAFFIC: Duration = Duration::from_secs(60);
+/// Frames that are enough to go around every ring several times.
+const MANY: u64 = 8000;
+
+fn have_dpdk() -> bool {
+    tool::have(&["dpdk-testpmd"])
+}
+
+/// Waits until frames go both ways.
+fn both_ways(switch: &Switch, more: u64) -> Result<()> {
+    let before: Vec<u64> =
+        switch.counters()?.iter().map(|port| port["out_frames"].as_u64().unwrap_or(0)).collect();
+    for (at, before) in before.iter().take(2).enumerate() {
+        switch.wait_for(&format!("p{at}"), "out_frames", before + more, TRAFFIC)?;
+    }
+    Ok(())
+}
+
+fn no_broken_queue(switch: &Switch) -> Result<()> {
+    let metrics = switch.ask(&json!({"cmd": "metrics"}))?;
+    for device in metrics["devices"].as_array().context("no devices")? {
+        ensure!(device["broken_queues"] == 0, "a queue broke: {device}\n{}", switch.proc().tail());
+    }
+    Ok(())
+}
+
+fn variant(port: &str) -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start(["", ""], &[])?;
+    let options = Options { port: port.into(), ..Options::default() };
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
+    both_ways(&switch, MANY)?;
+    no_broken_queue(&switch)?;
+    testpmd.end(TRAFFIC)?;
+    Ok(())
+}
+
+#[test]
+fn dpdk_split_rings_in_order() -> Result<()> {
+    variant("")
+}
+
+#[test]
+fn dpdk_split_rings() -> Result<()> {
+    variant(",in_order=0")
+}
+
+#[test]
+fn dpdk_split_rings_without_mergeable_buffers() -> Result<()> {
+    variant(",mrg_rxbuf=0,in_order=0,vectorized=1")
+}
+
+#[test]
+fn dpdk_packed_rings() -> Result<()> {
+    variant(",packed_vq=1,in_order=0")
+}
+
+#[test]
+fn dpdk_packed_rings_in_order() -> Result<()> {
+    variant(",packed_vq=1")
+}
+
+#[test]
+fn dpdk_packed_rings_in_order_without_mergeable_buffers() -> Result<()> {
+    variant(",packed_vq=1,mrg_rxbuf=0,in_order=1,vectorized=1")
+}
+
+#[test]
+fn dpdk_with_several_queues() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start([",queues=2", ",queues=2"], &[])?;
+    let options = Options { port: ",cq=1".into(), queues: 2, ..Options::default() };
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
+    both_ways(&switch, MANY)?;
+    no_broken_queue(&switch)?;
+    testpmd.end(TRAFFIC)?;
+    Ok(())
+}
+
+/// The front end listens and the switch connects; when the switch is killed, the next one goes on.
+#[test]
+fn dpdk_that_listens_survives_the_switch() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start_dialing(["", ""], &[])?;
+    let options = Options { port: ",server=1".into(), ..Options::default() };
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
+    both_ways(&switch, MANY)?;
+    testpmd.end(TRAFFIC)?;
+    Ok(())
+}
+
+#[test]
+fn an_upgrade_under_traffic_loses_nothing_of_what_it_keeps() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start(["", ""], &[])?;
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &Options::default())?;
+    both_ways(&switch, MANY)?;
+    for _ in 0..2 {
+        let said = Cmd::new(tool::ours("vcp-net")?)
+            .arg("upgrade")
+            .arg("--control")
+            .arg(switch.control())
+            .output(TRAFFIC)?;
+        ensure!(said.contains("upgraded: pid="), "{said}");
+        let pause: u64 = said
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("stopped_us="))
+            .and_then(|us| us.parse().ok())
+            .with_context(|| format!("it does not say how long it took: {said}"))?;
+        eprintln!("stood still for {pause} us");
+        // Counters and stations came along, the front ends noticed nothing, and traffic goes on.
+        let macs = switch.ask(&json!({"cmd": "macs"}))?;
+        ensure!(macs["macs"].as_array().is_some_and(|macs| macs.len() == 2), "{macs}");
+        both_ways(&switch, MANY)?;
+        no_broken_queue(&switch)?;
+    }
+    ensure!(testpmd.proc().is_running());
+    testpmd.end(TRAFFIC)?;
+    // The process that was started stands for the new one.
+    switch.proc().signal(Signal::TERM)?;
+    ensure!(switch.proc().wait(TRAFFIC)?.success());
+    Ok(())
+}
+
+/// A pair of virtual interfaces; both go when one does.
+struct Veth(String, String);
+
+impl Veth {
+    fn new(name: &str) -> Result<Option<Self>> {
+        if !tool::have(&["ip"]) || !rustix::process::geteuid().is_root() {
+            return Ok(None);
+        }
+        let (a, b) = (
+            format!("{name}{}a", std::process::id() % 10_000),
+            format!("{name}{}b", std::process::id() % 10_000),
+        );
+        if ip(&["link", "add", &a, "type", "veth", "peer", "name", &b]).is_err() {
+            tool::note_skip("this kernel makes no veth interfaces");
+            return Ok(None);
+        }
+        let this = Self(a, b);
+        for end in [&this.0, &this.1] {
+            ip(&["link", "set", end, "up"])?;
+        }
+        Ok(Some(this))
+    }
+}
+
+impl Drop for Veth {
+    fn drop(&mut self) {
+        let _ = ip(&["link", "del", &self.0]);
+    }
+}
+
+fn ip(args: &[&str]) -> Result<()> {
+    let done = Command::new("ip").env("PATH", tool::search_path()).args(args).output()?;
+    ensure!(done.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
+#[test]
+fn a_packet_uplink_joins_two_switches_through_the_kernel() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let Some(veth) = Veth::new("vn")? else { return Ok(()) };
+    // Port 0 of one switch and port 0 of the other; each other port stays empty.
+    let first = Switch::start(["", ""], &["--uplink", &format!("packet={}", veth.0)])?;
+    let second = Switch::start(["", ""], &["--uplink", &format!("packet={}", veth.1)])?;
+    let testpmd = Testpmd::start([&first.socket(0), &second.socket(0)], &Options::default())?;
+    for switch in [&first, &second] {
+        switch.wait_for("p0", "out_frames", 500, TRAFFIC)?;
+        switch.wait_for("uplink", "in_frames", 500, TRAFFIC)?;
+        no_broken_queue(switch)?;
+    }
+    testpmd.end(TRAFFIC)?;
+    Ok(())
+}
+
+#[test]
+fn a_tap_uplink_reaches_the_host() -> Result<()> {
+    if !have_dpdk() || !tool::have(&["ip"]) || !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let name = format!("vt{}", std::process::id() % 100_000);
+    let switch = Switch::start(["", ""], &["--uplink", &format!("tap={name}")])?;
+    ip(&["link", "set", &name, "up"])?;
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &Options::default())?;
+    both_ways(&switch, MANY)?;
+    // The first frames, for stations that nobody knew yet, and the host's own multicast.
+    switch.wait_for("uplink", "out_frames", 1, TRAFFIC)?;
+    switch.wait_for("uplink", "in_frames", 1, TRAFFIC)?;
+    testpmd.end(TRAFFIC)?;
+    Ok(())
+}
+
+/// A driver that breaks the rules of its ring: its port stops, and the others' traffic goes on.
+#[test]
+fn a_killed_front_end_disturbs_nobody() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start(["", ""], &[])?;
+    for _ in 0..3 {
+        let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &Options::default())?;
+        both_ways(&switch, MANY / 4)?;
+        testpmd.proc().kill()?;
+        testpmd.proc().wait(TRAFFIC)?;
+    }
+    no_broken_queue(&switch)
+}

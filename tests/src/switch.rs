@@ -1,0 +1,110 @@
+//! `vcp-net serve` with two ports, as a process, and what its control socket says.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::Result;
+use crate::proc::{Cmd, Proc, Stream};
+use crate::tool;
+
+const START: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Switch {
+    proc: Proc,
+    dir: TempDir,
+}
+
+impl Switch {
+    /// Starts one with two ports (their sockets are `p0` and `p1` in its directory) with these options, with a comma in
+    /// front, and further arguments.
+    pub fn start(ports: [&str; 2], args: &[&str]) -> Result<Self> {
+        Self::start_with("socket", ports, args)
+    }
+
+    /// As [`start`](Self::start), with front ends that listen.
+    pub fn start_dialing(ports: [&str; 2], args: &[&str]) -> Result<Self> {
+        Self::start_with("connect", ports, args)
+    }
+
+    fn start_with(key: &str, ports: [&str; 2], args: &[&str]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("vcp-net-").tempdir()?;
+        let mut command = Cmd::new(tool::ours("vcp-net")?).arg("serve").env("RUST_LOG", "info");
+        for (at, options) in ports.iter().enumerate() {
+            let path = dir.path().join(format!("p{at}"));
+            command = command.arg("--port").arg(format!("{key}={},name=p{at}{options}", path.display()));
+        }
+        let proc = command.arg("--control").arg(dir.path().join("ctl")).args(args).spawn()?;
+        proc.wait_line(Stream::Out, "ready:", START)?;
+        Ok(Self { proc, dir })
+    }
+
+    /// The socket of port `at`.
+    pub fn socket(&self, at: usize) -> PathBuf {
+        self.dir.path().join(format!("p{at}"))
+    }
+
+    /// The control socket.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("ctl")
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its process.
+    pub fn proc(&self) -> &Proc {
+        &self.proc
+    }
+
+    /// Asks its control socket, and demands a good answer.
+    pub fn ask(&self, request: &Value) -> Result<Value> {
+        let mut stream = UnixStream::connect(self.control())?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.write_all(format!("{request}\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line)?;
+        let answer: Value = serde_json::from_str(&line).with_context(|| format!("no answer: {line:?}"))?;
+        ensure!(answer["ok"] == true, "{request} was refused: {answer}");
+        Ok(answer)
+    }
+
+    /// The counters of its members by name, the books balanced.
+    pub fn counters(&self) -> Result<Vec<Value>> {
+        let answer = self.ask(&serde_json::json!({"cmd": "counters"}))?;
+        let switch = &answer["switches"][0];
+        ensure!(switch["balanced"] == true, "the books do not balance: {switch}");
+        Ok(switch["ports"].as_array().context("no ports")?.clone())
+    }
+
+    /// Waits until a counter of a member, summed over its queues, is at least so high.
+    pub fn wait_for(&self, member: &str, counter: &str, at_least: u64, deadline: Duration) -> Result<u64> {
+        let end = Instant::now() + deadline;
+        loop {
+            let counters = self.counters()?;
+            let own = counters.iter().filter(|port| port["port"] == member);
+            let value = own.filter_map(|port| port[counter].as_u64()).sum();
+            if value >= at_least {
+                return Ok(value);
+            }
+            if Instant::now() > end {
+                bail!(
+                    "{member} has {counter} {value} in place of {at_least}: {counters:?}\n{}",
+                    self.proc.tail()
+                );
+            }
+            // Nothing tells of a counter; what is waited for has no other sign.
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
