@@ -182,7 +182,7 @@ impl Enqueue {
         let plain: [u8; HEADER_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
         let (mut done, mut bytes, mut broken) = (0, 0, None);
         for (at, item) in items.iter().enumerate() {
-            if !item.meta.is_plain() || item.ether.tag.is_some() {
+            if !item.meta.is_plain() || item.ether.tag.is_some() || item.vid != 0 {
                 break;
             }
             let frame = frames.get(at, item.meta);

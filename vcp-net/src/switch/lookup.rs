@@ -29,14 +29,15 @@ impl Lookup {
         snoop: &Snoop,
         now_s: u32,
     ) {
-        let mut last: Option<(u16, Mac, Fate)> = None;
+        let mut last: Option<(u16, Mac, Fate, bool)> = None;
         for item in work.open() {
             let dst = item.ether.dst;
-            if let Some((vid, mac, fate)) = last
+            if let Some((vid, mac, fate, known)) = last
                 && vid == item.vid
                 && mac == dst
             {
-                self.known += 1;
+                self.known += u64::from(known);
+                self.unknown += u64::from(!known);
                 item.fate = fate;
                 continue;
             }
@@ -50,21 +51,25 @@ impl Lookup {
                 };
                 continue;
             }
-            item.fate = match table.get(item.vid, dst, now_s) {
-                Some(there) if there == port => Fate::Drop(Reason::SamePort),
-                Some(there) => Fate::To(there),
-                None => {
-                    self.unknown += 1;
-                    item.fate = many(all.without(port));
-                    continue;
-                }
+            let (fate, known) = match table.get(item.vid, dst, now_s) {
+                Some(there) if there == port => (Fate::Drop(Reason::SamePort), true),
+                Some(there) => (Fate::To(there), true),
+                None => (many(all.without(port)), false),
             };
-            self.known += 1;
-            last = Some((item.vid, dst, item.fate));
+            self.known += u64::from(known);
+            self.unknown += u64::from(!known);
+            item.fate = fate;
+            last = Some((item.vid, dst, fate, known));
         }
     }
 }
 
 fn many(targets: PortSet) -> Fate {
-    if targets.is_empty() { Fate::Drop(Reason::Nobody) } else { Fate::Many(targets) }
+    let mut each = targets.iter();
+    match (each.next(), each.next()) {
+        (None, _) => Fate::Drop(Reason::Nobody),
+        // With one target it is like any other frame for that one, which may wait for it.
+        (Some(only), None) => Fate::To(only),
+        _ => Fate::Many(targets),
+    }
 }
