@@ -30,11 +30,20 @@ pub struct Options {
     pub lcores: String,
     /// Pairs of queues of each port.
     pub queues: u16,
+    /// Seconds between its figures; 0: none before its end.
+    pub stats_period_s: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { port: String::new(), mode: "flowgen", frame_bytes: 64, lcores: "0@0,1@0".into(), queues: 1 }
+        Self {
+            port: String::new(),
+            mode: "flowgen",
+            frame_bytes: 64,
+            lcores: "0@0,1@0".into(),
+            queues: 1,
+            stats_period_s: 0,
+        }
     }
 }
 
@@ -56,6 +65,7 @@ impl Testpmd {
             .args(["--total-num-mbufs=16384", "--mbuf-size=2176", "--nb-cores=1", "--auto-start"])
             .arg(format!("--forward-mode={}", options.mode))
             .arg(format!("--txpkts={}", options.frame_bytes))
+            .arg(format!("--stats-period={}", options.stats_period_s))
             .args(["--eth-peer=0,02:00:00:00:00:02", "--eth-peer=1,02:00:00:00:00:01"])
             .args([format!("--rxq={}", options.queues), format!("--txq={}", options.queues)])
             .keep_stdin()

@@ -62,6 +62,17 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 /// # Errors
 /// They do not build.
 pub(crate) fn release_programs() -> Result<PathBuf> {
-    run(cargo().args(["build", "--release", "-p", "vmm", "-p", "vcp-iscsi", "-p", "iscsi-target"]))?;
+    run(cargo().args([
+        "build",
+        "--release",
+        "-p",
+        "vmm",
+        "-p",
+        "vcp-iscsi",
+        "-p",
+        "vcp-net",
+        "-p",
+        "iscsi-target",
+    ]))?;
     Ok(target_dir().join("release"))
 }

@@ -42,6 +42,8 @@ const TEST: &[&str] = &[
     "tmux",
     "procps",
     "dpdk-dev",
+    "librte-net-vhost23",
+    "iproute2",
 ];
 
 const KERNEL: &[&str] = &["open-iscsi"];

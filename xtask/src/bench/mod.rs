@@ -4,6 +4,7 @@ mod blk;
 mod goals;
 mod kernel;
 mod matrix;
+mod net;
 mod plot;
 mod report;
 mod stats;
@@ -44,6 +45,8 @@ pub(crate) struct Args {
 enum Name {
     /// `vcp-iscsi` beside qemu-storage-daemon's iSCSI export, both as vhost-user-blk backends of the same LUN
     Blk,
+    /// `vcp-net` beside DPDK's vhost back end, under testpmd
+    Net,
     /// `iscsi-target` beside tgtd, under libiscsi's `iscsi-perf`
     Target,
     /// `vcp-iscsi` beside the kernel's initiator, both in the helper VM
@@ -64,6 +67,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         // iscsi-perf takes whole seconds.
         let secs = args.secs.map_or(2, |secs| secs.ceil().max(1.0) as u32);
         target::run(&bin, args.rounds.unwrap_or(5), secs)?;
+    }
+    if args.name == Some(Name::Net) {
+        let secs = args.secs.map_or(4, |secs| secs.ceil().max(2.0) as u32);
+        net::run(&bin, args.rounds.unwrap_or(3), secs)?;
     }
     if args.name == Some(Name::Kernel) {
         packages::ensure(Need::Kernel)?;
