@@ -13,6 +13,7 @@ use vcp_tests::backend::{self, Backend};
 use vcp_tests::bad_target::BadTarget;
 use vcp_tests::guest::Outcome;
 use vcp_tests::proc::{Proc, Stream};
+use vcp_tests::proxy::Proxy;
 use vcp_tests::target::{Kind, Spec, Target};
 use vcp_tests::{Result, procfs, tool};
 
@@ -175,6 +176,32 @@ fn killed_vcp_goes_on_with_packed_rings() -> Result<()> {
         return Ok(());
     }
     println!("{}", killed_under_the_bare_guest(KILLS, ",packed=on")?);
+    Ok(())
+}
+
+/// A disk of several ways: one is cut off under the guest, then the VCP is killed and comes back by what is left.
+#[test]
+fn a_disk_with_several_paths_outlives_one_and_its_vcp() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let (first, second) = (Proxy::start(target.portal())?, Proxy::start(target.portal())?);
+    // The further URL says only where it differs.
+    let disk =
+        format!("url={},path=iscsi://{},sessions=2,cpu=1", target.url_at(first.addr(), 0), second.addr());
+    let run = Run::start(&disk, CHURN)?;
+    first.wait_accepted(2, STEP)?;
+    second.wait_accepted(2, STEP)?;
+    first.refuse(true);
+    first.cut_now(true);
+    std::thread::sleep(Duration::from_millis(1050));
+    kill(run.backend()?)?;
+    run.back(1)?;
+    // By the way that is left.
+    second.wait_accepted(4, STEP)?;
+    first.refuse(false);
+    run.finish()?;
     Ok(())
 }
 
