@@ -68,8 +68,8 @@ fn loaded(target: &Target, runtime_dir: &Path) -> Result<(Proc, Pid)> {
         .env("XDG_RUNTIME_DIR", runtime_dir)
         .spawn()?;
     proc.wait_line(Stream::Out, "disk 0:", GUEST)?;
-    let children = procfs::children(proc.pid())?;
-    ensure!(children.len() == 1, "vcp run has the children {children:?}");
+    let children = procfs::vcps(proc.pid())?;
+    ensure!(children.len() == 1, "vcp run has the VCPs {children:?}");
     let pid = Pid::from_raw(children[0] as i32).context("no process id")?;
     Ok((proc, pid))
 }
@@ -85,6 +85,7 @@ fn killed_monitor_leaves_no_vcp_and_no_directory() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let (proc, vcp) = loaded(&target, dir.path())?;
         let pidfd = pidfd_open(vcp, PidfdFlags::empty())?;
+        let children = procfs::children(proc.pid())?;
         if silent {
             target.proc().signal(Signal::STOP)?;
         }
@@ -95,6 +96,10 @@ fn killed_monitor_leaves_no_vcp_and_no_directory() -> Result<()> {
             target.proc().signal(Signal::CONT)?;
         }
         ensure!(ended? == 1, "vcp-iscsi lives 1 s after its monitor (target silent: {silent})");
+        // One that stood by has gone, too.
+        for child in children {
+            ensure!(procfs::cmdline(child).map_or(true, |line| line.is_empty()), "process {child} is left");
+        }
         assert_eq!(runtime_dirs(dir.path())?, 0, "target silent: {silent}");
     }
     Ok(())

@@ -37,6 +37,20 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
+/// Returns whether a process has a thread of this name.
+pub fn has_thread(pid: u32, name: &str) -> bool {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let named = |task: fs::DirEntry| {
+        fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+    };
+    tasks.flatten().any(named)
+}
+
+/// Returns the children of a monitor that serve a device; those that stand by have no data thread.
+pub fn vcps(monitor: u32) -> Result<Vec<u32>> {
+    Ok(children(monitor)?.into_iter().filter(|pid| has_thread(*pid, "vcp-data")).collect())
+}
+
 /// Returns how many descriptors a process has open.
 pub fn descriptors(pid: u32) -> Result<usize> {
     let path = format!("/proc/{pid}/fd");

@@ -21,6 +21,7 @@ pub mod mem;
 pub mod metrics;
 pub mod poll;
 pub mod process;
+pub mod pulse;
 pub mod queue;
 pub mod sock;
 pub mod uring;

@@ -295,6 +295,12 @@ pub struct LoopMetrics {
     pub ring_enters: Counter,
     /// 1 while it sleeps: a pass counter that stands still is then no sign of trouble.
     pub sleeping: Counter,
+    /// Time in passes in which something moved, in nanoseconds.
+    pub busy_ns: Counter,
+    /// Time of looking for work that was not there, in nanoseconds.
+    pub look_ns: Counter,
+    /// Time asleep, in nanoseconds.
+    pub sleep_ns: Counter,
     /// Spin budget learned now, in nanoseconds.
     pub spin_ns: Counter,
     /// Times this loop was taken over from another process.
@@ -316,6 +322,9 @@ pub struct LoopSnapshot {
     pub sleeps: u64,
     pub sleeping: bool,
     pub ring_enters: u64,
+    pub busy_ns: u64,
+    pub look_ns: u64,
+    pub sleep_ns: u64,
     pub spin_ns: u64,
     pub take_overs: u64,
     pub take_over_stopped_ns: u64,
@@ -335,6 +344,9 @@ impl LoopMetrics {
         ] {
             samples.add(family, &[], counter.get());
         }
+        for (part, counter) in [("busy", &self.busy_ns), ("look", &self.look_ns), ("sleep", &self.sleep_ns)] {
+            samples.add(&families::LOOP_TIME, &[("part", part)], counter.get());
+        }
     }
 
     /// A copy of all counters.
@@ -346,6 +358,9 @@ impl LoopMetrics {
             sleeps: self.sleeps.get(),
             sleeping: self.sleeping.get() != 0,
             ring_enters: self.ring_enters.get(),
+            busy_ns: self.busy_ns.get(),
+            look_ns: self.look_ns.get(),
+            sleep_ns: self.sleep_ns.get(),
             spin_ns: self.spin_ns.get(),
             take_overs: self.take_overs.get(),
             take_over_stopped_ns: self.take_over_stopped_ns.get(),
@@ -426,6 +441,12 @@ pub mod families {
     /// Asleep.
     pub static SLEEPING: Family =
         Family::gauge("vcp_loop_sleeping", Unit::None, "1 while the data thread sleeps");
+    /// Load split.
+    pub static LOOP_TIME: Family = Family::counter(
+        "vcp_loop_time",
+        Unit::Seconds,
+        "What the data thread did with its time: busy (something moved), look (for work that was not there), sleep",
+    );
     /// Spin budget.
     pub static SPIN: Family = Family::gauge(
         "vcp_loop_spin_budget",

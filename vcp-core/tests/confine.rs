@@ -53,6 +53,17 @@ fn killed(case: &str) {
     assert_eq!(status.signal(), Some(libc::SIGSYS), "{case}: {status}: {text}");
 }
 
+/// As [`refused`], where the file is not there at all in the process's own root directory.
+fn no_file<T>(what: &str, result: std::io::Result<T>) {
+    match result {
+        Ok(_) => panic!("{what}: worked"),
+        Err(error) => assert!(
+            matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::NotFound),
+            "{what}: {error}"
+        ),
+    }
+}
+
 fn refused<T>(what: &str, result: std::io::Result<T>) {
     match result {
         Ok(_) => panic!("{what}: worked"),
@@ -77,6 +88,9 @@ fn child() {
     };
     let report = confinement.apply(Mode::Require).unwrap();
     assert_eq!(report.summary(), "yes", "{report:?}");
+    for part in ["own mount, IPC and UTS namespaces", "a root directory with nothing but what it needs"] {
+        assert!(report.done.contains(&part), "{report:?}");
+    }
     attempt(&case, &dir, &listener);
     std::process::exit(HELD);
 }
@@ -100,14 +114,18 @@ fn attempt(case: &str, dir: &Path, listener: &TcpListener) {
             assert_eq!(std::thread::spawn(|| 5).join().unwrap(), 5);
         }
         "files" => {
-            refused("a file outside", std::fs::read(dir.join("outside")));
-            refused("the password file", std::fs::read("/etc/passwd"));
-            refused("its own environment", std::fs::read("/proc/self/environ"));
-            refused("a device", std::fs::File::open("/dev/kvm"));
+            no_file("a file outside", std::fs::read(dir.join("outside")));
+            no_file("the password file", std::fs::read("/etc/passwd"));
+            no_file("its own environment", std::fs::read("/proc/self/environ"));
+            no_file("a device", std::fs::File::open("/dev/kvm"));
+            for gone in ["/usr", "/proc/self", "/dev/null", "/root"] {
+                assert!(std::fs::metadata(gone).is_err(), "{gone} is there");
+            }
             refused("write where it may read", std::fs::write(inside("read"), "x"));
             refused("make a file where it may remove", std::fs::write(dir.join("remove/new"), "x"));
             refused("remove where it may read", std::fs::remove_file(inside("read")));
-            refused("move a file out", std::fs::rename(inside("write"), dir.join("gone")));
+            // Refused by whoever is asked first: it would also leave a mount.
+            assert!(std::fs::rename(inside("write"), dir.join("gone")).is_err());
             refused("make a directory", std::fs::create_dir(dir.join("write/dir")));
             refused("make a link", std::os::unix::fs::symlink("/etc/shadow", dir.join("write/link")));
         }

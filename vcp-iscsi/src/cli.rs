@@ -10,7 +10,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vcp_core::handover::upgrade::UpgradeArgs;
 use vcp_core::http::Endpoint;
-use vcp_core::poll::PollMode;
+use vcp_core::poll::{PollMode, Share};
 use vcp_core::process::confine::Mode as ConfineMode;
 use vcp_core::uring::IoMode;
 
@@ -155,12 +155,25 @@ pub struct ServeArgs {
     /// How the data thread sends, receives, signals and waits
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub io: IoMode,
+    /// Percent of its time that an idle data thread may look at most; the rest goes back to the host
+    #[arg(long, value_name = "PERCENT", default_value_t)]
+    pub poll_share: Share,
     /// What runs the devices
     #[arg(long, value_enum, default_value_t)]
     pub server: ServerKind,
     /// Unix socket for commands, one JSON object per line: {"cmd":"status"}, {"cmd":"metrics"}, {"cmd":"limit",...}, ...
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
+    /// The same on a socket that listens already, which this process was started with as descriptor FDNUM
+    #[arg(long, value_name = "FDNUM", conflicts_with = "control")]
+    pub control_fd: Option<i32>,
+    /// For a supervisor: the page into which the data thread counts what it does (a sealed memfd)
+    #[arg(long, value_name = "FDNUM")]
+    pub pulse_fd: Option<i32>,
+    /// For a supervisor: do everything up to the login, say `standby:`, and wait for a byte on this descriptor; its end is
+    /// the end
+    #[arg(long, value_name = "FDNUM")]
+    pub standby_fd: Option<i32>,
     /// Serve a page of metrics for Prometheus there: http://ADDRESS:PORT/metrics, or over a Unix socket
     #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
     pub metrics: Option<Endpoint>,

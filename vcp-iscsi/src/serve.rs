@@ -1,6 +1,7 @@
 //! `vcp-iscsi serve`: opens the units, builds the devices, runs a server until a signal.
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,11 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
 use vcp_core::http::{Endpoint, HttpServer};
 use vcp_core::process::notify::Manager;
 use vcp_core::process::{Signals, exit_with_parent};
+use vcp_core::pulse::Pulse;
 use vcp_core::uring::{self, Ring};
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
@@ -66,7 +69,12 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     }
     let plans = plans(args, disks)?;
     // Everything that is listened on, before the process gives up the right to.
-    let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
+    let control = match (&args.control, args.control_fd) {
+        (Some(path), _) => Some(SocketFile::bind(path)?),
+        (None, fd) => fd.map(SocketFile::adopt).transpose()?,
+    };
+    let pulse = adopt_pulse(args.pulse_fd)?;
+    let standby = args.standby_fd.map(adopt).transpose().context("--standby-fd")?;
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let manager = Manager::find();
     let ring = match args.server {
@@ -74,6 +82,11 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         ServerKind::Epoll => None,
     };
     let report = confine::confine(args.confine, ring.is_some(), needs(args, &plans))?;
+    if let Some(standby) = standby
+        && !wait_for_go(&standby, signals)?
+    {
+        return Ok(End::Signal);
+    }
     let options = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
@@ -103,6 +116,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         cpu: args.cpu,
         poll_us: poll_us(args.poll_us),
         io: args.io,
+        poll_share: args.poll_share.to_string(),
         log,
         confine: args.confine,
         disks: offers,
@@ -113,6 +127,8 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         ring: ring.into(),
         cpu: args.cpu,
         poll: args.poll_us,
+        poll_share: args.poll_share,
+        pulse,
         control,
         metrics,
         giving: Some(Giving { program: program(), offer }),
@@ -125,6 +141,39 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         ServerKind::Epoll => {
             vcp_core::epoll::serve(devices, options, signals, extra, ready)?;
             Ok(End::Signal)
+        }
+    }
+}
+
+/// The page of `--pulse-fd`.
+pub(crate) fn adopt_pulse(fd: Option<i32>) -> Result<Option<Arc<Pulse>>> {
+    fd.map(|fd| Pulse::adopt(fd).map(Arc::new).context("--pulse-fd")).transpose()
+}
+
+/// The descriptor with this number, under a number that nothing else owns.
+fn adopt(fd: i32) -> Result<OwnedFd> {
+    if fd < 0 {
+        bail!("descriptors start at 0");
+    }
+    let this = pidfd_open(getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(&this, fd, PidfdGetfdFlags::empty())?)
+}
+
+/// Waits until this process, which stood by, is to take its place; false if it is to end.
+fn wait_for_go(go: &OwnedFd, signals: &Signals) -> Result<bool> {
+    let _ = writeln!(std::io::stdout(), "standby: pid={}", std::process::id());
+    loop {
+        let mut fds = [PollFd::new(signals, PollFlags::IN), PollFd::new(go, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error).context("cannot wait"),
+        }
+        let [signal, told] = fds.map(|fd| !fd.revents().is_empty());
+        if signal && signals.take().is_some() {
+            return Ok(false);
+        }
+        if told {
+            return Ok(rustix::io::read(go, &mut [0; 1]).context("--standby-fd")? == 1);
         }
     }
 }

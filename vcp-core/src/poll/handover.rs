@@ -75,7 +75,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         }
     }
 
-    fn completions(&self) -> u64 {
+    pub(super) fn completions(&self) -> u64 {
         self.ports.iter().map(|port| port.rings.completions()).fold(0, u64::wrapping_add)
     }
 

@@ -3,6 +3,8 @@
 //! A pass looks into the mailbox, then lets each device take, submit, reap and complete. After a pass in which nothing
 //! moved the thread spins for a while ([`spin`]), then arms notifications on every ring, looks once more
 //! ([`crate::queue::notify`]), and sleeps until a kick, an engine's socket, the mailbox or a deadline.
+//!
+//! What it does with its time is counted, and told to a supervisor through its [pulse](crate::pulse).
 
 mod cpu;
 mod handover;
@@ -10,7 +12,7 @@ mod ring;
 pub mod spin;
 
 pub use cpu::{CpuError, check_cpu, pin_to};
-pub use spin::{Load, PollMode, Spin};
+pub use spin::{Load, PollMode, Share, Spin};
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use crate::device::{RingDevice, Wait};
 use crate::fabric::{Apart, Fabric};
 use crate::mailbox::Mailbox;
 use crate::metrics::{LoopMetrics, Samples};
+use crate::pulse::{Field, Pulse};
 use crate::uring::Ring;
 use crate::vu::give::StopOrder;
 use crate::vu::port::{Answer, Command, Port, What};
@@ -32,6 +35,12 @@ use crate::vu::port::{Answer, Command, Port, What};
 const DRAIN_AT_EXIT: Duration = Duration::from_secs(1);
 /// How long all devices together may take to end what they hold outside; with the drain under two seconds in all.
 pub(crate) const CLOSE_AT_EXIT: Duration = Duration::from_millis(600);
+
+/// Longest sleep of a supervised loop with requests under way: its pulse shows that it would wake up if there was something.
+pub const MAX_SLEEP: Duration = Duration::from_millis(250);
+
+/// Passes between two counts of requests for the pulse; a power of two.
+const COUNT_EVERY: u64 = 64;
 
 /// Commands carried out between two passes over the devices, so that no front end can keep others waiting by setting up.
 const COMMANDS_PER_PASS: usize = 16;
@@ -60,6 +69,16 @@ pub struct DataLoop<D, F = Apart> {
     order: Option<Box<StopOrder>>,
     /// This loop goes on where another process stopped, and has completed nothing yet.
     resumed: Option<handover::Resumed>,
+    /// What a supervisor reads.
+    pulse: Option<Arc<Pulse>>,
+}
+
+/// What the time since the last look at the clock went into.
+#[derive(Clone, Copy, Debug)]
+enum Spent {
+    Busy,
+    Looking,
+    Asleep,
 }
 
 impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
@@ -91,7 +110,16 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             metrics,
             order: None,
             resumed: None,
+            pulse: None,
         })
+    }
+
+    /// The same with a page for its supervisor, and with at most `share` percent of its time spent looking for work.
+    #[must_use]
+    pub fn supervised(mut self, pulse: Option<Arc<Pulse>>, share: Share) -> Self {
+        self.pulse = pulse;
+        self.spin.limit(share);
+        self
     }
 
     /// Runs until told to stop, then gives what is in flight a moment to end.
@@ -102,8 +130,10 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let mut idle_since: Option<Instant> = None;
         self.start_ring()?;
         self.first_look();
+        let (mut last, mut spent) = (Instant::now(), Spent::Busy);
         while !self.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
+            self.account(now.saturating_duration_since(std::mem::replace(&mut last, now)), spent);
             let moved = self.pass(now);
             if let Some(order) = self.order.take()
                 && self.hand_over(&order)?
@@ -117,6 +147,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                 }
                 idle_since = None;
                 self.metrics.busy_passes.add(1);
+                spent = Spent::Busy;
                 self.move_ring(true)?;
                 continue;
             }
@@ -127,12 +158,14 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             {
                 std::hint::spin_loop();
                 self.readiness(true);
+                spent = Spent::Looking;
                 self.move_ring(false)?;
                 continue;
             }
             if self.arm() || self.mailbox.has_mail() {
                 self.disarm();
                 idle_since = None;
+                spent = Spent::Looking;
                 continue;
             }
             if self.ring.is_some() {
@@ -140,6 +173,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             } else {
                 self.sleep(now)?;
             }
+            spent = Spent::Asleep;
             self.disarm();
             self.spin.slept(since.elapsed(), load);
             self.metrics.spin_ns.set(self.spin.budget().as_nanos() as u64);
@@ -150,6 +184,40 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         self.ports.iter_mut().for_each(|port| port.device.close(share));
         self.fabric.close(share);
         result
+    }
+
+    /// Counts what was done with some time, and lets the supervisor see it.
+    fn account(&mut self, took: Duration, spent: Spent) {
+        let counter = match spent {
+            Spent::Busy => &self.metrics.busy_ns,
+            Spent::Looking => &self.metrics.look_ns,
+            Spent::Asleep => &self.metrics.sleep_ns,
+        };
+        counter.add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        self.spin.spent(took, matches!(spent, Spent::Looking));
+        let Some(pulse) = &self.pulse else { return };
+        let metrics = &self.metrics;
+        pulse.set(Field::Passes, metrics.passes.get());
+        pulse.set(Field::BusyNs, metrics.busy_ns.get());
+        pulse.set(Field::LookNs, metrics.look_ns.get());
+        pulse.set(Field::SleepNs, metrics.sleep_ns.get());
+        if metrics.passes.get() & (COUNT_EVERY - 1) == 0 {
+            self.count(pulse);
+        }
+    }
+
+    /// Lets the supervisor see what costs a look at every ring.
+    fn count(&self, pulse: &Pulse) {
+        pulse.set(Field::InFlight, self.inflight().into());
+        pulse.set(Field::Completed, self.completions());
+        pulse.set(Field::StoppedNs, self.metrics.take_over_stopped_ns.get());
+    }
+
+    /// How long a sleep may last at most: a loop whose pulse counts shows that it lives as long as it has something to do.
+    fn longest_sleep(&self) -> Option<Duration> {
+        self.pulse.as_ref()?;
+        let busy = |port: &Port<D>| port.rings.inflight() != 0 || !port.device.has_room();
+        self.ports.iter().any(busy).then_some(MAX_SLEEP)
     }
 
     /// What ends the loop once it is set (and the mailbox woken).
@@ -240,7 +308,11 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let deadlines = self.ports.iter().filter_map(|port| port.device.wait().deadline);
         let mut deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
         self.fabric.waits(&mut |wait| deadline = [deadline, wait.deadline].into_iter().flatten().min());
-        deadline.map(|deadline| deadline.saturating_duration_since(now))
+        if let Some(pulse) = &self.pulse {
+            self.count(pulse);
+        }
+        let limit = deadline.map(|deadline| deadline.saturating_duration_since(now));
+        limit.into_iter().chain(self.longest_sleep()).min()
     }
 
     /// Sleeps until something that was waited for happens.
@@ -251,6 +323,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let timeout = self.limit(now).map(timespec);
         self.metrics.sleeps.add(1);
         self.metrics.sleeping.set(1);
+        if let Some(pulse) = &self.pulse {
+            pulse.set(Field::Sleeping, 1);
+        }
         let fds = waits().filter_map(|wait| {
             let writable = if wait.writable { PollFlags::OUT } else { PollFlags::empty() };
             wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
@@ -265,6 +340,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             wait_for(&mut all, timeout.as_ref())
         };
         self.metrics.sleeping.set(0);
+        if let Some(pulse) = &self.pulse {
+            pulse.set(Field::Sleeping, 0);
+        }
         self.readiness(ready);
         let woken = result?;
         if woken {

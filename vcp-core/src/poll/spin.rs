@@ -41,6 +41,35 @@ impl FromStr for PollMode {
     }
 }
 
+/// `--poll-share`: how much of its time a data thread may spend looking for work that is not there, in percent. What is
+/// beyond it is the host's: the thread sleeps at once until it has earned more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share(u8);
+
+impl Default for Share {
+    fn default() -> Self {
+        Self(100)
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let percent = text.strip_suffix('%').unwrap_or(text).parse().ok().filter(|share| *share <= 100);
+        percent.map(Self).ok_or_else(|| format!("`{text}` is not a share of 0 to 100 percent"))
+    }
+}
+
+impl std::fmt::Display for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// How much looking a thread may save up for, as time of its own: a burst of it is looked through, a steady load is not.
+const SAVINGS: Duration = Duration::from_millis(10);
+
 /// Longest learned budget. What looking saves is the sleep, the wake-up, and the signals of everybody who would have to
 /// wake this thread: 10 us of CPU time each where a virtual machine sends an interrupt to a thread that halted, and the
 /// time until it runs. Measured with `cargo xtask bench blk`, see `docs/decisions/when-to-look.md`.
@@ -72,6 +101,9 @@ pub struct Load {
 pub struct Spin {
     mode: PollMode,
     budget: Duration,
+    share: Share,
+    /// Looking that may still be done under `share`, in hundredths of nanoseconds; negative: owed.
+    credit: i64,
 }
 
 impl Spin {
@@ -83,14 +115,34 @@ impl Spin {
             PollMode::Fixed(budget) => budget,
             PollMode::Always => Duration::MAX,
         };
-        Self { mode, budget }
+        Self { mode, budget, share: Share::default(), credit: 0 }
+    }
+
+    /// Keeps to a share of the time.
+    pub fn limit(&mut self, share: Share) {
+        self.share = share;
+    }
+
+    /// Takes account of some time, spent `looking` for work or otherwise.
+    #[inline]
+    pub fn spent(&mut self, took: Duration, looking: bool) {
+        if self.share.0 == 100 {
+            return;
+        }
+        // An hour at a time at most, so that nothing overflows.
+        let took = took.as_nanos().min(3_600_000_000_000) as i64;
+        self.credit += took * i64::from(self.share.0);
+        if looking {
+            self.credit -= took * 100;
+        }
+        self.credit = self.credit.clamp(-100 * SAVINGS.as_nanos() as i64, 100 * SAVINGS.as_nanos() as i64);
     }
 
     /// Whether to keep looking after being idle for `idle` under `load`.
     #[inline]
     #[must_use]
     pub fn keeps_looking(&self, idle: Duration, load: Load) -> bool {
-        idle < self.budget && !self.batches(load)
+        idle < self.budget && !self.batches(load) && (self.share.0 == 100 || self.credit > 0)
     }
 
     /// Learns from a sleep that began under `load`: `idle` from the last thing that moved to the wake-up.
@@ -166,6 +218,31 @@ mod tests {
         assert!(spin.keeps_looking(19 * US, ONE) && !spin.keeps_looking(20 * US, ONE));
         assert!(!Spin::new(PollMode::Fixed(Duration::ZERO)).keeps_looking(Duration::ZERO, ONE));
         assert!(Spin::new(PollMode::Always).keeps_looking(Duration::from_secs(1 << 40), ONE));
+    }
+
+    #[test]
+    fn looking_keeps_to_its_share() {
+        let mut spin = Spin::new(PollMode::Always);
+        spin.limit("25%".parse().unwrap());
+        // Passes of 1 us, looked through where allowed, else slept.
+        let mut looked = 0;
+        for _ in 0..1_000_000 {
+            let looks = spin.keeps_looking(Duration::ZERO, ONE);
+            looked += u32::from(looks);
+            spin.spent(US, looks);
+        }
+        assert!((240_000..=260_000).contains(&looked), "{looked}");
+        // What was saved in an hour's sleep is a burst and no more.
+        spin.spent(Duration::from_secs(3600), false);
+        let mut burst = 0;
+        while spin.keeps_looking(Duration::ZERO, ONE) {
+            spin.spent(US, true);
+            burst += 1;
+        }
+        assert!((10_000..=14_000).contains(&burst), "{burst}");
+        for wrong in ["101", "-1", "x", ""] {
+            assert!(wrong.parse::<Share>().is_err());
+        }
     }
 
     #[test]

@@ -311,10 +311,10 @@ impl Drop for SocketFile {
         if self.released {
             return;
         }
-        let ours =
-            std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
+        let ours = std::fs::symlink_metadata(&self.absolute)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
         if ours {
-            let _ = std::fs::remove_file(&self.path);
+            let _ = std::fs::remove_file(&self.absolute);
         }
     }
 }

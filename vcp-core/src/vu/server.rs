@@ -28,8 +28,9 @@ use crate::handover::taker::TakeError;
 use crate::http::HttpServer;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
-use crate::poll::{CpuError, DataLoop, PollMode, check_cpu, pin_to};
+use crate::poll::{CpuError, DataLoop, PollMode, Share, check_cpu, pin_to};
 use crate::process::Signals;
+use crate::pulse::Pulse;
 use crate::uring::Ring;
 
 /// How long a front end that reconnects waits for its previous connection to be taken down. Messages already sent on
@@ -61,6 +62,10 @@ pub struct ServeOptions {
     pub cpu: Option<usize>,
     /// What an idle data thread does.
     pub poll: PollMode,
+    /// How much of its time an idle data thread may look for work.
+    pub poll_share: Share,
+    /// The page that a supervisor reads.
+    pub pulse: Option<Arc<Pulse>>,
     /// Control socket. It is there already: a confined process opens none.
     pub control: Option<SocketFile>,
     /// Page of metrics.
@@ -176,7 +181,8 @@ pub fn serve_joined<D: RingDevice, F: Fabric<D>>(
     let control = Control::new(socket, http, Arc::clone(&loop_metrics), parts, ask, extra);
     let data = DataLoop::new(ports, fabric, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
         .map_err(system("create an epoll instance"))?
-        .with_ring(options.take_ring());
+        .with_ring(options.take_ring())
+        .supervised(options.pulse.clone(), options.poll_share);
     let server = Server::start(entries, control, data, mailbox, &options)?;
     ready();
     server.run(signals)

@@ -131,7 +131,8 @@ impl Parts {
             Arc::clone(&metrics),
         )
         .map_err(failed)?
-        .with_ring(options.take_ring());
+        .with_ring(options.take_ring())
+        .supervised(options.pulse.clone(), options.poll_share);
         let (mut entries, mut front_ends) = (Vec::new(), Vec::new());
         for (index, (state, (name, device))) in state.devices.into_iter().zip(devices).enumerate() {
             if state.name != *name {

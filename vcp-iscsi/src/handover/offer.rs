@@ -25,12 +25,19 @@ pub struct Offer {
     /// `--io`.
     #[serde(default)]
     pub io: IoMode,
+    /// `--poll-share`.
+    #[serde(default = "whole")]
+    pub poll_share: String,
     /// What is logged.
     pub log: Option<String>,
     /// `--confine`.
     pub confine: ConfineMode,
     /// The devices, in order.
     pub disks: Vec<DiskOffer>,
+}
+
+fn whole() -> String {
+    "100".into()
 }
 
 /// One device.

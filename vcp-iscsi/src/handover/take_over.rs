@@ -23,7 +23,7 @@ use crate::confine::{self, Needs};
 use crate::engine::Engine;
 
 use crate::portal::IscsiEngine;
-use crate::serve::{announce, describe, describe_io};
+use crate::serve::{adopt_pulse, announce, describe, describe_io};
 
 /// Arguments of `take-over`.
 #[derive(Args, Debug)]
@@ -39,6 +39,9 @@ pub struct TakeOverArgs {
     /// one's are one, and the log goes where it went
     #[arg(long)]
     pub stand_in: bool,
+    /// For a supervisor: the page into which the data thread counts what it does (a sealed memfd)
+    #[arg(long, value_name = "FDNUM")]
+    pub pulse_fd: Option<i32>,
     /// End when the process that started this one ends
     #[arg(long, conflicts_with = "stand_in")]
     pub exit_with_parent: bool,
@@ -52,6 +55,7 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
     if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
         bail!("the parent process ended before this one was up");
     }
+    let pulse = adopt_pulse(args.pulse_fd)?;
     let stream = ask(&args.control, args.stand_in)?;
     let (taker, app) = Taker::begin(stream, program()).context("cannot take over")?;
     let offer: Result<Offer, _> = serde_json::from_value(app.clone());
@@ -81,7 +85,8 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
     });
     match confined {
         Ok((Built { devices, options, ready }, report)) => {
-            let options = ServeOptions { giving: Some(Giving { program: program(), offer: app }), ..options };
+            let giving = Some(Giving { program: program(), offer: app });
+            let options = ServeOptions { giving, pulse, ..options };
             let extra = confine::status(&report);
             let ready = move || announce(&ready, &manager);
             Ok(vcp_core::vu::take_over(taker, devices, &options, signals, extra, ready)?)
@@ -104,7 +109,9 @@ fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let io = describe_io(ring.as_ref());
-    let options = ServeOptions { cpu: offer.cpu, poll, ring: ring.into(), ..ServeOptions::default() };
+    let poll_share = offer.poll_share.parse().map_err(anyhow::Error::msg).context("--poll-share")?;
+    let options =
+        ServeOptions { cpu: offer.cpu, poll, poll_share, ring: ring.into(), ..ServeOptions::default() };
     let mut ready = "ready:".to_owned();
     let mut devices = Vec::new();
     for disk in offer.disks {

@@ -81,6 +81,7 @@ impl Sockets {
         let thread = std::thread::Builder::new()
             .name("api".into())
             .spawn(move || {
+                crate::confine::thread(crate::confine::Kind::Api);
                 runtime.block_on(serve_all(&self, shared, stopped));
                 runtime.shutdown_background();
             })

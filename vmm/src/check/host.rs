@@ -7,6 +7,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{Item, Status};
 use crate::affinity;
+use crate::placement::topology::Topology;
 
 /// KVM's API version since Linux 2.6.22.
 const KVM_API_VERSION: i32 = 12;
@@ -57,7 +58,7 @@ pub(super) fn processors() -> Vec<Item> {
         ),
         list => Item::ok("kvm module", list.join(", ")),
     };
-    vec![hardware, modules, cpus(), siblings()]
+    vec![hardware, modules, cpus(), topology(), control_groups()]
 }
 
 fn allowed() -> Vec<usize> {
@@ -79,26 +80,42 @@ fn cpus() -> Item {
     }
 }
 
-fn siblings() -> Item {
-    let mut pairs: Vec<String> = allowed()
+fn topology() -> Item {
+    let host = match Topology::of_host() {
+        Ok(host) => host,
+        Err(e) => {
+            return Item::new("topology", Status::Warn, crate::chain(&e), "check /sys/devices/system/cpu");
+        }
+    };
+    let text = host.describe();
+    let pairs: Vec<String> = host
+        .cores()
         .iter()
-        .filter_map(|cpu| {
-            read_to_string(format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")).ok()
-        })
-        .map(|list| list.trim().to_owned())
-        .filter(|list| list.contains([',', '-']))
+        .filter(|core| core.len() > 1)
+        .map(|core| core.iter().map(|cpu| cpu.id.to_string()).collect::<Vec<_>>().join("+"))
         .collect();
-    pairs.sort();
-    pairs.dedup();
     if pairs.is_empty() {
-        return Item::ok("SMT siblings", "none: every CPU is a core of its own");
+        return Item::ok("topology", text);
     }
     Item::new(
-        "SMT siblings",
+        "topology",
         Status::Warn,
-        pairs.join(" "),
-        "give a VCP a whole core: keep its sibling idle or for its own guest",
+        format!("{text}; siblings {}", pairs.join(" ")),
+        "a VCP next to another guest's thread shares its core: cpu=own-core, or cpu=sibling for its own guest",
     )
+}
+
+/// What bounds the processor time, memory and processes of each VCP.
+fn control_groups() -> Item {
+    match crate::vcp::cgroup::Groups::look() {
+        Ok(path) => Item::ok("control group", format!("{path} can have groups with bounds below it")),
+        Err(why) => Item::new(
+            "control group",
+            Status::Warn,
+            why,
+            "VCPs run with resource limits alone; start vcp in a delegated group of its own",
+        ),
+    }
 }
 
 /// `/dev/kvm`: there, openable, its limits and capabilities. The flag says whether it can be used.

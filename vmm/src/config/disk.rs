@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::words::{number, parts, switch, wrong_key};
+use crate::placement::Policy;
 
 /// A URL that may hold a secret: it is not shown by `Debug`. Serialised in full, for `vcp run --print-config` and for
 /// requests to the API; nothing that holds one is a part of an answer.
@@ -68,9 +69,29 @@ pub struct DiskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 64)]
     pub queues: Option<u16>,
-    /// Hardware thread of the disk's VCP (with `url`).
+    /// Where the disk's VCP runs (with `url`): the number of a hardware thread, `auto`, `own-core`, `sibling[:VCPU]` or
+    /// `shared[:GROUP]`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cpu: Option<usize>,
+    #[schema(value_type = Option<String>)]
+    pub cpu: Option<Policy>,
+    /// Its share of a thread that it shares, relative to the others' (with `url`), 1 to 10000; 100 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 10000)]
+    pub weight: Option<u32>,
+    /// How long its idle data thread looks before it sleeps (with `url`): microseconds, `always` or `adaptive`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poll_us: Option<String>,
+    /// Percent of its time that its data thread may look for work at most (with `url`); the rest is the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 100)]
+    pub poll_share: Option<u8>,
+    /// Whether a second process stands by for the case that it dies (with `url`), which is so if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub standby: Option<bool>,
+    /// Seconds that its data thread may stand still with work to do before it is killed (with `url`); 5 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 3600)]
+    pub watchdog: Option<u16>,
     /// Offer packed rings to the guest; the backend must have them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub packed: bool,
@@ -92,8 +113,23 @@ const MAX_PATHS: usize = 16;
 /// Largest number of request queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
 
-const KEYS: &[&str] =
-    &["url", "path", "paths", "sessions", "socket", "read-only", "queues", "cpu", "packed", "reconnect"];
+const KEYS: &[&str] = &[
+    "url",
+    "path",
+    "paths",
+    "sessions",
+    "socket",
+    "read-only",
+    "queues",
+    "cpu",
+    "weight",
+    "poll-us",
+    "poll-share",
+    "standby",
+    "watchdog",
+    "packed",
+    "reconnect",
+];
 
 impl DiskSpec {
     /// Reads a specification as it stands after `--disk`.
@@ -108,7 +144,14 @@ impl DiskSpec {
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("read-only", None) => spec.read_only = true,
                 (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
-                (key @ "cpu", Some(v)) => spec.cpu = Some(number(key, v)?),
+                ("cpu", Some(v)) => spec.cpu = Some(v.parse()?),
+                (key @ "weight", Some(v)) => spec.weight = Some(number(key, v)?),
+                ("poll-us", Some(v)) => spec.poll_us = Some(v.to_owned()),
+                (key @ "poll-share", Some(v)) => {
+                    spec.poll_share = Some(number(key, v.trim_end_matches('%'))?)
+                }
+                (key @ "standby", Some(v)) => spec.standby = Some(switch(key, v)?),
+                (key @ "watchdog", Some(v)) => spec.watchdog = Some(number(key, v)?),
                 (key @ "packed", Some(v)) => spec.packed = switch(key, v)?,
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("disk", part, KEYS)),
@@ -132,6 +175,12 @@ impl DiskSpec {
             (None, Some(_)) if self.read_only => {
                 return Err("read-only is the backend's business with socket=: set it there".into());
             }
+            (None, Some(_)) if self.of_own_vcp().is_some() => {
+                let key = self.of_own_vcp().unwrap_or_default();
+                return Err(format!(
+                    "{key}= applies to the vcp-iscsi that url= starts; for the backend of socket=, see to it where that is started"
+                ));
+            }
             (None, Some(_)) if self.cpu.is_some() => {
                 return Err("cpu= applies to the vcp-iscsi that url= starts; pin the backend of socket= where it is started".into());
             }
@@ -148,12 +197,37 @@ impl DiskSpec {
         {
             return Err(format!("sessions={n} is out of range: 1 to {MAX_PATHS}"));
         }
+        if self.weight.is_some_and(|weight| !(1..=10_000).contains(&weight)) {
+            return Err("weight= is out of range: 1 to 10000".into());
+        }
+        if self.watchdog.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
+            return Err("watchdog= is out of range: 1 to 3600 seconds".into());
+        }
+        if self.poll_share.is_some_and(|share| share > 100) {
+            return Err("poll-share= is out of range: 0 to 100 percent".into());
+        }
+        if let Some(poll) = &self.poll_us {
+            poll.parse::<vcp_core::poll::PollMode>().map_err(|e| format!("poll-us: {e}"))?;
+        }
         match self.queues {
             Some(n) if !(1..=MAX_QUEUES).contains(&n) => {
                 Err(format!("queues={n} is out of range: 1 to {MAX_QUEUES}"))
             }
             _ => Ok(()),
         }
+    }
+
+    /// A key that only a VCP of our own can honour, if one was given.
+    fn of_own_vcp(&self) -> Option<&'static str> {
+        [
+            ("weight", self.weight.is_some()),
+            ("poll-us", self.poll_us.is_some()),
+            ("poll-share", self.poll_share.is_some()),
+            ("standby", self.standby.is_some()),
+            ("watchdog", self.watchdog.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(key, given)| given.then_some(key))
     }
 }
 
@@ -167,7 +241,14 @@ mod tests {
         let spec = DiskSpec::parse(text).unwrap();
         assert!(spec.packed && spec.reconnect == Some(false));
         assert_eq!(spec.queues, Some(2));
-        assert_eq!(spec.cpu, Some(1));
+        assert_eq!(spec.cpu, Some(Policy::Named(1)));
+        let text =
+            "url=iscsi://h/i/0,cpu=shared:a,weight=50,poll-us=20,poll-share=25%,standby=off,watchdog=2";
+        let spec = DiskSpec::parse(text).unwrap();
+        assert_eq!((spec.cpu, spec.weight), (Some(Policy::Shared("a".into())), Some(50)));
+        assert_eq!((spec.poll_us.as_deref(), spec.poll_share), (Some("20"), Some(25)));
+        assert_eq!((spec.standby, spec.watchdog), (Some(false), Some(2)));
+        let spec = DiskSpec::parse("url=iscsi://h/iqn.x:y/0,read-only").unwrap();
         assert!(spec.read_only);
     }
 
@@ -197,6 +278,12 @@ mod tests {
             "socket=a,queues=65",
             "socket=a,queues=x",
             "socket=a,cpu=1",
+            "socket=a,standby=off",
+            "url=iscsi://h/i/0,weight=0",
+            "url=iscsi://h/i/0,poll-share=101",
+            "url=iscsi://h/i/0,poll-us=soon",
+            "url=iscsi://h/i/0,watchdog=0",
+            "url=iscsi://h/i/0,cpu=core",
             "socket=a,packed",
             "socket=a,reconnect=maybe",
             "socket=a,read-only=1",

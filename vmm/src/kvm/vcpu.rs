@@ -134,6 +134,7 @@ impl Vcpus {
                         {
                             tracing::warn!(vcpu = id, error = %e, "cannot pin the vCPU thread");
                         }
+                        crate::confine::thread(crate::confine::Kind::Vcpu);
                         worker.work();
                     }
                 })

@@ -4,6 +4,7 @@
 use super::Machine;
 use super::command::{Answer, Command, CommandError, PinTarget, Reply, ReplyTo, Restart};
 use super::status::{DeviceKind, RunState, Status, VcpuStatus};
+use crate::affinity;
 use crate::config::MIN_MEMORY_BYTES;
 use crate::exit::ExitReason;
 use crate::virtio::balloon;
@@ -26,8 +27,12 @@ impl Machine {
             Command::RemoveNet(name) => return self.devices.ask_back(&name, DeviceKind::Net, reply),
             Command::Resize { memory_bytes } => self.resize(memory_bytes),
             Command::Snapshot(path) => return self.snapshot(path, reply),
-            Command::Pin { target, cpus } => self.pin(&target, &cpus),
-            Command::RestartVcp { device, how } => self.restart_vcp(&device, how),
+            // Answered when it is done.
+            Command::Pin { target: PinTarget::Device(name), cpus } => {
+                return self.pin_vcp(&name, cpus, reply);
+            }
+            Command::Pin { target: PinTarget::Vcpu(id), cpus } => self.pin_vcpu(id, cpus),
+            Command::RestartVcp { device, how } => return self.restart_vcp(&device, how, reply),
             Command::RateLimits { .. } => Err(CommandError::NotYet("changing rate limits")),
         };
         reply.give(answer);
@@ -119,22 +124,53 @@ impl Machine {
         }
     }
 
-    fn pin(&mut self, target: &PinTarget, _cpus: &[usize]) -> Answer {
-        match target {
-            PinTarget::Vcpu(id) if *id >= self.vcpus.count() => {
-                Err(CommandError::NotFound(format!("vCPU {id}")))
-            }
-            PinTarget::Device(name) if self.devices.keeper(name).is_none() => {
-                Err(CommandError::NotFound(format!("VCP of a device {name}")))
-            }
-            _ => Err(CommandError::NotYet("pinning a running thread")),
+    fn pin_vcpu(&mut self, id: usize, cpus: Vec<usize>) -> Answer {
+        let thread = self.vcpus.thread_id(id).filter(|_| id < self.vcpus.count());
+        let Some(thread) = thread else { return Err(CommandError::NotFound(format!("vCPU {id}"))) };
+        affinity::confine(thread, self.allowed(&cpus)?)
+            .map_err(|e| CommandError::Failed(crate::chain(&e)))?;
+        if let Some(place) = self.placement.vcpus.get_mut(id) {
+            *place = Some(cpus);
+        }
+        Ok(Reply::Done)
+    }
+
+    fn pin_vcp(&mut self, device: &str, cpus: Vec<usize>, reply: ReplyTo) {
+        match (self.allowed(&cpus), self.devices.keeper(device)) {
+            (Err(error), _) => reply.give(Err(error)),
+            (_, None) => reply.give(Err(CommandError::NotFound(format!("VCP of a device {device}")))),
+            (Ok(_), Some(keeper)) => keeper.pin(cpus, answer(reply)),
         }
     }
 
-    fn restart_vcp(&mut self, device: &str, _how: Restart) -> Answer {
-        match self.devices.keeper(device) {
-            None => Err(CommandError::NotFound(format!("device {device} with a backend"))),
-            Some(_) => Err(CommandError::NotYet("restarting a VCP")),
+    /// CPUs that this process may use, all of them.
+    fn allowed<'a>(&self, cpus: &'a [usize]) -> std::result::Result<&'a [usize], CommandError> {
+        let allowed = affinity::allowed().map_err(|e| CommandError::Failed(crate::chain(&e)))?;
+        if cpus.is_empty() {
+            return Err(CommandError::Invalid("no CPU is named".into()));
+        }
+        match cpus.iter().find(|cpu| !allowed.contains(cpu)) {
+            None => Ok(cpus),
+            Some(cpu) => {
+                let list = allowed.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+                let text = format!("CPU {cpu} is not among the CPUs that this process may use: {list}");
+                Err(CommandError::Invalid(text))
+            }
         }
     }
+
+    fn restart_vcp(&mut self, device: &str, how: Restart, reply: ReplyTo) {
+        let Some(keeper) = self.devices.keeper(device) else {
+            return reply.give(Err(CommandError::NotFound(format!("device {device} with a backend"))));
+        };
+        match how {
+            Restart::Kill => keeper.restart(answer(reply)),
+            Restart::Upgrade => keeper.upgrade(answer(reply)),
+        }
+    }
+}
+
+/// Passes a keeper's answer on.
+fn answer(reply: ReplyTo) -> crate::vcp::keeper::Reply {
+    Box::new(move |how| reply.give(how.map(|()| Reply::Done).map_err(CommandError::Failed)))
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::status::DeviceKind;
-use crate::affinity::Placement;
 use crate::config::{DiskSpec, NetSpec, PathsFrom, VmConfig};
 use crate::error::{Error, Result};
+use crate::placement::topology::Topology;
+use crate::placement::{self, DEFAULT_WEIGHT, Placement, VcpPlace, Want};
 use crate::vcp::process::READY_TIMEOUT;
 use crate::vcp::runtime_dir::RuntimeDir;
-use crate::vcp::{IscsiVcp, Source, VcpPaths, VcpProcess};
+use crate::vcp::{First, IscsiVcp, Source, VcpPaths, VcpProcess};
 use crate::virtio::vhost_user::link::Link;
 use crate::virtio::vhost_user::{VhostUserDevice, blk, net};
 
@@ -43,17 +44,16 @@ pub(super) fn start_all(
         .enumerate()
         .map(|(i, net)| connect_net(&net_name(i), i, net))
         .collect::<Result<Vec<_>>>()?;
-    let dir = config.disks.iter().any(|d| d.url.is_some()).then(RuntimeDir::create).transpose()?;
+    RuntimeDir::sweep_all();
     let mut started = Vec::new();
     // All start at once, then all are waited for: logins take place side by side.
-    let mut cpus = placement.vcps.iter();
+    let mut places = placement.vcps.iter().copied();
     for (i, disk) in config.disks.iter().enumerate() {
-        let (Some(_), Some(dir)) = (&disk.url, &dir) else { continue };
-        started.push((
-            i,
-            disk,
-            start_disk(program, &disk_name(i), disk, dir, cpus.next().copied().flatten())?,
-        ));
+        if disk.url.is_none() {
+            continue;
+        }
+        let place = places.next().unwrap_or_default();
+        started.push((i, disk, start_disk(program, &disk_name(i), disk, i as u32, place)?));
     }
     for (_, _, vcp) in &mut started {
         vcp.wait_ready(READY_TIMEOUT, interrupt.as_fd())?;
@@ -73,16 +73,36 @@ pub(super) fn start_one_disk(
     program: &Path,
     name: &str,
     disk: &DiskSpec,
-    cpu: Option<usize>,
     interrupt: impl AsFd,
 ) -> Result<Backend> {
     if let Some(socket) = &disk.socket {
         return connect_given_disk(name, disk, socket);
     }
-    let dir = RuntimeDir::create_unswept()?;
-    let mut vcp = start_disk(program, name, disk, &dir, cpu)?;
+    let number = name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
+    // By itself, as if it were the only one: what the others have is theirs by now, and a core of its own may be had by
+    // number only.
+    let want = Want {
+        name: name.to_owned(),
+        policy: disk.cpu.clone().unwrap_or_default(),
+        weight: disk.weight.unwrap_or(DEFAULT_WEIGHT),
+    };
+    let host = Topology::of_host()?;
+    let placed = placement::place(&host, &[want], 0, None).map_err(Error::Usage)?;
+    let place = placed.vcps.first().copied().unwrap_or_default();
+    let mut vcp = start_disk(program, name, disk, number, place)?;
     vcp.wait_ready(READY_TIMEOUT, interrupt)?;
     vcp.connect(program, disk)
+}
+
+/// Where the VCPs of a machine are wanted, in the order of its disks.
+pub(super) fn wishes(config: &VmConfig) -> Vec<Want> {
+    let disks = config.disks.iter().enumerate().filter(|(_, disk)| disk.url.is_some());
+    let want = |(i, disk): (usize, &DiskSpec)| Want {
+        name: disk_name(i),
+        policy: disk.cpu.clone().unwrap_or_default(),
+        weight: disk.weight.unwrap_or(DEFAULT_WEIGHT),
+    };
+    disks.map(want).collect()
 }
 
 /// The name of disk number `index`.
@@ -99,66 +119,64 @@ pub(super) fn net_name(index: usize) -> String {
 struct Started {
     vcp: IscsiVcp,
     process: VcpProcess,
-    socket: PathBuf,
 }
 
-fn start_disk(
-    program: &Path,
-    name: &str,
-    disk: &DiskSpec,
-    dir: &RuntimeDir,
-    cpu: Option<usize>,
-) -> Result<Started> {
+fn start_disk(program: &Path, name: &str, disk: &DiskSpec, number: u32, place: VcpPlace) -> Result<Started> {
     let Some(url) = &disk.url else {
         return Err(Error::Usage(format!("{name} has neither a URL nor a socket")));
     };
-    let socket = dir.socket(name);
-    let vcp = IscsiVcp {
-        device: name.to_owned(),
-        url: url.clone(),
-        instance: socket.display().to_string(),
-        read_only: disk.read_only,
-        queues: disk.queues.unwrap_or(1),
-        cpu,
-        paths: VcpPaths {
-            urls: disk.path.clone(),
-            all: disk.paths == Some(PathsFrom::All),
-            sessions: disk.sessions,
-        },
+    let mut vcp = IscsiVcp::new(name, url.clone(), disk.queues.unwrap_or(1))?;
+    (vcp.read_only, vcp.number) = (disk.read_only, number);
+    (vcp.cpu, vcp.node, vcp.nice) = (place.cpu, place.node, place.nice);
+    vcp.paths = VcpPaths {
+        urls: disk.path.clone(),
+        all: disk.paths == Some(PathsFrom::All),
+        sessions: disk.sessions,
     };
-    let process = VcpProcess::start(program, &vcp, &socket)?;
-    Ok(Started { vcp, process, socket })
+    vcp.standby = disk.standby.unwrap_or(true);
+    if let Some(seconds) = disk.watchdog {
+        vcp.patience = Duration::from_secs(seconds.into());
+    }
+    let options = [
+        ("--poll-us", disk.poll_us.clone()),
+        ("--poll-share", disk.poll_share.map(|share| share.to_string())),
+    ];
+    for (option, value) in options {
+        vcp.options.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
+    }
+    let process = VcpProcess::start(program, &vcp, First::Serve)?;
+    Ok(Started { vcp, process })
 }
 
 impl Started {
     fn wait_ready(&mut self, timeout: Duration, interrupt: impl AsFd) -> Result<()> {
-        self.process.wait_ready(Some(timeout), interrupt)?;
+        self.process.wait_ready(timeout, interrupt)?;
         tracing::info!(device = self.vcp.device, pid = self.process.pid(), "vcp-iscsi is ready");
         Ok(())
     }
 
     fn connect(self, program: &Path, disk: &DiskSpec) -> Result<Backend> {
-        let Self { vcp, process, socket } = self;
-        let name = vcp.device.clone();
+        let Self { vcp, process } = self;
+        let (name, link) = (vcp.device.clone(), process.connect(vcp.queues)?);
         let source = Source::Process(program.to_owned(), Box::new(vcp));
-        connect_disk(&name, disk, &socket, source, Some(process))
+        disk_behind(&name, disk, link, source, Some(process))
     }
 }
 
 fn connect_given_disk(name: &str, disk: &DiskSpec, socket: &Path) -> Result<Backend> {
-    connect_disk(name, disk, socket, Source::Socket(socket.to_owned()), None)
+    let link = Link::connect(name, socket, disk.queues.unwrap_or(1))?;
+    disk_behind(name, disk, link, Source::Socket(socket.to_owned()), None)
 }
 
 /// Shakes hands with the backend of a disk.
-fn connect_disk(
+fn disk_behind(
     name: &str,
     disk: &DiskSpec,
-    socket: &Path,
+    link: Link,
     source: Source,
     process: Option<VcpProcess>,
 ) -> Result<Backend> {
     let queues = disk.queues.unwrap_or(1);
-    let link = Link::connect(name, socket, queues)?;
     let recovers = disk.reconnect.unwrap_or(true);
     let device = VhostUserDevice::new(name, blk::kind(queues, disk.packed), link, recovers)?;
     Ok(Backend { kind: DeviceKind::Disk, device, source, process })

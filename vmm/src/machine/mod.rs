@@ -40,7 +40,6 @@ use self::command::{Commands, Control, Message};
 use self::devices::{Backplane, Devices, PciBackplane, Places};
 use self::snap::Saved;
 use self::status::{DeviceKind, RunState};
-use crate::affinity::{self, Placement};
 use crate::boot::Kernel;
 use crate::bus::Bus;
 use crate::config::{MAX_MEMORY_BYTES, MAX_VCPUS, Transport, VmConfig};
@@ -54,11 +53,13 @@ use crate::kvm::vcpu::{VcpuContext, Vcpus};
 use crate::kvm::{self, Vm, memory, regs};
 use crate::layout::{COM1_GSI, PCI_ECAM_LEN, PCI_ECAM_START, PCI_MMIO_END, PCI_MMIO_START};
 use crate::pci::bus::{ConfigPorts, Ecam, Memory, PciBus};
+use crate::placement::topology::Topology;
+use crate::placement::{self, Placement};
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::rng::Rng;
-use crate::{acpi, api, signal, vcp};
+use crate::{acpi, api, confine, signal, vcp};
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 
@@ -76,10 +77,12 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let kernel = if snapshot.is_none() { Some(Kernel::open(&config.kernel)?) } else { None };
     let signals = signal::install_end_handlers()?;
     let exit = ExitSignal::new()?;
-    let allowed = affinity::allowed()?;
-    let wanted: Vec<_> = config.disks.iter().filter(|d| d.url.is_some()).map(|d| d.cpu).collect();
-    let placement = affinity::place(&allowed, &wanted, config.vcpus, config.vcpu_cpus.as_deref())
-        .map_err(Error::Usage)?;
+    // Before anybody is confined, for it cannot be.
+    vcp::spawn::prepare();
+    let host = Topology::of_host()?;
+    let placement =
+        placement::place(&host, &backends::wishes(&config), config.vcpus, config.vcpu_cpus.as_deref())
+            .map_err(Error::Usage)?;
     // The board first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
     let board = match (kernel, &snapshot) {
         (Some(kernel), _) => Board::new(&config, kernel)?,
@@ -102,6 +105,7 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let parts = Parts { config, board, saved, backends, placement, program, control, exit };
     let machine = Machine::start(parts, signals, &commands)?;
     let _api = sockets.serve(&name, api_control)?;
+    confine::thread(confine::Kind::Main);
     machine.run(&commands)
 }
 

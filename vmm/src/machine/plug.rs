@@ -90,7 +90,7 @@ fn get_disk(
     disk: &DiskSpec,
     interrupt: &std::os::fd::OwnedFd,
 ) -> Result<Backend> {
-    backends::start_one_disk(program, name, disk, disk.cpu, interrupt)
+    backends::start_one_disk(program, name, disk, interrupt)
 }
 
 fn get_net(name: &str, index: usize, net: &NetSpec) -> Result<Backend> {

@@ -90,11 +90,59 @@ pub enum DeviceKind {
 pub struct BackendStatus {
     /// Whether it is connected.
     pub connected: bool,
+    /// `away`, `starting`, `attaching`, `serving`, `upgrading`, `dying` or `over`.
+    #[serde(default)]
+    pub state: String,
     /// Process id, where the monitor has started it.
     pub pid: Option<u32>,
+    /// Id of its data thread on the host.
+    #[serde(default)]
+    pub thread_id: Option<i32>,
+    /// Hardware thread of the data thread, if it has one of its own.
+    #[serde(default)]
+    pub cpu: Option<usize>,
     /// How often another one has taken its place.
     pub restarts: u64,
     /// Leads to the control socket of the process, where the monitor has started it: an `O_PATH` descriptor of its file.
     #[serde(skip)]
     pub control: Option<Arc<OwnedFd>>,
+    /// How often one was killed because its data thread stood still with work to do.
+    #[serde(default)]
+    pub stalls: u64,
+    /// How often one has handed over to another.
+    #[serde(default)]
+    pub upgrades: u64,
+    /// While it is away: time until the next attempt, milliseconds.
+    #[serde(default)]
+    pub next_start_ms: Option<u64>,
+    /// How the last one went, in words.
+    #[serde(default)]
+    pub last_death: Option<String>,
+    /// How long the guest was without a backend the last time, microseconds.
+    #[serde(default)]
+    pub last_away_us: Option<u64>,
+    /// How long requests were not taken at the last upgrade, microseconds.
+    #[serde(default)]
+    pub upgrade_pause_us: Option<u64>,
+    /// What its data thread did, where the monitor has started it.
+    #[serde(default)]
+    pub load: Option<LoadSplit>,
+    /// Namespaces of its own.
+    #[serde(default)]
+    pub namespaces: Vec<String>,
+}
+
+/// What a data thread did with its time since its process began, as it says itself.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize, ToSchema)]
+pub struct LoadSplit {
+    /// Passes in which something moved, nanoseconds.
+    pub busy_ns: u64,
+    /// Looking for work that was not there, nanoseconds.
+    pub look_ns: u64,
+    /// Asleep, nanoseconds.
+    pub sleep_ns: u64,
+    /// Requests given back.
+    pub requests: u64,
+    /// Requests in flight.
+    pub inflight: u64,
 }

@@ -2,15 +2,21 @@
 
 use std::io::Write;
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use super::*;
+use crate::exit::ExitReason;
 use crate::kvm::GuestMemory;
+use crate::vcp::process::First;
 use crate::virtio::VirtioDevice;
+use crate::virtio::vhost_user::link::Link;
 use crate::virtio::vhost_user::tests::script::*;
 use crate::virtio::vhost_user::tests::{Line, activation_on};
 use crate::virtio::vhost_user::{VhostUserDevice, blk};
@@ -199,10 +205,17 @@ fn a_change_of_configuration_reaches_the_driver_over_the_backends_channel() {
     bed.stop();
 }
 
-/// A program that takes a VCP's options; the socket's path is in `$socket`.
-fn program(dir: &Path, then: &str) -> PathBuf {
+/// A program that takes a VCP's options. It gives the socket that it listens on to the test, which serves in its place;
+/// the process is there to be watched and killed.
+fn program(dir: &Path, before: &str) -> PathBuf {
     let path = dir.join("vcp-iscsi");
-    let text = format!("#!/bin/sh\nsocket=$3\nhere={}\n{then}\n", dir.display());
+    let exe = std::env::current_exe().unwrap();
+    let text = format!(
+        "#!/bin/sh\nhere={here}\n{before}\nVCP_TEST_GIVE=$here/give VCP_TEST_ARGS=\"$*\" exec {exe} --exact \
+         vcp::keeper::tests::child --nocapture --test-threads=1\n",
+        here = dir.display(),
+        exe = exe.display()
+    );
     // Written by another process: see the tests of `process`.
     let mut write = Command::new("sh");
     write.args(["-c", "printf %s \"$1\" > \"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
@@ -210,66 +223,211 @@ fn program(dir: &Path, then: &str) -> PathBuf {
     path
 }
 
-fn vcp() -> IscsiVcp {
-    IscsiVcp {
-        device: "disk0".into(),
-        url: "iscsi://host/iqn.x:y/0".into(),
-        instance: "test".into(),
-        read_only: false,
-        queues: 2,
-        cpu: None,
-        paths: crate::vcp::VcpPaths::default(),
+/// Not a test of its own: what [`program`] runs.
+#[test]
+fn child() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let Some(give) = std::env::var_os("VCP_TEST_GIVE") else { return };
+    let args = std::env::var("VCP_TEST_ARGS").unwrap();
+    if args.contains("--standby-fd") {
+        println!("\nstandby: x");
+        let mut go = std::fs::File::open("/proc/self/fd/6").unwrap();
+        if std::io::Read::read(&mut go, &mut [0]).unwrap() == 0 {
+            return;
+        }
     }
+    if !args.starts_with("take-over") {
+        let to = UnixStream::connect(give).unwrap();
+        let this =
+            rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
+                .unwrap();
+        let listener =
+            rustix::process::pidfd_getfd(&this, 3, rustix::process::PidfdGetfdFlags::empty()).unwrap();
+        let fds = [listener.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let data = [std::io::IoSlice::new(b"x")];
+        sendmsg(&to, &data, &mut ancillary, SendFlags::empty()).unwrap();
+    }
+    println!("\nready: x");
+    std::thread::sleep(Duration::from_secs(1000));
+}
+
+/// Serves what the processes of [`program`] are connected to, and tells of each.
+fn given(dir: &Path, script: Script) -> Receiver<Served> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let (told, serves) = channel();
+    let listener = UnixListener::bind(dir.join("give")).unwrap();
+    std::thread::spawn(move || {
+        for from in listener.incoming() {
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut byte = [0];
+            let mut data = [std::io::IoSliceMut::new(&mut byte)];
+            recvmsg(from.unwrap(), &mut data, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
+            let fd = ancillary.drain().find_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                _ => None,
+            });
+            let socket = UnixListener::from(fd.unwrap());
+            let (told, script) = (told.clone(), script.clone());
+            std::thread::spawn(move || {
+                let (stream, _) = socket.accept().unwrap();
+                let served = Served { log: script.serve(stream.try_clone().unwrap()), stream };
+                let _ = told.send(served);
+            });
+        }
+    });
+    serves
+}
+
+fn vcp(standby: bool) -> Box<IscsiVcp> {
+    let mut vcp = IscsiVcp::new("disk0", "iscsi://host/iqn.x:y/0".into(), 2).unwrap();
+    // A user of its own could not reach the test's directory.
+    vcp.spaces = crate::vcp::spawn::Spaces::NONE;
+    vcp.standby = standby;
+    vcp.patience = Duration::from_secs(1);
+    Box::new(vcp)
+}
+
+fn pids(dir: &Path) -> Vec<u32> {
+    let text = std::fs::read_to_string(dir.join("pids")).unwrap_or_default();
+    text.lines().map(|line| line.parse().unwrap()).collect()
+}
+
+fn alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
 }
 
 #[test]
 fn a_process_that_dies_or_hangs_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
-    let serves = listen(&dir.path().join("real"), Script::default());
-    // The test serves the connections; the process is there to be watched and killed. The second start fails.
-    let then = "echo $$ >>$here/pids\nif [ $(wc -l <$here/pids) = 2 ]; then exit 3; fi\n\
-                ln -s $here/real $socket; echo ready: x; exec sleep 1000";
-    let program = program(dir.path(), then);
-    let first = VcpProcess::start(&program, &vcp(), &dir.path().join("unused")).unwrap();
+    let serves = given(dir.path(), Script::default());
+    // The second start fails.
+    let program =
+        program(dir.path(), "echo $$ >>$here/pids\nif [ $(wc -l <$here/pids) = 2 ]; then exit 3; fi");
+    let first = VcpProcess::start(&program, &vcp(false), First::Serve).unwrap();
     let first_pid = first.pid();
-    let mut bed = bed(&Script::default(), Source::Process(program, Box::new(vcp())), true, Some(first));
-    until("the first is there", || dir.path().join("unused").exists());
+    let mut bed = bed(&Script::default(), Source::Process(program, vcp(false)), true, Some(first));
+    until("the first is there", || !pids(dir.path()).is_empty());
 
     // Its connection ends, and it does not: it is killed before another one is started.
     bed.first.cut();
     let second = serves.recv_timeout(DEADLINE).unwrap();
     started(&second);
-    assert!(!Path::new(&format!("/proc/{first_pid}")).exists());
-    let pids = || -> Vec<u32> {
-        let text = std::fs::read_to_string(dir.path().join("pids")).unwrap();
-        text.lines().map(|line| line.parse().unwrap()).collect()
-    };
-    assert_eq!(pids().len(), 3, "one that failed, and one that did not");
-    // No socket is left behind.
-    let left = std::env::temp_dir().read_dir().unwrap().flatten();
-    let mine = format!("vcp-{}-", std::process::id());
-    assert!(!left.map(|e| e.file_name().into_string().unwrap()).any(|name| name.starts_with(&mine) && {
-        std::env::temp_dir().join(&name).join("disk0.sock").symlink_metadata().is_ok()
-    }));
+    assert!(!alive(first_pid));
+    assert_eq!(pids(dir.path()).len(), 3, "one that failed, and one that did not");
+    let status = || bed.keeper.as_ref().unwrap().status();
+    until("it shows", || status().state == "serving" && status().restarts == 1);
+    assert_eq!(status().pid, Some(pids(dir.path())[2]));
+    assert!(status().last_death.unwrap().contains("exit code 3"));
 
     // It dies, and its connection with it.
-    let pid = rustix::process::Pid::from_raw(pids()[2] as i32).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    kill(pids(dir.path())[2]);
     second.cut();
     started(&serves.recv_timeout(DEADLINE).unwrap());
     let last = bed.stop().expect("the process that serves now");
-    assert_eq!(Some(&last.pid()), pids().last());
+    assert_eq!(Some(&last.pid()), pids(dir.path()).last());
     drop(last);
-    assert!(!Path::new(&format!("/proc/{}", pids()[3])).exists());
+    assert!(!alive(pids(dir.path())[3]));
+}
+
+#[test]
+fn one_that_stands_by_takes_the_place_and_ends_with_the_keeper() {
+    let dir = tempfile::tempdir().unwrap();
+    let serves = given(dir.path(), Script::default());
+    let program = program(dir.path(), "echo $$ >>$here/pids");
+    let mut bed = bed(&Script::default(), Source::Process(program, vcp(true)), true, None);
+    bed.first.cut();
+    let served = serves.recv_timeout(DEADLINE).unwrap();
+    started(&served);
+    until("one stands by", || pids(dir.path()).len() == 2);
+    let both = pids(dir.path());
+    kill(both[0]);
+    served.cut();
+    started(&serves.recv_timeout(DEADLINE).unwrap());
+    let status = || bed.keeper.as_ref().unwrap().status();
+    until("it shows", || status().state == "serving" && status().pid == Some(both[1]));
+    // And another one stands by for this one.
+    until("one stands by", || pids(dir.path()).len() == 3);
+    drop(bed.stop());
+    for pid in pids(dir.path()) {
+        assert!(!alive(pid), "{pid}");
+    }
+}
+
+#[test]
+fn a_restart_is_answered_when_the_guest_is_served_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let serves = given(dir.path(), Script::default());
+    let program = program(dir.path(), "echo $$ >>$here/pids");
+    let mut bed = bed(&Script::default(), Source::Process(program, vcp(false)), true, None);
+    let ask = |what: fn(&Keeper, Reply)| {
+        let (answer, answered) = channel();
+        what(bed.keeper.as_ref().unwrap(), Box::new(move |how| drop(answer.send(how))));
+        answered.recv_timeout(DEADLINE).unwrap()
+    };
+    // There is a connection and no process.
+    assert!(ask(Keeper::restart).unwrap_err().contains("try again"));
+    bed.first.cut();
+    let served = serves.recv_timeout(DEADLINE).unwrap();
+    started(&served);
+    let status = || bed.keeper.as_ref().unwrap().status();
+    until("it serves", || status().state == "serving" && status().pid.is_some());
+    // The connection goes with the process.
+    let cut = std::thread::spawn({
+        let (pid, stream) = (pids(dir.path())[0], served.stream.try_clone().unwrap());
+        move || {
+            until("it is killed", || !alive(pid));
+            stream.shutdown(Shutdown::Both).unwrap();
+        }
+    });
+    ask(Keeper::restart).unwrap();
+    cut.join().unwrap();
+    assert_eq!(status().restarts, 2);
+    // Another process on the same connection.
+    let before = status().pid;
+    ask(Keeper::upgrade).unwrap();
+    assert!(status().pid != before && status().upgrades == 1 && status().restarts == 2);
+    bed.stop();
+}
+
+#[test]
+fn one_that_stands_still_with_work_is_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let serves = given(dir.path(), Script::default());
+    let program = program(dir.path(), "echo $$ >>$here/pids");
+    let mut bed = bed(&Script::default(), Source::Process(program, vcp(false)), true, None);
+    bed.first.cut();
+    started(&serves.recv_timeout(DEADLINE).unwrap());
+    let status = || bed.keeper.as_ref().unwrap().status();
+    until("it serves", || status().state == "serving");
+    // Its pulse never moves, and its rings are empty: nothing is wrong.
+    std::thread::sleep(Duration::from_millis(1700));
+    assert_eq!((status().stalls, pids(dir.path()).len()), (0, 1));
+    vm_memory::Bytes::write_obj(&*bed._memory, 3u16, vm_memory::GuestAddress(0x2002)).unwrap();
+    until("it is killed", || status().stalls == 1);
+    until("another one is there", || pids(dir.path()).len() == 2);
+    assert!(!alive(pids(dir.path())[0]));
+    bed.stop();
 }
 
 #[test]
 fn a_crash_loop_is_slowed_down() {
     let dir = tempfile::tempdir().unwrap();
     let program = program(dir.path(), "echo x >>$here/starts; exit 3");
-    let mut bed = bed(&Script::default(), Source::Process(program, Box::new(vcp())), true, None);
+    let mut bed = bed(&Script::default(), Source::Process(program, vcp(false)), true, None);
     bed.first.cut();
     std::thread::sleep(Duration::from_millis(1500));
+    let status = bed.keeper.as_ref().unwrap().status();
+    assert_eq!(status.state, "away");
+    assert!(status.next_start_ms.is_some() && status.last_death.unwrap().contains("exit code 3"));
     bed.stop();
     // After 0, 50, 150, 350, 750 and 1550 ms at the earliest.
     let starts = std::fs::read_to_string(dir.path().join("starts")).unwrap().lines().count();

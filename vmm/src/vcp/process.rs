@@ -1,18 +1,26 @@
-//! One `vcp-iscsi`: starts it, waits until it is ready, tells how it ended, ends it. When to start another one is
+//! One `vcp-iscsi` process: starts it, hears what it says, tells how it ended, ends it. When to start another one is
 //! [`super::keeper`]'s business.
+//!
+//! Everything that it needs is given to it as a descriptor, so that it works in namespaces that show it nothing: the URL
+//! (standard input), the socket for its front end, its control socket, its pulse, and what lets a process that stands by
+//! go on. None of these has a name in the file system.
 
+use std::ffi::OsString;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
+use vcp_core::pulse::{Beat, PulsePage};
 
+use super::hidden::HiddenSocket;
+use super::spawn::{self, Plan, Spaces, Spawned};
 use crate::config::SecretUrl;
 use crate::error::{Error, Result};
+use crate::virtio::vhost_user::link::Link;
 
 /// How long the first VCP may take until it is ready. It has logged in to its target by then, which has limits of its own.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -20,6 +28,14 @@ pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
 pub const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest line that is read from a VCP's standard output.
 const MAX_LINE_BYTES: usize = 4096;
+/// What of the monitor's environment a VCP is given.
+const ENVIRONMENT: [&str; 5] =
+    ["RUST_LOG", "RUST_BACKTRACE", "LD_LIBRARY_PATH", "RES_OPTIONS", "LOCALDOMAIN"];
+/// First of the users that VCPs are outside their own user namespace. Above it up to 2^31 nobody hands out numbers: not the
+/// tools for accounts, nor those for containers.
+const FIRST_USER: u32 = 0x7000_0000;
+/// Devices of a monitor that have a user of their own.
+const USERS_EACH: u32 = 32;
 
 /// What a disk's VCP is started with.
 #[derive(Clone, Debug)]
@@ -37,6 +53,22 @@ pub struct IscsiVcp {
     pub queues: u16,
     /// Hardware thread of its own.
     pub cpu: Option<usize>,
+    /// NUMA node that its memory should come from.
+    pub node: Option<usize>,
+    /// More arguments for `serve`: polling, limits.
+    pub options: Vec<String>,
+    /// Namespaces that it gets.
+    pub spaces: Spaces,
+    /// Number of the device among those of this monitor: makes its user.
+    pub number: u32,
+    /// Priority, 0 to 19 (least).
+    pub nice: i32,
+    /// A process that is ready but for its login stands by for the case that this one dies.
+    pub standby: bool,
+    /// How long its data loop may stand still with work to do.
+    pub patience: Duration,
+    /// Directory of its control group.
+    pub cgroup: Option<PathBuf>,
     /// Further ways to the unit.
     pub paths: VcpPaths,
 }
@@ -52,6 +84,33 @@ pub struct VcpPaths {
     pub sessions: Option<u16>,
 }
 
+impl IscsiVcp {
+    /// A disk with everything else as it is by default.
+    pub fn new(device: &str, url: SecretUrl, queues: u16) -> Result<Self> {
+        let mut random = [0u8; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(Error::os("get random bytes"))?;
+        let instance = format!("vcp-{}-{:016x}/{device}", std::process::id(), u64::from_ne_bytes(random));
+        Ok(Self {
+            device: device.to_owned(),
+            url,
+            instance,
+            read_only: false,
+            queues,
+            cpu: None,
+            node: None,
+            options: Vec::new(),
+            spaces: Spaces::LOCAL,
+            number: 0,
+            nice: 0,
+            standby: true,
+            patience: super::watchdog::PATIENCE,
+            cgroup: None,
+            paths: VcpPaths::default(),
+        })
+    }
+}
+
 /// Finds the program: what the user names, the variable `VCP_ISCSI`, the directory of this executable, the path.
 pub fn find_program(given: Option<&Path>) -> PathBuf {
     const NAME: &str = "vcp-iscsi";
@@ -65,93 +124,216 @@ pub fn find_program(given: Option<&Path>) -> PathBuf {
     beside.filter(|p| p.is_file()).unwrap_or_else(|| NAME.into())
 }
 
+/// What a process is to do first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum First {
+    /// Log in and serve.
+    Serve,
+    /// Get ready for that, and wait for [`VcpProcess::go`].
+    StandBy,
+}
+
+/// What a process has said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// It can be connected to, or has taken over.
+    Ready,
+    /// It stands by.
+    StandsBy,
+    /// Nothing more: it has closed its standard output.
+    End,
+}
+
 /// A running VCP process. Dropping it ends the process.
 #[derive(Debug)]
 pub struct VcpProcess {
     device: String,
-    child: Child,
-    pidfd: OwnedFd,
-    stdout: Option<ChildStdout>,
+    spawned: Spawned,
+    /// How it ended, once that is known.
+    ended: Option<String>,
+    stdout: Option<std::fs::File>,
+    line: Vec<u8>,
+    front: HiddenSocket,
+    control: HiddenSocket,
+    pulse: Arc<PulsePage>,
+    go: Option<OwnedFd>,
+    /// It has said that it is ready, or that it stands by: it hears signals.
+    spoke: bool,
 }
 
 impl VcpProcess {
-    /// Starts the process, which will listen at `socket`; [`VcpProcess::wait_ready`] tells when it can be used.
-    pub fn start(program: &Path, vcp: &IscsiVcp, socket: &Path) -> Result<Self> {
-        let fail = |reason: String| Error::Vcp { device: vcp.device.clone(), reason };
+    /// Starts a process; [`VcpProcess::wait_ready`] or [`VcpProcess::listen`] tell when it can be used.
+    pub fn start(program: &Path, vcp: &IscsiVcp, first: First) -> Result<Self> {
+        let (front, front_listens) = HiddenSocket::create(&vcp.device)?;
+        let (control, control_listens) = HiddenSocket::create("control")?;
         // The URL may hold a secret: it goes through a descriptor that only this child has, its standard input. The child
         // opens it anew by its name, and so reads it from the start.
         let url = rustix::fs::memfd_create("url", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(Error::os("create a memfd"))?;
         let mut url = std::fs::File::from(url);
         for line in std::iter::once(&vcp.url).chain(&vcp.paths.urls) {
-            writeln!(url, "{}", line.expose())
-                .map_err(|error| fail(format!("its URL cannot be passed on: {error}")))?;
+            writeln!(url, "{}", line.expose()).map_err(Error::os("write a memfd"))?;
         }
-        let mut command = Command::new(program);
-        command.arg("serve").arg("--socket-path").arg(socket);
-        command.arg("--url-file").arg("/proc/self/fd/0");
-        command.arg("--instance").arg(&vcp.instance);
-        command.arg("--exit-with-parent").arg("--queues").arg(vcp.queues.to_string());
+        let mut args: Vec<OsString> =
+            ["serve", "--fd", "3", "--url-file", "/proc/self/fd/0"].map(Into::into).into();
+        args.extend(["--control-fd", "4", "--pulse-fd", "5", "--exit-with-parent"].map(Into::into));
+        args.extend(["--instance".into(), vcp.instance.clone().into()]);
+        args.extend(["--queues".into(), vcp.queues.to_string().into()]);
         if vcp.paths.all {
-            command.args(["--paths", "all"]);
+            args.extend(["--paths".into(), "all".into()]);
         }
         if let Some(sessions) = vcp.paths.sessions {
-            command.arg("--sessions").arg(sessions.to_string());
+            args.extend(["--sessions".into(), sessions.to_string().into()]);
         }
         if vcp.read_only {
-            command.arg("--read-only");
+            args.push("--read-only".into());
         }
         if let Some(cpu) = vcp.cpu {
-            command.arg("--cpu").arg(cpu.to_string());
+            args.extend(["--cpu".into(), cpu.to_string().into()]);
         }
-        // A process group of its own: Ctrl-C at the monitor's terminal is for the monitor, which ends its VCPs in order.
-        command.process_group(0).stdin(url).stdout(Stdio::piped()).stderr(Stdio::inherit());
-        let mut child = command.spawn().map_err(|e| match e.kind() {
+        args.extend(vcp.options.iter().map(Into::into));
+        let mut fds = vec![front_listens, control_listens];
+        let mut go = None;
+        if first == First::StandBy {
+            args.extend(["--standby-fd".into(), "6".into()]);
+        }
+        let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
+        fds.push(dup(&pulse)?);
+        if first == First::StandBy {
+            let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+                .map_err(Error::os("create a pipe"))?;
+            fds.push(theirs);
+            go = Some(ours);
+        }
+        Self::spawn(program, vcp, url.into(), args, fds, (front, control, pulse, go))
+    }
+
+    /// Starts the successor of `old`, which takes over from it ([`Said::Ready`]) or ends.
+    pub fn take_over(program: &Path, vcp: &IscsiVcp, old: &Self) -> Result<Self> {
+        let nothing = rustix::fs::memfd_create("nothing", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(Error::os("create a memfd"))?;
+        let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
+        let fds = vec![dup(&old.control)?, dup(&pulse)?];
+        let args = ["take-over", "--control", "/proc/self/fd/3", "--pulse-fd", "4", "--exit-with-parent"];
+        let parts = (old.front.clone(), old.control.clone(), pulse, None);
+        Self::spawn(program, vcp, nothing, args.map(Into::into).into(), fds, parts)
+    }
+
+    fn spawn(
+        program: &Path,
+        vcp: &IscsiVcp,
+        stdin: OwnedFd,
+        args: Vec<OsString>,
+        more: Vec<OwnedFd>,
+        (front, control, pulse, go): (HiddenSocket, HiddenSocket, PulsePage, Option<OwnedFd>),
+    ) -> Result<Self> {
+        let fail = |reason: String| Error::Vcp { device: vcp.device.clone(), reason };
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let (stdout, theirs) = pipe().map_err(Error::os("create a pipe"))?;
+        rustix::io::ioctl_fionbio(&stdout, true).map_err(Error::os("set up a pipe"))?;
+        let mut fds = vec![stdin, theirs, dup(std::io::stderr())?];
+        fds.extend(more);
+        let cgroup = vcp.cgroup.as_deref().and_then(|path| {
+            let flags =
+                rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::DIRECTORY;
+            rustix::fs::open(path, flags, rustix::fs::Mode::empty()).ok()
+        });
+        let env = ENVIRONMENT.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?)));
+        let user = FIRST_USER + std::process::id() % (1 << 22) * USERS_EACH + vcp.number % USERS_EACH;
+        let plan = Plan {
+            program: program.to_owned(),
+            args,
+            env: env.collect(),
+            fds,
+            spaces: vcp.spaces,
+            outer_id: user,
+            node: vcp.node,
+            cgroup,
+            nice: vcp.nice,
+        };
+        let spawned = spawn::spawn(plan).map_err(|e| match e.kind() {
             ErrorKind::NotFound => fail(format!(
                 "cannot find {}: install it beside vcp, put it on the PATH, or give --vcp-iscsi FILE",
                 program.display()
             )),
             _ => fail(format!("cannot start {}: {e}", program.display())),
         })?;
-        let stdout = child.stdout.take();
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pidfd = pid.ok_or_else(|| fail("has no process id".into())).and_then(|pid| {
-            pidfd_open(pid, PidfdFlags::empty()).map_err(|e| fail(format!("cannot be watched: {e}")))
-        });
-        match pidfd {
-            Ok(pidfd) => Ok(Self { device: vcp.device.clone(), child, pidfd, stdout }),
-            Err(e) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(e)
-            }
+        for missing in &spawned.missing {
+            tracing::warn!(device = vcp.device, "not confined: {missing}");
         }
+        Ok(Self {
+            device: vcp.device.clone(),
+            spawned,
+            ended: None,
+            stdout: Some(stdout.into()),
+            line: Vec::new(),
+            front,
+            control,
+            pulse: Arc::new(pulse),
+            go,
+            spoke: false,
+        })
     }
 
     /// The process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.spawned.pid
+    }
+
+    /// The namespaces that it has.
+    pub fn spaces(&self) -> Spaces {
+        self.spawned.spaces
+    }
+
+    /// Lets a process that stands by go on. One that is not there yet finds the word when it is.
+    pub fn go(&mut self) {
+        if let Some(go) = self.go.take() {
+            // One that has ended is noticed elsewhere. Rust programs ignore the signal of a broken pipe.
+            let _ = rustix::io::write(&go, &[1]);
+        }
+    }
+
+    /// Connects a front end to it.
+    pub fn connect(&self, queues: u16) -> Result<Link> {
+        Link::connect(&self.device, &self.front.path(), queues)
+    }
+
+    /// The way to its front end's socket.
+    pub fn front(&self) -> HiddenSocket {
+        self.front.clone()
+    }
+
+    /// The way to its control socket.
+    pub fn control(&self) -> HiddenSocket {
+        self.control.clone()
+    }
+
+    /// What its data thread does.
+    pub fn beat(&self) -> Beat {
+        self.pulse.read()
+    }
+
+    /// The page that its data thread writes.
+    pub fn pulse(&self) -> Arc<PulsePage> {
+        self.pulse.clone()
     }
 
     /// Waits for the line `ready:`, at most as long as `timeout` says, or until `interrupt` becomes readable (a signal).
-    pub fn wait_ready(&mut self, timeout: Option<Duration>, interrupt: impl AsFd) -> Result<()> {
+    pub fn wait_ready(&mut self, timeout: Duration, interrupt: impl AsFd) -> Result<()> {
         let (device, pid) = (self.device.clone(), self.pid());
         let fail = |reason: String| Error::Vcp { device: device.clone(), reason };
         let interrupt = interrupt.as_fd();
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let Some(mut stdout) = self.stdout.take() else { return Err(fail("has no standard output".into())) };
-        let mut line = Vec::new();
+        let deadline = Instant::now() + timeout;
         loop {
-            let left = deadline.map(left_until);
-            let mut fds = [PollFd::new(&stdout, PollFlags::IN), PollFd::new(&interrupt, PollFlags::IN)];
-            let ready = match poll(&mut fds, left.as_ref()) {
+            let left = left_until(deadline);
+            let Some(stdout) = &self.stdout else { return Err(fail("has no standard output".into())) };
+            let mut fds = [PollFd::new(stdout, PollFlags::IN), PollFd::new(&interrupt, PollFlags::IN)];
+            let ready = match poll(&mut fds, Some(&left)) {
                 Err(rustix::io::Errno::INTR) => continue,
                 other => other.map_err(Error::os("wait for a VCP"))?,
             };
             // A process that never stops talking is not ready either.
-            if let Some(timeout) = timeout
-                && (ready == 0 || deadline.is_some_and(|deadline| Instant::now() >= deadline))
-            {
+            if ready == 0 || Instant::now() >= deadline {
                 return Err(fail(format!(
                     "vcp-iscsi (pid {pid}) was not ready within {timeout:?}: is the target reachable?"
                 )));
@@ -159,78 +341,114 @@ impl VcpProcess {
             if !fds[1].revents().is_empty() {
                 return Err(Error::Interrupted);
             }
-            let mut byte = [0u8; 1];
-            match stdout.read(&mut byte) {
-                Ok(1) if byte[0] == b'\n' => {
-                    let text = String::from_utf8_lossy(&line);
-                    tracing::debug!(device = self.device, "vcp-iscsi says: {text}");
-                    if text.starts_with("ready:") {
-                        break;
-                    }
-                    line.clear();
-                }
-                Ok(1) if line.len() < MAX_LINE_BYTES => line.push(byte[0]),
-                Ok(1) => {}
-                Ok(_) => {
-                    let status = self.child.wait().map_err(Error::os("wait for a VCP"))?;
+            match self.listen() {
+                Some(Said::Ready) => return Ok(()),
+                Some(Said::End) => {
+                    let status = self.wait_end();
                     return Err(fail(format!(
-                        "vcp-iscsi (pid {pid}) ended before it was ready: {}; its message is above",
-                        describe(status)
+                        "vcp-iscsi (pid {pid}) ended before it was ready: {status}; its message is above"
                     )));
                 }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(fail(format!("cannot read from vcp-iscsi (pid {pid}): {e}"))),
+                Some(Said::StandsBy) | None => {}
             }
         }
-        self.stdout = Some(stdout);
-        Ok(())
+    }
+
+    /// Reads what it has said, without waiting, up to the next thing that matters.
+    pub fn listen(&mut self) -> Option<Said> {
+        let stdout = self.stdout.as_mut()?;
+        let mut byte = [0u8; 1];
+        // Some bytes, not an endless stream: the caller has more to do.
+        for _ in 0..MAX_LINE_BYTES {
+            match stdout.read(&mut byte) {
+                Ok(0) => {
+                    self.stdout = None;
+                    return Some(Said::End);
+                }
+                Ok(_) if byte[0] == b'\n' => {
+                    let text = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+                    tracing::debug!(device = self.device, "vcp-iscsi says: {text}");
+                    if text.starts_with("ready:") {
+                        self.spoke = true;
+                        return Some(Said::Ready);
+                    }
+                    if text.starts_with("standby:") {
+                        self.spoke = true;
+                        return Some(Said::StandsBy);
+                    }
+                }
+                Ok(_) if self.line.len() < MAX_LINE_BYTES => self.line.push(byte[0]),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return None,
+            }
+        }
+        None
     }
 
     /// Readable when the process has ended.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.spawned.pidfd.as_fd()
     }
 
     /// Another descriptor that names the process.
     pub fn try_clone_pidfd(&self) -> Result<OwnedFd> {
-        self.pidfd.try_clone().map_err(Error::os("duplicate a descriptor"))
+        dup(&self.spawned.pidfd)
     }
 
-    /// What the process still writes to its standard output, for who waits for it.
+    /// Readable when it has something to [say](Self::listen).
     pub fn stdout(&self) -> Option<BorrowedFd<'_>> {
         self.stdout.as_ref().map(AsFd::as_fd)
     }
 
-    /// Reads from its standard output, so that it never blocks there. Called when there is something.
-    pub fn drain(&mut self) {
-        let Some(stdout) = &mut self.stdout else { return };
-        let mut buffer = [0u8; 512];
-        match stdout.read(&mut buffer) {
-            Ok(0) => self.stdout = None,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(_) => self.stdout = None,
-            Ok(n) => tracing::debug!(
-                device = self.device,
-                "vcp-iscsi says: {}",
-                String::from_utf8_lossy(&buffer[..n]).trim_end()
-            ),
-        }
-    }
-
     /// How the process ended, if it has.
     pub fn ended(&mut self) -> Option<String> {
-        let status = self.child.try_wait().ok().flatten()?;
-        Some(format!("its vcp-iscsi (pid {}) ended: {}", self.pid(), describe(status)))
+        if self.ended.is_none() {
+            let text = match self.spawned.status(false) {
+                Ok(None) => return None,
+                Ok(Some(how)) => how.to_string(),
+                Err(error) => error.to_string(),
+            };
+            self.ended = Some(format!("its vcp-iscsi (pid {}) ended: {text}", self.pid()));
+        }
+        self.ended.clone()
+    }
+
+    /// Kills it; when it is gone is told by [`VcpProcess::pidfd`].
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(&self.spawned.pidfd, Signal::KILL);
+    }
+
+    /// Whether [`VcpProcess::ended`] has found that it has.
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    fn wait_end(&mut self) -> String {
+        let text = match self.spawned.status(true) {
+            Ok(Some(how)) => how.to_string(),
+            Ok(None) => "unknown".into(),
+            Err(error) => error.to_string(),
+        };
+        self.ended.get_or_insert_with(|| text.clone());
+        text
     }
 
     fn end(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
+        if self.ended().is_some() {
             return;
         }
-        let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
+        // One that stands by has nothing to put in order.
+        self.go = None;
+        if self.spoke {
+            let _ = pidfd_send_signal(&self.spawned.pidfd, Signal::TERM);
+        } else {
+            // The first process of a namespace does not hear a signal that it has not asked for.
+            self.kill();
+        }
         let deadline = Instant::now() + END_TIMEOUT;
         loop {
-            let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.spawned.pidfd, PollFlags::IN)];
             match poll(&mut fds, Some(&left_until(deadline))) {
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(1..) => break,
@@ -240,12 +458,12 @@ impl VcpProcess {
                         pid = self.pid(),
                         "vcp-iscsi does not end: killing it"
                     );
-                    let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+                    self.kill();
                     break;
                 }
             }
         }
-        let _ = self.child.wait();
+        self.wait_end();
     }
 }
 
@@ -255,13 +473,8 @@ impl Drop for VcpProcess {
     }
 }
 
-fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit code {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => "unknown status".into(),
-    }
+fn dup(fd: impl AsFd) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(Error::os("duplicate a descriptor"))
 }
 
 /// The time until `deadline`, for `poll`.
@@ -271,93 +484,5 @@ pub(super) fn left_until(deadline: Instant) -> Timespec {
 }
 
 #[cfg(test)]
-mod tests {
-    use rustix::event::{EventfdFlags, eventfd};
-
-    use super::*;
-
-    /// A program that takes a VCP's options; `then` is what it does with the URL in `$url` and the socket in `$socket`.
-    fn program(dir: &Path, then: &str) -> PathBuf {
-        let path = dir.join("vcp-iscsi");
-        let text = format!("#!/bin/sh\nsocket=$3\nurl=$(cat \"$5\")\n{then}\n");
-        // Written by another process: a descriptor open for writing that a test beside this one inherits by fork would
-        // make it "text file busy".
-        let mut write = Command::new("sh");
-        write.args(["-c", "printf %s \"$1\" > \"$0\" && chmod 755 \"$0\""]).arg(&path).arg(text);
-        assert!(write.status().unwrap().success());
-        path
-    }
-
-    fn start(dir: &Path, then: &str) -> VcpProcess {
-        let url = "iscsi://user%secret@host/iqn.x:y/0".into();
-        let vcp = IscsiVcp {
-            device: "disk0".into(),
-            url,
-            instance: "test".into(),
-            read_only: true,
-            queues: 2,
-            cpu: None,
-            paths: VcpPaths { urls: vec!["iscsi://user%secret@other".into()], ..VcpPaths::default() },
-        };
-        VcpProcess::start(&program(dir, then), &vcp, &dir.join("s")).unwrap()
-    }
-
-    fn never() -> OwnedFd {
-        eventfd(0, EventfdFlags::CLOEXEC).unwrap()
-    }
-
-    #[test]
-    fn ready_with_the_secret_passed_aside_and_ended() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut process = start(
-            dir.path(),
-            "echo \"$url\" > \"$socket.url\"; echo hello; echo ready: here; exec sleep 1000",
-        );
-        process.wait_ready(Some(Duration::from_secs(10)), never()).unwrap();
-        let arguments = std::fs::read(format!("/proc/{}/cmdline", process.pid())).unwrap();
-        assert!(!String::from_utf8_lossy(&arguments).contains("secret"));
-        let url = std::fs::read_to_string(dir.path().join("s.url")).unwrap();
-        assert_eq!(url.trim(), "iscsi://user%secret@host/iqn.x:y/0\niscsi://user%secret@other");
-        let pid = process.pid();
-        assert_eq!(process.ended(), None);
-        drop(process);
-        assert!(!Path::new(&format!("/proc/{pid}")).exists());
-    }
-
-    #[test]
-    fn end_before_ready_is_an_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let error =
-            start(dir.path(), "exit 3").wait_ready(Some(Duration::from_secs(10)), never()).unwrap_err();
-        assert!(error.to_string().contains("ended before it was ready: exit code 3"), "{error}");
-    }
-
-    #[test]
-    fn silence_is_an_error_and_a_stubborn_process_is_killed() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut process = start(dir.path(), "trap '' TERM; while :; do sleep 0.1; done");
-        let error = process.wait_ready(Some(Duration::from_millis(300)), never()).unwrap_err();
-        assert!(error.to_string().contains("was not ready within"), "{error}");
-        let pid = process.pid();
-        drop(process);
-        assert!(!Path::new(&format!("/proc/{pid}")).exists());
-    }
-
-    #[test]
-    fn chatter_is_not_readiness() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut process = start(dir.path(), "exec yes");
-        let error = process.wait_ready(Some(Duration::from_millis(300)), never()).unwrap_err();
-        assert!(error.to_string().contains("was not ready within"), "{error}");
-    }
-
-    #[test]
-    fn a_signal_ends_the_waiting() {
-        let dir = tempfile::tempdir().unwrap();
-        let signal = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
-        let error = start(dir.path(), "exec sleep 1000")
-            .wait_ready(Some(Duration::from_secs(10)), &signal)
-            .unwrap_err();
-        assert!(matches!(error, Error::Interrupted));
-    }
-}
+#[path = "process_tests.rs"]
+mod tests;

@@ -31,9 +31,13 @@ pub struct RuntimeDir {
 impl RuntimeDir {
     /// Creates a directory with an unguessable name under `$XDG_RUNTIME_DIR`, or under the temporary directory.
     pub fn create() -> Result<Self> {
-        let base = base();
-        sweep(&base);
-        Self::create_in(&base)
+        Self::sweep_all();
+        Self::create_in(&base())
+    }
+
+    /// Removes what monitors that were killed have left.
+    pub fn sweep_all() {
+        sweep(&base());
     }
 
     /// The same while the guest runs: nothing is looked for that others have left.

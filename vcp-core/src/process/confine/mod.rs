@@ -4,17 +4,19 @@
 //! every thread that it starts later inherits the restrictions. In this order:
 //!
 //! 1. `limits`: descriptors, private memory, file size, no core dumps.
-//! 2. `rights`: own IPC and UTS namespaces where it may, no capabilities, no new privileges, not traceable.
-//! 3. `files`: Landlock - which files may be opened, no TCP port may be bound, no signals to others.
-//! 4. `calls`: seccomp - the system calls that a VCP makes, and no others.
+//! 2. `spaces`: own user, mount, IPC and UTS namespaces, a root directory with nothing but what it needs.
+//! 3. `rights`: no capabilities, no new privileges, not traceable.
+//! 4. `files`: Landlock - which files may be opened, no TCP port may be bound, no signals to others.
+//! 5. `calls`: seccomp - the system calls that a VCP makes, and no others.
 //!
-//! Users, mount, process and network namespaces and control groups are the business of whoever starts the process:
-//! they cannot be had without rights that a VCP should not have to begin with.
+//! A process namespace, a network namespace, a user that is nobody outside, and a control group are the business of
+//! whoever starts the process: `vcp run` gives them to its VCPs.
 
 mod calls;
 mod files;
 mod limits;
 mod rights;
+mod spaces;
 
 use std::path::PathBuf;
 
@@ -126,6 +128,7 @@ impl Confinement {
         // What rustix reads from the kernel once, at its first use: it panics if that is refused then.
         let _ = rustix::param::page_size();
         limits::apply(self, &mut report);
+        spaces::apply(self, &mut report);
         rights::apply(&mut report);
         files::apply(self, &mut report);
         calls::apply(self, ring, &mut report);

@@ -1,11 +1,9 @@
 //! Capabilities, privileges, and what others may do to the process.
-#![allow(unsafe_code)] // `unshare` is unsafe for flags that are not used here.
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, UnshareFlags, capabilities, capability_is_in_bounding_set,
-    clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
-    unshare_unsafe,
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 
 use super::Report;
@@ -15,11 +13,6 @@ const MAX_CAPABILITIES: u32 = 64;
 
 pub(super) fn apply(report: &mut Report) {
     let may = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
-    if may.contains(CapabilitySet::SYS_ADMIN) {
-        // SAFETY: neither flag touches memory, descriptors or the file system of this process.
-        let result = unsafe { unshare_unsafe(UnshareFlags::NEWIPC | UnshareFlags::NEWUTS) };
-        report.note("own IPC and UTS namespaces", result);
-    }
     report.note("no new privileges", set_no_new_privs(true));
     report.note("no capabilities", drop_capabilities(may));
     // Others of the same user cannot trace it or read its memory, which holds secrets and maps the guest's.

@@ -118,6 +118,27 @@ impl Front {
         lock(&self.state).session.as_ref().map(|session| session.link().stream()).transpose()
     }
 
+    /// What happened to the connection, if that is known; does not wait for anybody who uses it.
+    pub fn failure(&self) -> Option<String> {
+        self.state.try_lock().ok()?.session.as_ref().and_then(|session| session.link().failure())
+    }
+
+    /// Whether a split ring holds requests that were not answered; does not wait for anybody. A packed ring does not tell:
+    /// for it, and where the device is being set up, the answer is no.
+    pub fn holds_work(&self) -> bool {
+        let Ok(state) = self.state.try_lock() else { return false };
+        let Some(run) = &state.run else { return false };
+        let Activation { features, memory, queues, .. } = &run.activation;
+        if *features & F_RING_PACKED != 0 {
+            return false;
+        }
+        let mut running = queues.iter().filter(|queue| run.running.contains(&queue.index));
+        running.any(|queue| {
+            let read = |ring| index(memory, ring, &self.name).ok();
+            read(queue.avail_ring) != read(queue.used_ring)
+        })
+    }
+
     /// Reads the configuration space; what is beyond its end is left as it is.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };

@@ -1,0 +1,89 @@
+//! What a keeper lets others know of its device's backend, without anybody waiting for anybody.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use vcp_core::pulse::PulsePage;
+
+use super::keeper::Source;
+use super::life::{Life, LifeFacts, State};
+use super::process::VcpProcess;
+use super::threads;
+use crate::machine::status::{BackendStatus, LoadSplit};
+use crate::virtio::vhost_user::front::Front;
+
+/// The board on which a keeper writes.
+#[derive(Debug)]
+pub(super) struct Board {
+    front: Arc<Front>,
+    facts: Mutex<Facts>,
+}
+
+#[derive(Debug, Default)]
+struct Facts {
+    state: Option<State>,
+    life: LifeFacts,
+    pid: Option<u32>,
+    pulse: Option<Arc<PulsePage>>,
+    cpu: Option<usize>,
+    spaces: Vec<&'static str>,
+    control: Option<Arc<OwnedFd>>,
+}
+
+impl Board {
+    pub(super) fn new(front: Arc<Front>) -> Self {
+        Self { front, facts: Mutex::default() }
+    }
+
+    pub(super) fn put(&self, life: &Life, process: Option<&VcpProcess>, source: &Source) {
+        let facts = Facts {
+            state: Some(life.state().clone()),
+            life: life.facts.clone(),
+            pid: process.map(VcpProcess::pid),
+            pulse: process.map(VcpProcess::pulse),
+            cpu: match source {
+                Source::Process(_, vcp) => vcp.cpu,
+                Source::Socket(_) => None,
+            },
+            spaces: process.map(|process| process.spaces().names()).unwrap_or_default(),
+            control: process.map(|process| process.control().descriptor()),
+        };
+        *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = facts;
+    }
+
+    pub(super) fn status(&self) -> BackendStatus {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let state = facts.state.as_ref();
+        let next = match state {
+            Some(State::Away(at)) => Some(at.saturating_duration_since(now).as_millis() as u64),
+            _ => None,
+        };
+        let beat = facts.pulse.as_ref().map(|pulse| pulse.read());
+        let (pid, life) = (facts.pid, &facts.life);
+        BackendStatus {
+            connected: self.front.is_connected(),
+            state: state.map_or("over", State::name).to_owned(),
+            pid,
+            thread_id: pid.and_then(|pid| threads::find(pid, threads::DATA)),
+            cpu: facts.cpu,
+            restarts: life.restarts,
+            control: facts.control.clone(),
+            stalls: life.stalls,
+            upgrades: life.upgrades,
+            next_start_ms: next,
+            last_death: life.last_death.clone(),
+            last_away_us: life.last_away.map(|away| away.as_micros() as u64),
+            upgrade_pause_us: beat.filter(|beat| beat.stopped_ns > 0).map(|beat| beat.stopped_ns / 1000),
+            load: beat.map(|beat| LoadSplit {
+                busy_ns: beat.busy_ns,
+                look_ns: beat.look_ns,
+                sleep_ns: beat.sleep_ns,
+                requests: beat.completed,
+                inflight: beat.inflight,
+            }),
+            namespaces: facts.spaces.iter().map(|name| (*name).to_owned()).collect(),
+        }
+    }
+}
