@@ -24,6 +24,7 @@ mod net;
 mod ops;
 mod recovery;
 mod servers;
+mod supervised;
 mod support;
 mod switch;
 mod upgrade;

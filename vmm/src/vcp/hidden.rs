@@ -2,6 +2,7 @@
 //! the file connects through `/proc/self/fd`, nobody else can, and nothing is left behind, however anybody dies.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +23,8 @@ impl HiddenSocket {
         let path = dir.socket(name);
         let fail = |source| Error::File { action: "listen on a Unix socket at", path: path.clone(), source };
         let listener = UnixListener::bind(&path).map_err(fail)?;
+        // A successor is another user than who has made it. In its directory nobody else finds it.
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).map_err(fail)?;
         let file = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty());
         let file = file.map_err(|e| fail(e.into()))?;
         // The directory goes with `dir`, and the name of the socket with it.

@@ -99,7 +99,10 @@ impl Link {
             .name(format!("{device}-watch"))
             .spawn({
                 let shared = shared.clone();
-                move || watch(&shared, &watched)
+                move || {
+                    crate::confine::thread(crate::confine::Kind::Attach);
+                    watch(&shared, &watched);
+                }
             })
             .map_err(Error::os("start a thread"))?;
         Ok(Self {

@@ -1,0 +1,164 @@
+//! What an operator does to the VCPs of a running guest, and what is done about one that stands still: with a guest that
+//! verifies every byte meanwhile.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use guest_images::bare;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use vcp_tests::Result;
+use vcp_tests::proc::{Proc, Stream};
+use vcp_tests::procfs;
+use vcp_tests::target::{Kind, Spec, Target};
+
+use crate::monitor::ring3;
+use crate::support::vcp;
+
+const STEP: Duration = Duration::from_secs(60);
+
+/// A guest that writes and reads at random, checking everything, with an API.
+struct Bed {
+    proc: Proc,
+    api: PathBuf,
+    _dir: tempfile::TempDir,
+    _target: Target,
+}
+
+impl Bed {
+    fn start(options: &str) -> Result<Self> {
+        let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+        let dir = tempfile::tempdir()?;
+        let api = dir.path().join("api");
+        let proc =
+            vcp(["run", "--log", "info", "--cmdline", "job=churn secs=3600 region=8M qd=32 timeout=60"])?
+                .arg("--api-socket")
+                .arg(&api)
+                .arg("--disk")
+                .arg(format!("url={},cpu=1{options}", target.url(0)))
+                .arg("--kernel")
+                .arg(bare::build()?)
+                .keep_stdin()
+                .spawn()?;
+        proc.wait_line(Stream::Out, "blocks of", STEP)?;
+        Ok(Self { proc, api, _dir: dir, _target: target })
+    }
+
+    fn ctl(&self, args: &[&str]) -> Result<String> {
+        vcp(["ctl", "--api-socket"])?.arg(&self.api).args(args).output(STEP)
+    }
+
+    /// What the monitor says of the disk's VCP.
+    fn backend(&self) -> Result<Value> {
+        let status: Value = serde_json::from_str(&self.ctl(&["status", "--json"])?)?;
+        let devices = status["machine"]["devices"].as_array().context("no devices")?;
+        let disk = devices.iter().find(|device| device["name"] == "disk0").context("no disk0")?;
+        Ok(disk["backend"].clone())
+    }
+
+    fn until(&self, what: &str, is: impl Fn(&Value) -> bool) -> Result<Value> {
+        let end = Instant::now() + STEP;
+        loop {
+            let backend = self.backend()?;
+            if is(&backend) {
+                return Ok(backend);
+            }
+            ensure!(Instant::now() < end, "not within {STEP:?}: {what}: {backend}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The guest compares everything, and all is right.
+    fn finish(self) -> Result<()> {
+        self.proc.say(b"q")?;
+        let status = self.proc.wait(STEP)?;
+        ensure!(status.success(), "{status}: {}", self.proc.tail());
+        let out = self.proc.stream(Stream::Out);
+        ensure!(out.contains("churn: ok"), "{out}");
+        Ok(())
+    }
+}
+
+#[test]
+fn upgrades_restarts_and_moves_are_not_seen_by_the_guest() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let bed = Bed::start("")?;
+    let mut pid = bed.backend()?["pid"].as_u64().context("no pid")?;
+    for n in 1..=3 {
+        bed.ctl(&["restart-vcp", "disk0", "--upgrade"])?;
+        let backend = bed.backend()?;
+        println!("upgrade {n}: pause {} us", backend["upgrade_pause_us"]);
+        ensure!(backend["upgrades"] == n && backend["restarts"] == 0, "{backend}");
+        ensure!(backend["pid"].as_u64() != Some(pid), "the old process is still there: {backend}");
+        pid = backend["pid"].as_u64().context("no pid")?;
+    }
+    // Kept to by the next process as well.
+    bed.ctl(&["pin", "disk0", "0"])?;
+    bed.ctl(&["restart-vcp", "disk0"])?;
+    let backend = bed.backend()?;
+    ensure!(backend["restarts"] == 1 && backend["state"] == "serving" && backend["cpu"] == 0, "{backend}");
+    let thread = backend["thread_id"].as_u64().context("no thread")?;
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status"))?;
+    ensure!(status.lines().any(|line| line.split_whitespace().eq(["Cpus_allowed_list:", "0"])), "{status}");
+    bed.finish()
+}
+
+#[test]
+fn vcp_that_stands_still_is_killed_and_replaced() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    for options in [",watchdog=2", ",watchdog=2,packed=on"] {
+        let bed = Bed::start(options)?;
+        let pid = bed.backend()?["pid"].as_i64().context("no pid")?;
+        kill_process(Pid::from_raw(pid as i32).context("no pid")?, Signal::STOP)?;
+        let backend = bed.until("it is replaced", |backend| backend["restarts"] == 1)?;
+        ensure!(backend["stalls"] == 1, "{backend}");
+        let why = backend["last_death"].as_str().unwrap_or_default();
+        ensure!(why.contains("stood still"), "{why}");
+        bed.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn vcp_has_namespaces_of_its_own_and_nothing_of_the_host() -> Result<()> {
+    if !ring3()? || !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let bed = Bed::start("")?;
+    let pid = procfs::vcps(bed.proc.pid())?.first().copied().context("no VCP")?;
+    for name in ["user", "mnt", "pid", "ipc", "uts"] {
+        let of = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
+        ensure!(of(pid)? != of(std::process::id())?, "it shares the {name} namespace");
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    ensure!(
+        field("Uid:").iter().all(|uid| uid.parse::<u32>().is_ok_and(|uid| uid >= 0x7000_0000)),
+        "{status}"
+    );
+    ensure!(field("CapPrm:") == ["0000000000000000"] && field("NoNewPrivs:") == ["1"], "{status}");
+    ensure!(field("Seccomp:") == ["2"], "{status}");
+    // Its root directory: what a resolver needs.
+    let root = std::fs::read_dir(format!("/proc/{pid}/root"))?;
+    let names: Vec<String> =
+        root.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    ensure!(names.iter().all(|name| name == "etc"), "{names:?}");
+    // The monitor's threads.
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", bed.proc.pid()))?;
+    for task in tasks.flatten() {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let name = read("comm");
+        let confined = read("status").lines().any(|line| line.split_whitespace().eq(["Seccomp:", "2"]));
+        let may = name.trim_end() == "vcp-spawn";
+        ensure!(confined != may, "thread {name}: confined {confined}");
+    }
+    bed.finish()
+}
