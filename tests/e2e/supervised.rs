@@ -111,17 +111,15 @@ fn vcp_that_stands_still_is_killed_and_replaced() -> Result<()> {
     if !ring3()? {
         return Ok(());
     }
-    for options in [",watchdog=2", ",watchdog=2,packed=on"] {
-        let bed = Bed::start(options)?;
-        let pid = bed.backend()?["pid"].as_i64().context("no pid")?;
-        kill_process(Pid::from_raw(pid as i32).context("no pid")?, Signal::STOP)?;
-        let backend = bed.until("it is replaced", |backend| backend["restarts"] == 1)?;
-        ensure!(backend["stalls"] == 1, "{backend}");
-        let why = backend["last_death"].as_str().unwrap_or_default();
-        ensure!(why.contains("stood still"), "{why}");
-        bed.finish()?;
-    }
-    Ok(())
+    // Of a packed ring the monitor cannot tell that it holds work: there only what the VCP has taken counts.
+    let bed = Bed::start(",watchdog=2")?;
+    let pid = bed.backend()?["pid"].as_i64().context("no pid")?;
+    kill_process(Pid::from_raw(pid as i32).context("no pid")?, Signal::STOP)?;
+    let backend = bed.until("it is replaced", |backend| backend["restarts"] == 1)?;
+    ensure!(backend["stalls"] == 1, "{backend}");
+    let why = backend["last_death"].as_str().unwrap_or_default();
+    ensure!(why.contains("stood still"), "{why}");
+    bed.finish()
 }
 
 #[test]

@@ -281,8 +281,8 @@ fn take_over_request(line: &[u8]) -> Option<bool> {
 
 /// Whether the process behind a connection may have everything that this one has.
 fn is_trusted(stream: &UnixStream) -> bool {
-    let own = rustix::process::geteuid();
-    rustix::net::sockopt::socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
+    let own = rustix::process::geteuid().as_raw();
+    crate::sock::peer_uid(stream.as_fd()).is_ok_and(|peer| peer == 0 || peer == own)
 }
 
 impl State {
