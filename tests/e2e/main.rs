@@ -21,6 +21,7 @@ mod monitor;
 mod monitor_kill;
 mod multipath;
 mod net;
+mod operate;
 mod ops;
 mod recovery;
 mod servers;

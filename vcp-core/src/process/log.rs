@@ -14,6 +14,7 @@ use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 )]
 pub struct LogError(String);
 
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
 /// How log lines are written.
@@ -56,8 +57,14 @@ pub fn init_log_as(level: Option<&str>, format: LogFormat) -> Result<(), LogErro
     };
     if done.is_ok() {
         let _ = FILTER.set(handle);
+        let _ = FORMAT.set(format);
     }
     Ok(())
+}
+
+/// The format that logging was set up with.
+pub fn log_format() -> LogFormat {
+    FORMAT.get().copied().unwrap_or_default()
 }
 
 /// Changes the level of a process whose logging was set up by [`init_log`].

@@ -5,7 +5,7 @@ mod log;
 pub mod notify;
 mod signals;
 
-pub use log::{LOG_FORMAT_VARIABLE, LogError, LogFormat, init_log, init_log_as, set_log_level};
+pub use log::{LOG_FORMAT_VARIABLE, LogError, LogFormat, init_log, init_log_as, log_format, set_log_level};
 pub use signals::Signals;
 
 use std::error::Error;

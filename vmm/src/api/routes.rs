@@ -360,6 +360,14 @@ async fn limit(State(shared): Ctx, path: Name, bytes: Body) -> Done {
     if limits == Limits::default() {
         return Err(Failure(StatusCode::BAD_REQUEST, "no limit is given: iops or bytes_per_s".into()));
     }
+    let mut command = serde_json::json!({"cmd": "limit"});
+    for (name, limit) in [("iops", limits.iops), ("bps", limits.bytes_per_s)] {
+        if let Some(limit) = limit {
+            command[name] = limit.into();
+        }
+    }
+    // The one that serves first: it knows what limits there can be.
+    vcps::tell(&shared.machine_status().await?, &device, &command).await?;
     shared.act(Command::RateLimits { device, limits: limits.into() }, QUICK).await
 }
 

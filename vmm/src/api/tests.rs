@@ -132,7 +132,6 @@ fn each_request_is_its_command() {
         ),
         ("POST", "/api/v1/devices/disk0/restart", "", 204, "how: Kill"),
         ("POST", "/api/v1/devices/disk0/restart", r#"{"upgrade":true}"#, 204, "how: Upgrade"),
-        ("PUT", "/api/v1/devices/disk0/limits", r#"{"iops":5}"#, 204, "iops: Some(5), bytes_per_s: None"),
         ("POST", "/api/v1/snapshot", r#"{"path":"/x"}"#, 204, r#"Snapshot("/x")"#),
     ] {
         let (got, answer) = bed.request(method, path, body);

@@ -40,7 +40,7 @@ pub(super) fn status(status: &GuestStatus) -> String {
     out.push_str(&table.to_string());
     out.push('\n');
     let mut table =
-        Table::new(&["device", "driver", "backend", "pid", "restarts", "address"]).left(&[1, 2, 5]);
+        Table::new(&["device", "driver", "backend", "pid", "CPU", "restarts", "address"]).left(&[1, 2, 6]);
     for device in &machine.devices {
         let backend = device.backend.as_ref();
         table.row([
@@ -48,11 +48,18 @@ pub(super) fn status(status: &GuestStatus) -> String {
             if device.active { "active" } else { "-" }.into(),
             backend.map_or("-", |b| if b.connected { "connected" } else { "AWAY" }).into(),
             backend.and_then(|b| b.pid).map_or("-".into(), |pid| pid.to_string()),
+            backend.and_then(|b| b.cpu).map_or("-".into(), |cpu| cpu.to_string()),
             backend.map_or("-".into(), |b| b.restarts.to_string()),
             device.address.clone(),
         ]);
     }
     out.push_str(&table.to_string());
+    for device in &machine.devices {
+        let Some(death) = device.backend.as_ref().and_then(|backend| backend.last_death.as_ref()) else {
+            continue;
+        };
+        out.push_str(&format!("{}, last lost: {death}\n", device.name));
+    }
     if !status.vcps.is_empty() {
         out.push('\n');
         out.push_str(&vcps(&status.vcps));

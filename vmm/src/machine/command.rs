@@ -56,7 +56,8 @@ pub enum Command {
         /// How.
         how: Restart,
     },
-    /// Change the rate limits of a device.
+    /// Have the VCPs that a device gets from now on keep to these limits. The one that it has is told through its control
+    /// socket, which the event loop does not wait for.
     RateLimits {
         /// Name of the device.
         device: String,

@@ -51,7 +51,7 @@ fn vcp_row(out: &mut String, start: &str, vcp: &VcpView) {
         "{start} vcp device={} state={} pid={} cpu={} busy={} look={} sleep={} reads={} writes={} read_bytes={} \
          write_bytes={} failed={} p50_ns={} p99_ns={} inflight={} restarts={}",
         quoted(&vcp.device),
-        vcp.state,
+        quoted(&vcp.state),
         whole(vcp.pid.map(u64::from)),
         whole(vcp.cpu.map(|cpu| cpu as u64)),
         share(0),

@@ -107,7 +107,7 @@ fn vcp_line<'a>(vcp: &VcpView, alarm: Style) -> Line<'a> {
     );
     let end = format!("{:>4}", if vcp.restarts > 999 { "999+".into() } else { vcp.restarts.to_string() });
     if vcp.state != "up" {
-        let state = format!("  {:<width$}", vcp.state, width = 62);
+        let state = format!("  {:<62}", cut(&printable(&vcp.state), 62));
         return Line::from(vec![Span::raw(start), Span::styled(state, alarm), Span::raw(end)]);
     }
     let share = |at: usize| vcp.load.map_or("-".into(), |load| format!("{:.0}%", load[at] * 100.0));
@@ -233,7 +233,7 @@ mod tests {
         let vcp = &lines[head + 1];
         let ends = |word: &str, line: &str| line.find(word).map(|at| at + word.len());
         for (title, value) in [
-            ("CPU", "-"),
+            ("CPU", "3"),
             ("busy", "25%"),
             ("sleep", "50%"),
             ("read/s", "3.91M"),

@@ -21,7 +21,7 @@ pub(super) fn look(at: Instant, steps: u64) -> Look {
             "kvm": {"exits": 1000 * steps, "halt_exits": 20 * steps}}],
         "devices": [
             {"name": "disk0", "kind": "disk", "address": "mmio 0xd0000000", "active": true,
-                "backend": {"connected": true, "pid": 4713, "restarts": 2}},
+                "backend": {"connected": true, "pid": 4713, "cpu": 3, "restarts": 2}},
             {"name": "rng", "kind": "rng", "address": "mmio 0xd0001000", "active": true, "backend": null},
         ],
     });

@@ -6,7 +6,7 @@ use super::Look;
 use crate::api::types::{Operations, VcpFigures};
 use crate::config::size::CpuList;
 use crate::kvm::exits::Exits;
-use crate::machine::status::{DeviceStatus, RunState};
+use crate::machine::status::{BackendStatus, DeviceStatus, RunState};
 use crate::text;
 
 /// A guest.
@@ -62,7 +62,7 @@ impl VcpuView {
 pub struct VcpView {
     /// The device.
     pub device: String,
-    /// `up`, `AWAY`, or `mute` if it does not tell its figures.
+    /// `up`, `mute` if it does not tell its figures, or `AWAY` and why.
     pub state: String,
     /// Its process, if the monitor has started it.
     pub pid: Option<u32>,
@@ -151,12 +151,11 @@ fn vcp(
     if let Some(backend) = &device.backend {
         let ours = backend.pid.is_some();
         view.state = match (backend.connected, now.is_some() || !ours) {
-            (true, true) => "up",
-            (true, false) => "mute",
-            (false, _) => "AWAY",
-        }
-        .into();
-        (view.pid, view.restarts) = (backend.pid, backend.restarts);
+            (true, true) => "up".into(),
+            (true, false) => "mute".into(),
+            (false, _) => away(backend),
+        };
+        (view.pid, view.cpu, view.restarts) = (backend.pid, backend.cpu, backend.restarts);
     }
     let Some(now) = now else { return view };
     view.inflight = Some(now.inflight);
@@ -187,6 +186,18 @@ fn vcp(
     let latencies = latencies([(&before.read, &now.read), (&before.write, &now.write)]);
     (view.p50_ns, view.p99_ns) = (quantile(&latencies, 0.5), quantile(&latencies, 0.99));
     view
+}
+
+/// Why a device has no backend, and when there will be an attempt to get it one.
+fn away(backend: &BackendStatus) -> String {
+    let mut text = "AWAY".to_owned();
+    if let Some(ms) = backend.next_start_ms {
+        text.push_str(&format!(", next start in {ms} ms"));
+    }
+    if let Some(why) = &backend.last_death {
+        text.push_str(&format!(": {why}"));
+    }
+    text
 }
 
 fn kinds(before: Option<Exits>, now: Exits, elapsed: Option<Duration>) -> Vec<(&'static str, Option<f64>)> {
@@ -283,5 +294,8 @@ mod tests {
         assert_eq!((vcp.state.as_str(), vcp.inflight), ("mute", None));
         now.status.machine.devices[0].backend.as_mut().unwrap().connected = false;
         assert_eq!(guest(None, &now).vcps[0].state, "AWAY");
+        let backend = now.status.machine.devices[0].backend.as_mut().unwrap();
+        (backend.next_start_ms, backend.last_death) = (Some(50), Some("signal 9".into()));
+        assert_eq!(guest(None, &now).vcps[0].state, "AWAY, next start in 50 ms: signal 9");
     }
 }

@@ -26,6 +26,7 @@ use super::report::Board;
 use super::watchdog::{LOOK_EVERY, Watchdog};
 use crate::error::{Error, Result};
 use crate::exit::ExitSignal;
+use crate::machine::command::RateLimits;
 use crate::machine::status::BackendStatus;
 use crate::virtio::vhost_user::channel::Channel;
 use crate::virtio::vhost_user::front::Front;
@@ -45,6 +46,7 @@ pub type Reply = Box<dyn FnOnce(std::result::Result<(), String>) + Send>;
 /// What is asked of a keeper.
 enum Order {
     Pin(Vec<usize>, Reply),
+    Limit(RateLimits, Reply),
     Restart(Reply),
     Upgrade(Reply),
     Stop,
@@ -137,6 +139,11 @@ impl Keeper {
     /// Has the VCP's data thread run on these CPUs, from now on and after restarts.
     pub fn pin(&self, cpus: Vec<usize>, reply: Reply) {
         self.order(Order::Pin(cpus, reply));
+    }
+
+    /// Has processes that are started from now on keep to these limits. The one that serves is told by who asks.
+    pub fn limit(&self, limits: RateLimits, reply: Reply) {
+        self.order(Order::Limit(limits, reply));
     }
 
     /// Kills the VCP; another one repeats what was in flight. Answered when the guest is served again.

@@ -111,6 +111,16 @@ impl IscsiVcp {
     }
 }
 
+impl IscsiVcp {
+    /// Sets one of the [options](Self::options) that have a value, or takes it away.
+    pub fn set_option(&mut self, option: &str, value: Option<String>) {
+        if let Some(at) = self.options.iter().position(|word| word == option) {
+            self.options.drain(at..(at + 2).min(self.options.len()));
+        }
+        self.options.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
+    }
+}
+
 /// Finds the program: what the user names, the variable `VCP_ISCSI`, the directory of this executable, the path.
 pub fn find_program(given: Option<&Path>) -> PathBuf {
     const NAME: &str = "vcp-iscsi";
@@ -239,6 +249,9 @@ impl VcpProcess {
             rustix::fs::open(path, flags, rustix::fs::Mode::empty()).ok()
         });
         let env = ENVIRONMENT.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?)));
+        // What comes out of our standard error is of one kind.
+        let json = vcp_core::process::log_format() == vcp_core::process::LogFormat::Json;
+        let env = env.chain(json.then(|| (vcp_core::process::LOG_FORMAT_VARIABLE.into(), "json".into())));
         let user = FIRST_USER + std::process::id() % (1 << 22) * USERS_EACH + vcp.number % USERS_EACH;
         let plan = Plan {
             program: program.to_owned(),

@@ -6,6 +6,7 @@ use super::work::{STANDBY_AFTER, Work};
 use super::{Reply, Source};
 use crate::error::Result;
 use crate::exit::ExitReason;
+use crate::machine::command::RateLimits;
 use crate::vcp::attach::Target;
 use crate::vcp::life::{Action, Event, State};
 use crate::vcp::process::{First, VcpProcess};
@@ -122,16 +123,36 @@ impl Work {
         self.dog.reset();
         self.look_at = now + LOOK_EVERY;
         // One that stands by may be of another version, or on another CPU.
-        if let Some(standby) = self.standby.take() {
-            standby.kill();
-            self.leave(Some(standby));
-        }
-        self.standby_at = now + STANDBY_AFTER;
+        self.drop_standby(now);
         if let Some(cpus) = self.pin.clone()
             && let Err(e) = self.pin(cpus)
         {
             tracing::warn!(device = self.name, error = e, "the VCP cannot be pinned again");
         }
+    }
+
+    /// Has another process stand by instead of the one that does.
+    fn drop_standby(&mut self, now: Instant) {
+        if let Some(standby) = self.standby.take() {
+            standby.kill();
+            self.leave(Some(standby));
+        }
+        self.standby_at = now + STANDBY_AFTER;
+    }
+
+    /// What processes that are started from now on are limited to.
+    pub(super) fn limit(&mut self, limits: &RateLimits) -> std::result::Result<(), String> {
+        let Source::Process(_, vcp) = &mut self.source else {
+            return Err("its backend is not a process of this monitor: limit it there".into());
+        };
+        for (option, limit) in [("--limit-iops", limits.iops), ("--limit-bps", limits.bytes_per_s)] {
+            if let Some(limit) = limit {
+                vcp.set_option(option, (limit != 0).then(|| limit.to_string()));
+            }
+        }
+        // The one that stands by was started without them.
+        self.drop_standby(Instant::now());
+        Ok(())
     }
 
     /// Lets a process end that is not watched any more.

@@ -159,6 +159,7 @@ impl Work {
                     match order {
                         Order::Stop => return true,
                         Order::Pin(cpus, reply) => reply(self.pin(cpus)),
+                        Order::Limit(limits, reply) => reply(self.limit(&limits)),
                         Order::Restart(reply) => self.replace(Event::Restart, reply),
                         Order::Upgrade(reply) => self.replace(Event::Upgrade, reply),
                     }
