@@ -5,6 +5,10 @@
 //! [`ErrorKind::WouldBlock`](std::io::ErrorKind::WouldBlock).
 #![allow(unsafe_code)] // I/O vectors over memory shared with the guest have no safe form.
 
+mod datagram;
+
+pub use datagram::{Datagram, Unreachable, discard};
+
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};

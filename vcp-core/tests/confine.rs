@@ -84,6 +84,7 @@ fn child() {
         remove: vec![dir.join("remove")],
         max_fds: 64,
         local_sockets: false,
+        listens: false,
         max_private_bytes: 256 << 20,
     };
     let report = confinement.apply(Mode::Require).unwrap();

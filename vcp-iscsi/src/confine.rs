@@ -42,6 +42,7 @@ impl Needs {
             write: self.captures,
             remove: parents.into_iter().collect(),
             local_sockets: false,
+            listens: false,
             max_fds: OWN_FDS + device_fds,
             max_private_bytes: OWN_BYTES + devices * DEVICE_BYTES,
         }

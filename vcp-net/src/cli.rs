@@ -49,6 +49,7 @@ pub enum Command {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     vcp-net serve --port socket=/run/net0 --port socket=/run/net1\n  \
+    vcp-net serve --port socket=/run/net0 --uplink user,hostfwd=tcp:127.0.0.1:2222-22\n  \
     vcp-net serve --port socket=/run/net0,mac=52:54:00:00:00:01,vlan=5 --uplink tap=tap0 --control /run/net.ctl\n  \
     qemu-system-x86_64 -M q35,memory-backend=m -object memory-backend-memfd,id=m,size=2G,share=on \\\n    \
     -chardev socket,id=c,path=/run/net0,reconnect=1 -netdev vhost-user,id=n,chardev=c \\\n    \
@@ -60,8 +61,10 @@ pub struct ServeArgs {
     /// own address), `rate=SIZE` bytes and `frames=N` frames per second, `offloads=on|off`, `switch=N`
     #[arg(long, value_name = "SPEC", required = true)]
     pub port: Vec<PortArg>,
-    /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host), `packet=IFNAME` (a
-    /// network interface of the host).
+    /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host), `packet=IFNAME` (a network interface of
+    /// the host), `user` (a network of our own behind sockets of this process, without any rights). Options of `user`
+    /// behind commas: `hostfwd=tcp|udp:ADDR:PORT-[GUEST:]PORT`, `net=A/LEN`, `net6=P/64`, `dns=A`, `domain=D`, `mac=M`,
+    /// `mtu=N`, `flows=N` for each guest, `host=on|off` (the gateway's address leads to the host's loopback).
     /// Given several times: one for each switch, in their order
     #[arg(long, value_name = "SPEC")]
     pub uplink: Vec<UplinkArg>,

@@ -14,6 +14,8 @@ const OWN_BYTES: u64 = 512 << 20;
 const PORT_BYTES: u64 = 4 << 20;
 /// Private memory of a pair of queues.
 const PAIR_BYTES: u64 = 1 << 20;
+/// Private memory of a flow of the user-mode stack.
+const FLOW_BYTES: u64 = 1 << 10;
 /// Descriptors of the process itself: clients, threads, sockets of a hand-over.
 const OWN_FDS: u64 = 512;
 /// Descriptors of a port besides those of its queues: memory regions, connections.
@@ -30,8 +32,12 @@ pub(crate) struct Needs {
     pub(crate) sockets: Vec<PathBuf>,
     /// A front end listens, and this process connects to it.
     pub(crate) dials: bool,
+    /// Forwards can be added while it runs.
+    pub(crate) listens: bool,
     /// Directories for captures.
     pub(crate) captures: Vec<PathBuf>,
+    /// Sockets of flows.
+    pub(crate) flows: u64,
 }
 
 impl Needs {
@@ -40,15 +46,33 @@ impl Needs {
         let pairs: u64 = self.pairs.iter().map(|&pairs| u64::from(pairs) + 1).sum();
         let parents: BTreeSet<PathBuf> = self.sockets.iter().map(|socket| parent(socket)).collect();
         Confinement {
-            read: Vec::new(),
+            read: if self.listens { resolver_paths() } else { Vec::new() },
             write: self.captures,
             remove: parents.into_iter().collect(),
             local_sockets: self.dials,
+            listens: self.listens,
             // Twice: a process that hands over holds a copy of each.
-            max_fds: OWN_FDS + 2 * (ports * PORT_FDS + pairs * PAIR_FDS),
-            max_private_bytes: OWN_BYTES + ports * PORT_BYTES + pairs * PAIR_BYTES,
+            max_fds: OWN_FDS + 2 * (ports * PORT_FDS + pairs * PAIR_FDS) + 2 * self.flows,
+            max_private_bytes: OWN_BYTES + ports * PORT_BYTES + pairs * PAIR_BYTES
+                + self.flows * FLOW_BYTES,
         }
     }
+}
+
+/// What the user-mode stack reads: the configuration of the resolver. Whoever rewrites it puts a new file in its place, so
+/// that the directory has to be readable; only for root, to whom `/etc` has more to say than to others, it is the file that
+/// is there now.
+fn resolver_paths() -> Vec<PathBuf> {
+    let file = PathBuf::from(crate::user::RESOLV_CONF);
+    let target = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
+    let root = rustix::process::geteuid().is_root();
+    [file, target]
+        .into_iter()
+        .map(|path| match path.parent() {
+            Some(dir) if !root || dir != Path::new("/etc") => dir.into(),
+            _ => path,
+        })
+        .collect()
 }
 
 fn parent(socket: &Path) -> PathBuf {

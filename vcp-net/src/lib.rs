@@ -3,7 +3,8 @@
 //!
 //! [`port`] is the device model (virtio semantics), [`frame`] what frames consist of, [`switch`] the line of operations
 //! that takes them from port to port, [`uplink`] where else they go. [`serve`] joins them to the poll loop of `vcp-core`.
-//! `unsafe` is confined to the system calls of `uplink`.
+//! [`user`] is the uplink of those who have no rights on the host. `unsafe` is confined to the system calls of `uplink` and
+//! `user`.
 
 pub mod cli;
 mod confine;
@@ -13,3 +14,4 @@ pub mod port;
 pub mod serve;
 pub mod switch;
 pub mod uplink;
+pub mod user;

@@ -23,6 +23,7 @@ use crate::uplink::Uplink;
 use crate::uplink::none::NoUplink;
 use crate::uplink::packet::Packet;
 use crate::uplink::tap::Tap;
+use crate::user::UserStack;
 
 /// Serves until SIGTERM or SIGINT. `signals` were blocked before any thread was started.
 ///
@@ -100,6 +101,9 @@ fn open(arg: &UplinkArg) -> Result<Box<dyn Uplink>> {
                 format!("cannot use the network interface {name} (this needs CAP_NET_RAW)")
             })?)
         }
+        UplinkArg::User(config) => {
+            Box::new(UserStack::open((**config).clone()).context("cannot set up the user-mode stack")?)
+        }
         UplinkArg::Tap(name) => {
             let tap = Tap::open(name).with_context(|| {
                 format!(
@@ -146,7 +150,17 @@ fn needs(args: &ServeArgs) -> Needs {
     Needs {
         pairs: args.port.iter().map(|port| port.spec.pairs).collect(),
         sockets,
+        listens: args.uplink.iter().any(|uplink| matches!(uplink, UplinkArg::User(_))),
         dials: args.port.iter().any(|port| port.connect),
         captures: Vec::new(),
+        flows: args.uplink.iter().map(flows).sum(),
+    }
+}
+
+/// Sockets that an uplink may have at once.
+fn flows(uplink: &UplinkArg) -> u64 {
+    match uplink {
+        UplinkArg::User(config) => config.flows_max(),
+        _ => 0,
     }
 }

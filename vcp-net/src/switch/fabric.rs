@@ -22,7 +22,7 @@ use super::work::{Frames, PortId, PortSet};
 use crate::frame::{Mac, Offloads, OutFrame};
 use crate::port::{NetPort, PortSpec, Vlan, receive_queue, transmit_queue};
 use crate::uplink::none::NoUplink;
-use crate::uplink::{self, Direct, Ingress, Taken, Uplink};
+use crate::uplink::{self, Direct, Ingress, Room, Taken, Uplink};
 
 /// One switch.
 pub(super) struct Switch {
@@ -346,14 +346,14 @@ impl Ingress for Inlet<'_> {
         self.ports.get(port.index()).map_or(Offloads::NONE, |port| port.device().offloads())
     }
 
-    fn direct(&mut self, port: PortId, len_bytes: usize) -> Option<Direct<'_>> {
-        let member = self.members.get_mut(port.index())?;
+    fn direct(&mut self, port: PortId, len_bytes: usize) -> Room<'_> {
+        let Some(member) = self.members.get_mut(port.index()) else { return Room::Unfit };
         let simple = member.spec.vlan == Vlan::default() && member.spec.link && self.line.members.has(port);
-        let target = self.ports.get_mut(port.index())?;
+        let Some(target) = self.ports.get_mut(port.index()) else { return Room::Unfit };
         target.touch();
         let (device, rings) = target.parts();
         if !simple || device.pairs() != 1 || device.filters().is_some() {
-            return None;
+            return Room::Unfit;
         }
         let (header, count_at) = (device.header_bytes(), device.count_at());
         let mut error = None;
@@ -371,11 +371,10 @@ impl Ingress for Inlet<'_> {
             });
         if let Some(error) = error {
             rings.broke(0, &error);
-            return None;
+            return Room::Unfit;
         }
-        let chains = reserved??;
-        let ring = receive_queue(rings, 0)?;
+        let (Some(chains), Some(ring)) = (reserved.flatten(), receive_queue(rings, 0)) else { return Room::Full };
         ring.want(false);
-        Some(Direct { ring, header, count_at, chains, len_bytes, port, account: self.account })
+        Room::Ready(Direct { ring, header, count_at, chains, len_bytes, port, account: self.account })
     }
 }

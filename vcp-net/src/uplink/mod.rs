@@ -9,8 +9,8 @@
 //!   into the memory of a guest whose port is known.
 //! * [`waits`](Uplink::waits) says what to sleep for.
 //!
-//! [`none`] is the uplink of a switch without one; [`tap`] a network device of the host
-//! that this process makes, [`packet`] one that is there.
+//! [`none`] is the uplink of a switch without one; [`tap`] a network device of the host that this process makes,
+//! [`packet`] one that is there. The user-mode stack ([`crate::user`]) is another.
 
 pub mod none;
 pub mod packet;
@@ -125,6 +125,7 @@ pub fn restore(kind: &str, state: Value, fds: &mut Fds) -> Result<Box<dyn Uplink
     match kind {
         "none" => Ok(Box::new(none::NoUplink)),
         "packet" => Ok(Box::new(packet::Packet::restore(state, fds)?)),
+        "user" => Err(BadState::Text("a user-mode stack cannot be taken over yet".into())),
         "tap" => Ok(Box::new(tap::Tap::restore(state, fds)?)),
         _ => Err(BadState::Text(format!("an uplink of a kind that is not known: {kind}"))),
     }
@@ -151,9 +152,19 @@ pub trait Ingress {
     fn offloads(&self, port: PortId) -> Offloads;
 
     /// Room for a frame of up to `len_bytes` bytes in the memory of the guest at `port`, to be filled and
-    /// [committed](Direct::commit). `None`: there is none now, or the port is one whose frames need more than that (a tag,
-    /// another queue than the first), and gets its frames by [`frame`](Self::frame) alone.
-    fn direct(&mut self, port: PortId, len_bytes: usize) -> Option<Direct<'_>>;
+    /// [committed](Direct::commit).
+    fn direct(&mut self, port: PortId, len_bytes: usize) -> Room<'_>;
+}
+
+/// What there is for a frame that is to be read straight into a guest's memory.
+pub enum Room<'a> {
+    /// Room for it.
+    Ready(Direct<'a>),
+    /// There is none now.
+    Full,
+    /// The port's frames need more than that (a tag, another queue than the first): it gets them by
+    /// [`Ingress::frame`] alone.
+    Unfit,
 }
 
 /// Room for one frame in a guest's memory. Nothing happens to it until it is committed.

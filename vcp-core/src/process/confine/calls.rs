@@ -219,6 +219,9 @@ fn rules(confinement: &Confinement) -> Result<Rules, seccompiler::BackendError> 
     }
     let families = families.into_iter().map(|family| one(vec![equal(0, family as u64)?]));
     rules.insert(libc::SYS_socket, families.collect::<Result<_, _>>()?);
+    if confinement.listens {
+        rules.insert(libc::SYS_listen, Vec::new());
+    }
     let ioctls = IOCTLS.map(|request| one(vec![equal(1, request)?]));
     rules.insert(libc::SYS_ioctl, ioctls.into_iter().collect::<Result<_, _>>()?);
     // Names of threads; that what is not dumpable stays so is not theirs to change.

@@ -31,11 +31,12 @@ fn restrict(confinement: &Confinement) -> Result<RulesetStatus, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let remove = BitFlags::from(AccessFs::RemoveFile);
     let write = read | remove | AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate;
-    let rules = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(files)?
+    let mut rules = Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(files)?;
+    if !confinement.listens {
         // Connections go wherever targets are and redirect to. Nothing is listened on from here on.
-        .handle_access(AccessNet::BindTcp)?
+        rules = rules.handle_access(AccessNet::BindTcp)?;
+    }
+    let rules = rules
         .scope(Scope::AbstractUnixSocket | Scope::Signal)?
         .create()?;
     let rules = add(rules, &confinement.read, read)?;

@@ -46,6 +46,8 @@ pub struct Confinement {
     pub remove: Vec<PathBuf>,
     /// Whether it connects to local sockets from then on (of front ends that listen).
     pub local_sockets: bool,
+    /// Whether it listens on ports that are named later (of forwards that are added while it runs).
+    pub listens: bool,
     /// Most descriptors at once.
     pub max_fds: u64,
     /// Most private memory in bytes: heap, stacks, anonymous mappings. Guest memory is shared and does not count.
