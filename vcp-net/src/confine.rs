@@ -53,8 +53,7 @@ impl Needs {
             listens: self.listens,
             // Twice: a process that hands over holds a copy of each.
             max_fds: OWN_FDS + 2 * (ports * PORT_FDS + pairs * PAIR_FDS) + 2 * self.flows,
-            max_private_bytes: OWN_BYTES + ports * PORT_BYTES + pairs * PAIR_BYTES
-                + self.flows * FLOW_BYTES,
+            max_private_bytes: OWN_BYTES + ports * PORT_BYTES + pairs * PAIR_BYTES + self.flows * FLOW_BYTES,
         }
     }
 }

@@ -373,7 +373,9 @@ impl Ingress for Inlet<'_> {
             rings.broke(0, &error);
             return Room::Unfit;
         }
-        let (Some(chains), Some(ring)) = (reserved.flatten(), receive_queue(rings, 0)) else { return Room::Full };
+        let (Some(chains), Some(ring)) = (reserved.flatten(), receive_queue(rings, 0)) else {
+            return Room::Full;
+        };
         ring.want(false);
         Room::Ready(Direct { ring, header, count_at, chains, len_bytes, port, account: self.account })
     }

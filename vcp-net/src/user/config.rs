@@ -224,7 +224,8 @@ impl FromStr for Forward {
                 (Some(ip.parse().map_err(|_| bad("not a guest's address"))?), port)
             }
         };
-        let port = port.parse().ok().filter(|&port| port != 0).ok_or_else(|| bad("not a port of the guest"))?;
+        let port =
+            port.parse().ok().filter(|&port| port != 0).ok_or_else(|| bad("not a port of the guest"))?;
         Ok(Self { transport, bind, guest, port })
     }
 }
@@ -304,7 +305,8 @@ mod tests {
         let forward: Forward = "udp::53-10.0.2.16:5353".parse().unwrap();
         assert_eq!(forward.to_string(), "udp:0.0.0.0:53-10.0.2.16:5353");
         assert_eq!("tcp:[::1]:80-[fd00::1]:8080".parse::<Forward>().unwrap().bind.port(), 80);
-        for bad in ["", "tcp", "tcp:1-2", "tcp:127.0.0.1:1", "icmp:127.0.0.1:1-1", "tcp:127.0.0.1:1-0", "tcp:x:1-1"]
+        for bad in
+            ["", "tcp", "tcp:1-2", "tcp:127.0.0.1:1", "icmp:127.0.0.1:1-1", "tcp:127.0.0.1:1-0", "tcp:x:1-1"]
         {
             assert!(bad.parse::<Forward>().is_err(), "{bad}");
         }
@@ -316,7 +318,9 @@ mod tests {
         assert_eq!(config, UserConfig::default());
         assert_eq!(config.guest4(0), Some(Ipv4Addr::new(10, 0, 2, 15)));
         assert_eq!((config.guest4(239).is_some(), config.guest4(240)), (true, None));
-        assert!(config.is_inside("10.0.2.99".parse().unwrap()) && !config.is_inside("10.0.3.1".parse().unwrap()));
+        assert!(
+            config.is_inside("10.0.2.99".parse().unwrap()) && !config.is_inside("10.0.3.1".parse().unwrap())
+        );
         assert!(config.is_ours("10.0.2.3".parse().unwrap()) && config.link_local().is_unicast_link_local());
         let config: UserConfig = "net=192.168.7.0/24,host=off,mtu=9000,hostfwd=tcp::1-2".parse().unwrap();
         assert_eq!((config.gateway4, config.host, config.mtu), (Ipv4Addr::new(192, 168, 7, 2), false, 9000));

@@ -201,7 +201,10 @@ mod tests {
             answer(&query, &question, &config, &leases)
         };
         let got = ask("Web.internal", A).unwrap();
-        assert_eq!((&got[..2], got[3] & 15, got[7], &got[got.len() - 4..]), (&[0x12, 0x34][..], 0, 1, &[10, 0, 2, 15][..]));
+        assert_eq!(
+            (&got[..2], got[3] & 15, got[7], &got[got.len() - 4..]),
+            (&[0x12, 0x34][..], 0, 1, &[10, 0, 2, 15][..])
+        );
         assert!(ask("web", A).is_some() && ask("example.org", A).is_none() && ask("localhost", A).is_none());
         assert_eq!(ask("nobody.internal", A).unwrap()[3] & 15, NXDOMAIN);
         // It is there, but has no such address.

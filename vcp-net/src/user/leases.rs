@@ -53,7 +53,9 @@ impl Leases {
                         // The one that was not heard of for the longest time, of those that were never bound first.
                         let lease = |at: &usize| self.leases[*at].as_ref();
                         (0..self.leases.len())
-                            .min_by_key(|at| lease(at).map_or((false, 0), |it| (it.bound4 || it.bound6, it.used)))
+                            .min_by_key(|at| {
+                                lease(at).map_or((false, 0), |it| (it.bound4 || it.bound6, it.used))
+                            })
                             .filter(|at| lease(at).is_none_or(|it| !it.bound4 && !it.bound6))?
                     }
                 };

@@ -131,8 +131,11 @@ impl Packet {
         if !frame.meta.is_plain() || self.part.is_some() {
             return true;
         }
-        let pseudo =
-            if self.protocol == ICMP { 0 } else { pseudo(self.src, self.dst, self.protocol, self.l4_bytes()) };
+        let pseudo = if self.protocol == ICMP {
+            0
+        } else {
+            pseudo(self.src, self.dst, self.protocol, self.l4_bytes())
+        };
         let prefix = frame.prefix.get(self.l4_at..).unwrap_or(&[]);
         if prefix.len() % 2 != 0 {
             return finish(pseudo + sum(&frame.to_vec()[self.l4_at..self.end])) == 0;

@@ -79,7 +79,8 @@ fn parse(text: &str) -> (Vec<IpAddr>, Vec<String>) {
                 servers.extend(ip);
             }
             Some("search" | "domain") => {
-                let good = |it: &&str| *it != "." && it.len() <= 253 && it.bytes().all(super::dns::is_name_byte);
+                let good =
+                    |it: &&str| *it != "." && it.len() <= 253 && it.bytes().all(super::dns::is_name_byte);
                 search = words.filter(good).map(|it| it.trim_matches('.').to_owned()).take(MOST).collect();
             }
             _ => {}

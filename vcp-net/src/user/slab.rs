@@ -95,6 +95,6 @@ mod tests {
         assert_eq!((token >> 56, slab.find(token), slab.len()), (7, Some(a), 2));
         assert_eq!(slab.remove(a), Some("a"));
         assert_eq!((slab.find(token), slab.insert("c"), slab.find(token)), (None, a, None));
-        assert_eq!((slab.get(b), slab.remove(9), slab.iter().count()), (Some(&"b"), None, 2));
+        assert_eq!((slab.remove(9), slab.get(b), slab.iter().count()), (None, Some(&"b"), 2));
     }
 }

@@ -53,5 +53,9 @@ pub(super) fn send_room(socket: impl AsFd) -> io::Result<u32> {
             &raw mut len,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(info[SNDBUF].saturating_sub(info[WMEM_QUEUED])) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(info[SNDBUF].saturating_sub(info[WMEM_QUEUED]))
+    }
 }

@@ -8,6 +8,8 @@ mod control;
 mod forward;
 mod shared;
 mod tcp;
+#[cfg(test)]
+mod tests;
 mod udp;
 
 use std::time::{Duration, Instant};
@@ -43,7 +45,8 @@ const GONE_MS: Ms = 5_000;
 
 static DROPS: Family =
     Family::counter("vcp_net_user_drops", Unit::None, "Frames that the user-mode stack dropped, by reason");
-static FLOWS: Family = Family::gauge("vcp_net_user_flows", Unit::None, "Flows of the user-mode stack, by protocol");
+static FLOWS: Family =
+    Family::gauge("vcp_net_user_flows", Unit::None, "Flows of the user-mode stack, by protocol");
 static COUNTS: Family =
     Family::counter("vcp_net_user_events", Unit::None, "What the user-mode stack counts besides, by name");
 
@@ -82,6 +85,12 @@ impl UserStack {
         (self.tcp.len(), self.udp.len())
     }
 
+    /// Its counters.
+    #[must_use]
+    pub fn counters(&self) -> Value {
+        serde_json::to_value(self.shared.counters).unwrap_or_default()
+    }
+
     /// Looks at the sockets.
     fn look(&mut self, now: Instant) -> bool {
         if self.looked.is_some_and(|looked| now.saturating_duration_since(looked) < LOOK_EVERY) {
@@ -92,7 +101,9 @@ impl UserStack {
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
         self.shared.counters.calls += 1;
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let Ok(count) = epoll::wait(&self.shared.epoll, &mut events[..], Some(&at_once)) else { return false };
+        let Ok(count) = epoll::wait(&self.shared.epoll, &mut events[..], Some(&at_once)) else {
+            return false;
+        };
         for event in &events[..count] {
             let token = event.data.u64();
             match (token >> 56) as u8 {
@@ -137,7 +148,10 @@ impl UserStack {
             UDP if control::is_local(l4) => control::datagram(shared, frame, &packet, link),
             ICMPV6 if control::discovery(shared, frame, &packet, link) => {}
             _ if fresh => drops_bad_source(shared),
-            _ if packet.hops <= 1 && !shared.config.is_ours(packet.dst) && !shared.config.is_inside(packet.dst) => {
+            _ if packet.hops <= 1
+                && !shared.config.is_ours(packet.dst)
+                && !shared.config.is_inside(packet.dst) =>
+            {
                 shared.unreachable(&packet, head, link, super::icmp::Why::Hops);
             }
             TCP => self.tcp.segment(frame, l4, &packet, link, from, shared),
@@ -232,7 +246,8 @@ impl Uplink for UserStack {
         use std::os::fd::AsFd;
         let gone = self.gone.iter().map(|&(_, deadline)| deadline).min();
         let deadlines = [self.tcp.deadline(), self.udp.deadline(), gone, self.shared.deadline()];
-        let deadline = deadlines.into_iter().flatten().min().map(|ms| self.shared.base + Duration::from_millis(ms));
+        let deadline =
+            deadlines.into_iter().flatten().min().map(|ms| self.shared.base + Duration::from_millis(ms));
         add(Wait { fd: Some(self.shared.epoll.as_fd()), deadline, ..Wait::default() });
     }
 
@@ -275,7 +290,12 @@ impl Uplink for UserStack {
         samples.add(&FLOWS, &[("protocol", "udp")], self.udp.len() as u64);
     }
 
-    fn command(&mut self, name: &str, args: &Map<String, Value>, _now: Instant) -> Option<Result<Rest, String>> {
+    fn command(
+        &mut self,
+        name: &str,
+        args: &Map<String, Value>,
+        _now: Instant,
+    ) -> Option<Result<Rest, String>> {
         let forward = || {
             let text = args.get("forward").and_then(Value::as_str);
             text.ok_or_else(|| "`forward` is missing (tcp:ADDR:PORT-[GUEST:]PORT)".to_owned())?.parse()
@@ -285,9 +305,8 @@ impl Uplink for UserStack {
             "forwards" => Ok(Rest::done(forwards.list())),
             "forward-add" => forward().and_then(|forward| {
                 let done = forwards.add(forward, shared, udp);
-                done.map(|bound| Rest::done(json!({ "bound": bound }))).map_err(|error| {
-                    format!("cannot forward {forward}: {error}")
-                })
+                done.map(|bound| Rest::done(json!({ "bound": bound })))
+                    .map_err(|error| format!("cannot forward {forward}: {error}"))
             }),
             "forward-remove" => forward().and_then(|forward| {
                 if forwards.remove(&forward, shared, udp) {

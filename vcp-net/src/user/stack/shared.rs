@@ -210,7 +210,11 @@ impl Shared {
             IpAddr::V6(ip) => {
                 // Whatever stands for an IPv4 address would pass by what is checked for IPv4.
                 let embedded = ip.to_ipv4().is_some();
-                ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || ip.is_unicast_link_local() || embedded
+                ip.is_loopback()
+                    || ip.is_unspecified()
+                    || ip.is_multicast()
+                    || ip.is_unicast_link_local()
+                    || embedded
             }
         };
         if bad || config.is_inside(ip) { Err(Why::Host) } else { Ok(SocketAddr::new(ip, port)) }

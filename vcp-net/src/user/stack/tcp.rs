@@ -12,7 +12,9 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, connect, shutdown, socket_with, sockopt};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketFlags, SocketType, connect, shutdown, socket_with, sockopt,
+};
 use serde_json::{Value, json};
 use vcp_core::sock::{Gather, Scatter, discard};
 
@@ -22,8 +24,8 @@ use super::super::slab::Slab;
 use super::super::sys;
 use super::super::tcp::segment::{HEADER_MAX, SYN, Segment};
 use super::super::tcp::{Conn, Late, Ms, Next, State};
-use super::shared::Shared;
 use super::TCP_TOKEN;
+use super::shared::Shared;
 use crate::frame::checksum::fold;
 use crate::frame::{OutFrame, VnetHeader};
 use crate::switch::work::PortId;
@@ -239,7 +241,8 @@ impl TcpFlows {
         from: Sender,
         shared: &mut Shared,
     ) {
-        let Some(seg) = Segment::parse(l4).filter(|seg| usize::from(seg.header_bytes) <= packet.l4_bytes()) else {
+        let Some(seg) = Segment::parse(l4).filter(|seg| usize::from(seg.header_bytes) <= packet.l4_bytes())
+        else {
             shared.counters.drops.malformed += 1;
             return;
         };
@@ -248,7 +251,8 @@ impl TcpFlows {
         let key = Key { guest: (packet.src, seg.from), remote: (packet.dst, seg.to), vid: link.vid };
         let found = self.keys.get(&key).copied();
         let fresh = seg.flags & (SYN | 0x14) == SYN;
-        let old = found.and_then(|at| self.flows.get(at)).is_some_and(|flow| flow.conn.state == State::TimeWait);
+        let old =
+            found.and_then(|at| self.flows.get(at)).is_some_and(|flow| flow.conn.state == State::TimeWait);
         if let Some(at) = found.filter(|_| old && fresh) {
             // The guest uses the same numbers again.
             self.end(at, End::Well, shared);
@@ -329,7 +333,13 @@ impl TcpFlows {
     }
 
     /// A connection that was accepted on the host's side, from `peer`, is taken to `guest`.
-    pub(super) fn accepted(&mut self, socket: OwnedFd, peer: SocketAddr, guest: (IpAddr, u16), shared: &mut Shared) {
+    pub(super) fn accepted(
+        &mut self,
+        socket: OwnedFd,
+        peer: SocketAddr,
+        guest: (IpAddr, u16),
+        shared: &mut Shared,
+    ) {
         let remote_ip = shared.inside(peer.ip(), guest.0.is_ipv6());
         let mut key = Key { guest, remote: (remote_ip, peer.port()), vid: 0 };
         // Two peers behind one address may have the same port.
@@ -768,7 +778,13 @@ impl TcpFlows {
 const LOW_ROOM: u32 = 256 << 10;
 
 /// Sends part of a frame; how much of it the socket took.
-fn send(socket: &OwnedFd, frame: &OutFrame<'_>, offset: usize, len: usize, shared: &mut Shared) -> io::Result<usize> {
+fn send(
+    socket: &OwnedFd,
+    frame: &OutFrame<'_>,
+    offset: usize,
+    len: usize,
+    shared: &mut Shared,
+) -> io::Result<usize> {
     if len == 0 {
         return Ok(0);
     }

@@ -115,7 +115,10 @@ impl UdpFlows {
         let guest = forward.guest.unwrap_or_else(|| shared.first_guest(forward.bind.is_ipv6()));
         let key = Key { ping: false, guest: (guest, forward.port), vid: 0 };
         if self.keys.contains_key(&key) {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "this port of the guest is forwarded already"));
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "this port of the guest is forwarded already",
+            ));
         }
         self.insert(key, None, PortId::UPLINK, socket, Some(forward), shared)
             .ok_or_else(|| io::Error::other("no room for another flow"))
@@ -169,7 +172,14 @@ impl UdpFlows {
     }
 
     /// The flow of a guest's port, a new one if there is none.
-    fn of(&mut self, key: Key, target: SocketAddr, link: Link, from: Sender, shared: &mut Shared) -> Option<u32> {
+    fn of(
+        &mut self,
+        key: Key,
+        target: SocketAddr,
+        link: Link,
+        from: Sender,
+        shared: &mut Shared,
+    ) -> Option<u32> {
         if let Some(&at) = self.keys.get(&key) {
             return Some(at);
         }
@@ -220,13 +230,18 @@ impl UdpFlows {
                 return;
             };
             shared.resolver.look(shared.ms);
-            let answer = dns::answer(&message, &question, &shared.config, &shared.leases).or_else(|| {
-                shared.resolver.servers.is_empty().then(|| dns::failure(&message, &question))
-            });
+            let answer = dns::answer(&message, &question, &shared.config, &shared.leases)
+                .or_else(|| shared.resolver.servers.is_empty().then(|| dns::failure(&message, &question)));
             if let Some(answer) = answer {
                 shared.counters.dns.0 += 1;
                 let us = shared.config.mac;
-                shared.push(super::super::packet::udp(us, link, (packet.dst, dst), (packet.src, src), &answer));
+                shared.push(super::super::packet::udp(
+                    us,
+                    link,
+                    (packet.dst, dst),
+                    (packet.src, src),
+                    &answer,
+                ));
                 return;
             }
             shared.counters.dns.1 += 1;
@@ -527,7 +542,11 @@ impl UdpFlows {
     /// Where a datagram comes from, as the guest sees it.
     fn seen(flow: &Flow, from: SocketAddr, shared: &Shared) -> (IpAddr, u16) {
         let v6 = flow.key.guest.0.is_ipv6();
-        if flow.forward.is_none() && from.port() == dns::PORT && shared.resolver.servers.contains(&from.ip()) && !flow.plain {
+        if flow.forward.is_none()
+            && from.port() == dns::PORT
+            && shared.resolver.servers.contains(&from.ip())
+            && !flow.plain
+        {
             let dns = if v6 { shared.config.dns6().into() } else { shared.config.dns4().into() };
             return (dns, dns::PORT);
         }

@@ -91,9 +91,8 @@ impl Segment {
                 return None;
             }
             let (option, next) = bytes.split_at(len);
-            let long = |at: usize| {
-                u32::from_be_bytes([option[at], option[at + 1], option[at + 2], option[at + 3]])
-            };
+            let long =
+                |at: usize| u32::from_be_bytes([option[at], option[at + 1], option[at + 2], option[at + 3]]);
             match (kind, len) {
                 (2, 4) => self.mss = u16::from_be_bytes([option[2], option[3]]),
                 // Larger ones count as 14 (RFC 7323, 2.3).
@@ -167,11 +166,8 @@ impl Segment {
             return None;
         }
         let len = payload_bytes + u32::from(self.has(SYN)) + u32::from(self.has(FIN));
-        let (seq, ack, flags) = if self.has(ACK) {
-            (self.ack, 0, RST)
-        } else {
-            (0, self.seq.wrapping_add(len), RST | ACK)
-        };
+        let (seq, ack, flags) =
+            if self.has(ACK) { (self.ack, 0, RST) } else { (0, self.seq.wrapping_add(len), RST | ACK) };
         Some(Self { from: self.to, to: self.from, seq, ack, flags, ..Self::default() })
     }
 }

@@ -127,7 +127,8 @@ impl Conn {
             let repeated = before(self.nxt, self.max);
             // The rest of a window that is nearly full waits until there is more of it (RFC 9293, 3.8.6.2.1): small pieces
             // cost as much as large ones.
-            let worth = (self.window / 4).clamp(u32::from(self.mss()), WORTH_BYTES.max(u32::from(self.mss())));
+            let worth =
+                (self.window / 4).clamp(u32::from(self.mss()), WORTH_BYTES.max(u32::from(self.mss())));
             if left != 0 && (left >= worth.min(known) || used == 0 || repeated) {
                 return Next::Data { offset: used, max: left.min(known) };
             }
