@@ -174,8 +174,8 @@ impl Scatter<'_> {
     ///
     /// # Errors
     /// As [`recv`](Self::recv); what ICMP said of an earlier one.
-    pub fn recv_from(self, socket: impl AsFd) -> io::Result<Datagram> {
-        receive(self, socket, 0).map(|(datagram, ..)| datagram)
+    pub fn recv_from(mut self, socket: impl AsFd) -> io::Result<Datagram> {
+        receive(&mut self, socket, 0).map(|(datagram, ..)| datagram)
     }
 
     /// Takes the next error out of a socket with `IP_RECVERR` or `IPV6_RECVERR`; the bytes of the datagram that it is
@@ -183,15 +183,15 @@ impl Scatter<'_> {
     ///
     /// # Errors
     /// `WouldBlock` if there is none.
-    pub fn recv_error(self, socket: impl AsFd) -> io::Result<Unreachable> {
-        let (datagram, error) = receive(self, socket, libc::MSG_ERRQUEUE)?;
+    pub fn recv_error(mut self, socket: impl AsFd) -> io::Result<Unreachable> {
+        let (datagram, error) = receive(&mut self, socket, libc::MSG_ERRQUEUE)?;
         let error = error.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         Ok(Unreachable { to: datagram.from, len_bytes: datagram.len_bytes, ..error })
     }
 }
 
 fn receive(
-    scatter: Scatter<'_>,
+    scatter: &mut Scatter<'_>,
     socket: impl AsFd,
     flags: libc::c_int,
 ) -> io::Result<(Datagram, Option<Unreachable>)> {

@@ -275,7 +275,7 @@ pub fn parts(whole: &[u8], to: Link, mtu: usize, number: u32) -> Vec<Vec<u8>> {
         } else {
             out[l3_at + 2..l3_at + 4].copy_from_slice(&((20 + piece.len()) as u16).to_be_bytes());
             out[l3_at + 4..l3_at + 6].copy_from_slice(&(number as u16).to_be_bytes());
-            let field = offset / 8 | if more { 0x2000 } else { 0 };
+            let field = (offset / 8) | if more { 0x2000 } else { 0 };
             out[l3_at + 6..l3_at + 8].copy_from_slice(&field.to_be_bytes());
             out[l3_at + 10..l3_at + 12].fill(0);
             let sum = finish(sum(&out[l3_at..header]));

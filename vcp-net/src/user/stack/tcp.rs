@@ -310,15 +310,11 @@ impl TcpFlows {
         let family = if target.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         shared.counters.calls += 2;
-        let socket = socket_with(family, SocketType::STREAM, flags, None);
-        let socket = match socket {
-            Ok(socket) => socket,
-            Err(_) => {
-                shared.give_flow(from.port);
-                shared.counters.drops.no_socket += 1;
-                self.refuse(seg, 0, packet, link, shared);
-                return;
-            }
+        let Ok(socket) = socket_with(family, SocketType::STREAM, flags, None) else {
+            shared.give_flow(from.port);
+            shared.counters.drops.no_socket += 1;
+            self.refuse(seg, 0, packet, link, shared);
+            return;
         };
         // The guest has its own idea of when to wait for more.
         let _ = sockopt::set_tcp_nodelay(&socket, true);
