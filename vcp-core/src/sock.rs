@@ -11,7 +11,7 @@ pub use datagram::{Datagram, Unreachable, discard};
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use crate::mem::GuestBuf;
 use crate::queue::burst::{Frame, Space};

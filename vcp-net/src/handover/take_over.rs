@@ -92,6 +92,9 @@ fn prepare(
         sockets: offer.sockets.clone(),
         dials: offer.dials,
         captures: offer.capture_dir.iter().cloned().collect(),
+        // A user-mode stack is not handed over (`uplink::restore` says so).
+        listens: false,
+        flows: 0,
     };
     offer.ports.iter().try_for_each(crate::port::PortSpec::check).map_err(anyhow::Error::msg)?;
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
