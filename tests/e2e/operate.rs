@@ -37,6 +37,7 @@ impl Guest {
                 .arg("--api-socket")
                 .arg(socket)
                 .args(more)
+                .env("RUST_LOG", "info")
                 .spawn()?;
         monitor.wait_line(Stream::Out, "ready:", COMMAND)?;
         Ok(Self { _target: target, monitor, socket: socket.to_owned() })

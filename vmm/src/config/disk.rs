@@ -148,7 +148,7 @@ impl DiskSpec {
                 (key @ "weight", Some(v)) => spec.weight = Some(number(key, v)?),
                 ("poll-us", Some(v)) => spec.poll_us = Some(v.to_owned()),
                 (key @ "poll-share", Some(v)) => {
-                    spec.poll_share = Some(number(key, v.trim_end_matches('%'))?)
+                    spec.poll_share = Some(number(key, v.trim_end_matches('%'))?);
                 }
                 (key @ "standby", Some(v)) => spec.standby = Some(switch(key, v)?),
                 (key @ "watchdog", Some(v)) => spec.watchdog = Some(number(key, v)?),

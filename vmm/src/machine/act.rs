@@ -33,14 +33,10 @@ impl Machine {
             }
             Command::Pin { target: PinTarget::Vcpu(id), cpus } => self.pin_vcpu(id, cpus),
             Command::RestartVcp { device, how } => return self.restart_vcp(&device, how, reply),
-            Command::RateLimits { device, limits } => {
-                return match self.devices.keeper(&device) {
-                    None => {
-                        reply.give(Err(CommandError::NotFound(format!("device {device} with a backend"))))
-                    }
-                    Some(keeper) => keeper.limit(limits, answer(reply)),
-                };
-            }
+            Command::RateLimits { device, limits } => match self.devices.keeper(&device) {
+                None => Err(CommandError::NotFound(format!("device {device} with a backend"))),
+                Some(keeper) => return keeper.limit(limits, self::answer(reply)),
+            },
         };
         reply.give(answer);
     }
