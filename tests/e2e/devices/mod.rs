@@ -1,6 +1,8 @@
 //! Devices that come and go under a stock Debian guest in the helper VM: PCI hot-plug and hot-unplug, balloon, snapshot and
 //! restore, power button.
 
+mod shapes;
+
 use std::time::Duration;
 
 use anyhow::ensure;
