@@ -19,6 +19,7 @@ mod kill;
 mod lifecycle;
 mod monitor;
 mod monitor_kill;
+mod msgq;
 mod multipath;
 mod net;
 mod operate;

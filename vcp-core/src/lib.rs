@@ -19,6 +19,7 @@ pub mod http;
 pub mod mailbox;
 pub mod mem;
 pub mod metrics;
+pub mod msgq;
 pub mod poll;
 pub mod process;
 pub mod pulse;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::error::{ContextKind, ContextValue};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use vcp_core::handover::upgrade::UpgradeArgs;
 use vcp_core::http::Endpoint;
 use vcp_core::poll::{PollMode, Share};
@@ -115,6 +115,7 @@ pub enum ServerKind {
 #[command(
     override_usage = "vcp-iscsi serve --socket-path SOCKET URL [OPTIONS]\n       \
                       vcp-iscsi serve --disk socket=SOCKET,url=URL... [OPTIONS]",
+    group = ArgGroup::new("front").multiple(true),
     after_help = "Example:\n  \
         vcp-iscsi serve --socket-path /run/disk0 iscsi://192.0.2.7/iqn.2001-04.com.example:disk/0\n  \
         qemu-system-x86_64 -M q35,memory-backend=m -object memory-backend-memfd,id=m,size=2G \\\n    \
@@ -135,6 +136,10 @@ pub struct ServeArgs {
     /// connected to (the process then ends with that connection)
     #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "socket_path"])]
     pub fd: Option<i32>,
+    /// Unix socket where programs of this host reach the unit without a virtual machine, by the msgq-blk crate; it has a
+    /// session of its own, and the data path then makes plain system calls (no io_uring)
+    #[arg(long, value_name = "SOCKET", group = "front", conflicts_with = "disk")]
+    pub msgq_path: Option<PathBuf>,
     /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:
     /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`, and its own paths:
     /// `[,path=URL]...[,paths=all][,sessions=N][,unit-id=ID]`
@@ -259,6 +264,11 @@ impl ServeArgs {
             (Some(url), Some((socket, fd))) => {
                 let paths = self.paths.spec()?;
                 Ok(vec![DiskSpec { fd, paths, ..DiskSpec::new(socket, url.url()?) }])
+            }
+            (Some(url), None) => {
+                // For msgq clients only; what is wrong with the URL is wrong usage all the same.
+                self.paths.spec()?;
+                url.url().map(|_| Vec::new())
             }
             _ => {
                 // With --url-file, they are taken later.

@@ -13,6 +13,7 @@ pub mod engine;
 pub mod handover;
 pub mod info;
 pub mod limit;
+pub mod msgq;
 pub mod paths;
 pub mod portal;
 pub mod recorder;

@@ -13,6 +13,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 use vcp_core::device::RingDevice;
 use vcp_core::handover::giver::Giving;
 use vcp_core::http::{Endpoint, HttpServer};
+use vcp_core::msgq::Listener;
 use vcp_core::process::notify::Manager;
 use vcp_core::process::{Signals, exit_with_parent};
 use vcp_core::pulse::Pulse;
@@ -21,7 +22,7 @@ use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
 use crate::blk::BlkDevice;
-use crate::cli::{DiskSpec, ServeArgs, ServerKind};
+use crate::cli::{DiskSpec, Private, ServeArgs, ServerKind};
 use crate::confine::{self, Needs};
 use crate::engine::{Engine, Lun};
 use crate::handover::offer::{DiskOffer, Offer, poll_us};
@@ -45,6 +46,14 @@ struct Plan {
     limits: Limits,
 }
 
+/// A front for msgq clients to be.
+struct MsgqPlan {
+    listener: Listener,
+    options: Options,
+    all_paths: bool,
+    limits: Limits,
+}
+
 /// Serves `disks` (those of [`ServeArgs::disks`]) until SIGTERM or SIGINT. `signals` were blocked before any thread was started.
 ///
 /// # Errors
@@ -57,17 +66,23 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         // Before anything is opened: this is the user's to correct.
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
-    if let (Some(file), Some((socket, fd))) = (&args.url_file, args.front()) {
+    let mut url = args.url.as_ref().map(Private::url).transpose().map_err(anyhow::Error::msg)?;
+    let mut more = Vec::new();
+    if let Some(file) = &args.url_file {
         // It may be a pipe that nobody has written to yet.
         let file = file.clone();
-        let Some((url, more)) = unless_signalled(signals, move || read_urls(&file))? else {
+        let Some((read, others)) = unless_signalled(signals, move || read_urls(&file))? else {
             return Ok(End::Signal);
         };
+        (url, more) = (Some(read), others);
+    }
+    if let (Some(_), Some(url), Some((socket, fd))) = (&args.url_file, url.clone(), args.front()) {
         let mut paths = args.paths.spec().map_err(anyhow::Error::msg)?;
         paths.urls.extend(more);
         disks.push(DiskSpec { fd, paths, ..DiskSpec::new(socket, url) });
     }
     let plans = plans(args, disks)?;
+    let msgq = msgq_plan(args, url)?;
     // Everything that is listened on, before the process gives up the right to.
     let control = match (&args.control, args.control_fd) {
         (Some(path), _) => Some(SocketFile::bind(path)?),
@@ -78,6 +93,8 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let manager = Manager::find();
     let ring = match args.server {
+        // The ring waits for what devices name only.
+        ServerKind::Poll if msgq.is_some() => None,
         ServerKind::Poll => uring::choose(args.io).context("--io")?,
         ServerKind::Epoll => None,
     };
@@ -87,13 +104,16 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     {
         return Ok(End::Signal);
     }
-    let options = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
+    let mut options: Vec<_> = plans.iter().map(|plan| (plan.options.clone(), plan.all_paths)).collect();
+    options.extend(msgq.iter().map(|plan| (plan.options.clone(), plan.all_paths)));
     // Takes as long as the time limits for connecting and logging in allow. The sockets stay with this thread, which
     // removes them however this ends.
-    let Some(engines) = unless_signalled(signals, move || open(options))? else { return Ok(End::Signal) };
+    let Some(mut engines) = unless_signalled(signals, move || open(options))? else { return Ok(End::Signal) };
+    // The last one, if there is a front for it.
+    let msgq = msgq.and_then(|plan| Some((plan, engines.pop()?)));
     let mut ready = "ready:".to_owned();
     let mut offers = Vec::new();
-    let devices = plans
+    let devices: Vec<_> = plans
         .into_iter()
         .zip(engines)
         .enumerate()
@@ -110,6 +130,12 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
             DeviceSpec { name: Arc::from(name), socket: plan.socket, device }
         })
         .collect();
+    let mut sides = Vec::new();
+    if let Some((plan, engine)) = msgq {
+        ready.push_str(&crate::msgq::describe(plan.listener.path(), &engine));
+        session_line("msgq0", &plan.options.url, engine.negotiated());
+        sides.push((Arc::from("msgq0"), crate::msgq::front(plan.listener, engine, plan.limits)?));
+    }
     // What a later process would be offered: the same filter for the log, wherever it came from.
     let log = log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
     let offer = Offer {
@@ -132,6 +158,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         control,
         metrics,
         giving: Some(Giving { program: program(), offer }),
+        sides,
     };
     let extra = confine::status(&report);
     ready.push_str(&format!(" io={io} confined={}", report.summary()));
@@ -198,7 +225,13 @@ fn needs(args: &ServeArgs, plans: &[Plan]) -> Needs {
         sockets.push(path.clone());
     }
     let captures = args.recorder_dir.iter().cloned().collect();
-    Needs { queues: plans.iter().map(|plan| plan.queues).collect(), sockets, captures }
+    let mut queues: Vec<u16> = plans.iter().map(|plan| plan.queues).collect();
+    if let Some(path) = &args.msgq_path {
+        sockets.push(path.clone());
+        // As many descriptors as a device with a queue for each client.
+        queues.push(crate::msgq::CLIENTS);
+    }
+    Needs { queues, sockets, captures }
 }
 
 /// What the ready line says of one device.
@@ -244,6 +277,26 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
         plans.push(Plan { socket, queues: disk.queues.unwrap_or(args.queues), options, all_paths, limits });
     }
     Ok(plans)
+}
+
+/// The front for msgq clients, if one is wanted. As with a device, the socket comes before the session.
+fn msgq_plan(args: &ServeArgs, url: Option<Url>) -> Result<Option<MsgqPlan>> {
+    let (Some(path), Some(url)) = (&args.msgq_path, url) else { return Ok(None) };
+    if args.server == ServerKind::Epoll {
+        bail!("--msgq-path needs --server poll");
+    }
+    let failed = || format!("cannot listen on {}", path.display());
+    let listener = Listener::bind(path).with_context(failed)?;
+    let mut options = args.session.options(url)?;
+    options.timeouts.give_up = args.give_up_s.map(std::time::Duration::from_secs);
+    options.read_only = args.read_only;
+    options.instance = match &args.instance {
+        Some(instance) => format!("{instance}-msgq"),
+        None => path.display().to_string(),
+    };
+    let all_paths = args.paths.apply(args.paths.spec().map_err(anyhow::Error::msg)?, &mut options);
+    let limits = Limits { iops: args.limit_iops, bps: args.limit_bps };
+    Ok(Some(MsgqPlan { listener, options, all_paths, limits }))
 }
 
 /// Where the last PDUs of a device are written, if anywhere.

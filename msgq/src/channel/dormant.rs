@@ -122,6 +122,19 @@ impl Dormant {
         self.flight.in_flight()
     }
 
+    /// Numbers of the regions that requests to be sent again refer to: those a new incarnation has to
+    /// [restore](Pool::restore).
+    #[must_use]
+    pub fn regions_in_use(&self) -> Vec<u16> {
+        let unanswered = self.flight.unanswered();
+        let slots = unanswered.iter().flat_map(|(_, slots)| slots);
+        let mut numbers: Vec<u16> =
+            slots.filter(|desc| !desc.has(flags::INLINE)).map(|desc| desc.region).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers
+    }
+
     /// Announces another pool from the next epoch on.
     pub fn add_pool(&mut self, pool: Pool) {
         self.pools.push(pool);
@@ -173,7 +186,7 @@ impl Dormant {
     fn wake(self, established: crate::handshake::Established) -> Channel {
         let agreed = established.agreed;
         let mut held = match self.held {
-            Some(held) if held.window() >= agreed.window_theirs as usize => held,
+            Some(held) if held.takes(agreed.window_theirs, agreed.chain_max) => held,
             _ => Held::new(agreed.window_theirs, agreed.chain_max),
         };
         if !agreed.peer_resumes {
@@ -184,6 +197,7 @@ impl Dormant {
         channel.replay = self.unread;
         let requests = channel.flight.unanswered().into_iter();
         channel.replay.extend(requests.map(|(lane, slots)| Again { lane, slots, bufs: Vec::new() }));
+        channel.blocked = true;
         let _ = channel.pump_replay();
         channel.commit();
         channel

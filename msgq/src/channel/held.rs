@@ -31,8 +31,9 @@ impl Held {
         }
     }
 
-    pub(super) fn window(&self) -> usize {
-        self.entries.len()
+    /// Whether it is large enough for an epoch with these limits.
+    pub(super) fn takes(&self, window: u32, chain_max: u16) -> bool {
+        self.entries.len() >= window as usize && self.chain_max >= usize::from(chain_max)
     }
 
     pub(super) fn count(&self) -> u32 {

@@ -111,6 +111,8 @@ pub struct Channel {
     kick: bool,
     peer: PeerState,
     failed: Option<Violation>,
+    /// Something stands before the next message: it failed, or sends again what an earlier epoch left.
+    blocked: bool,
     spin: Spin,
     started: Option<Box<[Instant]>>,
     stats: Stats,
@@ -202,6 +204,7 @@ impl Channel {
             kick: false,
             peer: PeerState::Running,
             failed: None,
+            blocked: false,
             spin: Spin::default(),
             started: None,
             stats,
@@ -286,7 +289,17 @@ impl Channel {
         }
     }
 
+    /// This side's control memory, for tests that play a hostile peer. It can only harm this channel's other end, whose
+    /// business it is not to be harmed.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn control_words(&self) -> Arc<Mapping> {
+        Arc::clone(&self.control)
+    }
+
+    #[cold]
     fn fail(&mut self, violation: Violation) -> Error {
+        self.blocked = true;
         if self.failed.is_none() {
             self.failed = Some(violation);
             self.stats.violation(&violation);

@@ -58,7 +58,7 @@ pub struct Request {
 }
 
 /// The answer to a request. It counts as dealt with at the next [`receive`](Channel::receive): until then its buffers are
-/// in the caller's hands, and a death before leads to the request being sent again.
+/// in the caller's hands, it has its place in the window, and a death before leads to the request being sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// The request.
@@ -76,12 +76,14 @@ impl Channel {
     ///
     /// # Errors
     /// The peer broke a rule, or is gone and everything it published was received.
-    #[inline]
+    #[inline(always)]
     pub fn receive(&mut self) -> Result<Option<Incoming>, Error> {
         if let Some(index) = self.settle.take() {
             self.settled(index);
         }
-        if let Some(violation) = self.failed {
+        if self.blocked
+            && let Some(violation) = self.failed
+        {
             return Err(violation.into());
         }
         for number in 0..self.lanes.len() {
@@ -110,6 +112,7 @@ impl Channel {
         self.nothing()
     }
 
+    #[inline(never)]
     fn nothing(&mut self) -> Result<Option<Incoming>, Error> {
         for lane in &mut self.lanes {
             self.kick |= lane.rx.release();
@@ -140,7 +143,7 @@ impl Channel {
     }
 
     /// One slot: checked, and put together with those before it.
-    #[inline]
+    #[inline(always)]
     fn slot(&mut self, number: usize, desc: Desc) -> Result<Option<Incoming>, Violation> {
         if desc.flags & !flags::ALL != 0 {
             return Err(Violation::Flags(desc.flags));
@@ -180,6 +183,7 @@ impl Channel {
     }
 
     /// A slot of a message with several.
+    #[inline(never)]
     fn chain(&mut self, number: usize, desc: Desc) -> Result<Option<Incoming>, Violation> {
         let Lane { rx, staged, .. } = &mut self.lanes[number];
         let max = self.agreed.chain_max;

@@ -94,22 +94,25 @@ pub struct Status {
 
 impl Channel {
     /// Room for `slots` slots of an ordinary message, with the completions' share left.
-    #[inline]
+    #[inline(always)]
     fn room(&mut self, lane: u8, slots: u64) -> Result<(), SendError> {
-        if self.failed.is_some() || !self.replay.is_empty() {
+        if self.blocked {
             self.cannot_send()?;
         }
         let reserve = u64::from(self.agreed.window_theirs);
         let tx = &mut self.lanes.get_mut(usize::from(lane)).ok_or(SendError::Lane(lane))?.tx;
         match tx.free(slots + reserve) {
             Ok(free) if free >= slots + reserve => Ok(()),
-            Ok(_) => {
-                self.wanted = Some((lane, slots + reserve));
-                self.stats.full += 1;
-                Err(SendError::Full)
-            }
+            Ok(_) => self.no_room(lane, slots + reserve),
             Err(violation) => Err(self.fail(violation).into()),
         }
+    }
+
+    #[cold]
+    fn no_room(&mut self, lane: u8, wanted: u64) -> Result<(), SendError> {
+        self.wanted = Some((lane, wanted));
+        self.stats.full += 1;
+        Err(SendError::Full)
     }
 
     #[cold]
@@ -138,7 +141,7 @@ impl Channel {
     ///
     /// # Errors
     /// [`SendError`].
-    #[inline]
+    #[inline(always)]
     pub fn send_words(&mut self, lane: u8, opcode: u16, words: [u64; 2], len: u32) -> Result<(), SendError> {
         if len > 16 {
             return Err(SendError::Inline(len as usize));
@@ -276,7 +279,9 @@ impl Channel {
             self.stats.stale_completions += 1;
             return Err(SendError::Stale);
         };
-        let tx = &mut self.lanes[usize::from(lane)].tx;
+        // It may have come in an epoch with more lanes.
+        let lane = usize::from(lane).min(self.lanes.len() - 1);
+        let tx = &mut self.lanes[lane].tx;
         match tx.free(1) {
             Ok(0) => return Err(self.fail(Violation::Reserve).into()),
             Ok(_) => {}
@@ -364,6 +369,7 @@ impl Channel {
             self.stats.replays += 1;
             self.replay.pop_front();
         }
+        self.blocked = self.failed.is_some();
         Ok(())
     }
 }

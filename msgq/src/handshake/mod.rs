@@ -44,7 +44,7 @@ pub struct Config {
     pub lanes: u8,
     /// Most requests of its own without completion; cut to half of the smaller ring.
     pub window: u32,
-    /// Most slots of one message; cut to a quarter of the smaller ring.
+    /// Most slots of one message, 255 at most; cut to a quarter of the smaller ring.
     pub chain_max: u16,
     /// Longest segment in bytes.
     pub segment_max: u32,
@@ -85,7 +85,8 @@ impl Config {
             version_max: crate::layout::VERSION,
             log2_slots: self.log2_slots.clamp(LOG2_SLOTS_MIN, LOG2_SLOTS_MAX),
             lanes: self.lanes.clamp(1, LANES_MAX),
-            chain_max: self.chain_max.max(1),
+            // Its length has eight bits in the flight log.
+            chain_max: self.chain_max.clamp(1, 255),
             window: self.window.max(1),
             segment_max: self.segment_max.max(1),
             features: self.features,

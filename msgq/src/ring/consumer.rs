@@ -82,7 +82,7 @@ impl<O: Words, P: Words, F: Fences> Consumer<O, P, F> {
         &self.own
     }
 
-    #[inline]
+    #[inline(always)]
     fn at(&self) -> usize {
         self.theirs.slots + (self.head & (self.used - 1)) as usize * SLOT_WORDS
     }
@@ -99,7 +99,7 @@ impl<O: Words, P: Words, F: Fences> Consumer<O, P, F> {
     ///
     /// # Errors
     /// A message for the queue itself that makes no sense.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Desc>, Violation> {
         loop {
             let at = self.at();

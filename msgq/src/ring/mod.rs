@@ -5,8 +5,8 @@
 //! the tag, 32 bits of them, does.
 //!
 //! This module knows neither what a message means nor what a kick is. Its sources are compiled a second time with loom's
-//! atomics (`tests/loom.rs`), so nothing here may use anything but [`crate::sync`], [`crate::layout`] and
-//! [`crate::error`].
+//! atomics (`tests/loom.rs`), so nothing here may use anything but `crate::sync`, `crate::layout` and
+//! `crate::error`.
 
 mod consumer;
 mod fences;

@@ -12,8 +12,6 @@ use crate::sync::Ordering;
 struct Narrow {
     /// Number of the message that changes it.
     at: u64,
-    /// Slots that may hold messages meanwhile.
-    slots: u64,
     /// Slots in use before it.
     before: u64,
 }
@@ -34,7 +32,9 @@ pub struct Producer<O, P, F = Full> {
     min: u64,
     /// Slots in use, a power of two.
     used: u64,
-    /// Until the peer's head has passed this number, no more than this many slots may be taken.
+    /// Slots that may hold messages now: fewer than `used` after a change that the peer has not seen.
+    capacity: u64,
+    /// Until the peer's head has passed it, the capacity stays what it is.
     narrow: Option<Narrow>,
     /// Number of the next message.
     tail: u64,
@@ -71,6 +71,7 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
             max,
             min,
             used: max,
+            capacity: max,
             narrow: None,
             tail,
             looked: tail,
@@ -106,33 +107,25 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
         &self.own
     }
 
-    /// Slots that may hold messages now: fewer than [`slots`](Self::slots) after a change that the peer has not seen.
-    #[inline]
-    fn capacity(&self) -> u64 {
-        match self.narrow {
-            Some(narrow) => narrow.slots,
-            None => self.used,
-        }
-    }
-
     /// Free slots as far as known; at least `wanted` if there are that many. Loads the peer's head only when short.
     ///
     /// # Errors
     /// The peer's head is not between the last one and the tail.
-    #[inline]
+    #[inline(always)]
     pub fn free(&mut self, wanted: u64) -> Result<u64, Violation> {
-        let free = self.capacity() - (self.tail - self.head);
+        let free = self.capacity - (self.tail - self.head);
         if free >= wanted {
             return Ok(free);
         }
         self.refresh()?;
-        Ok(self.capacity() - (self.tail - self.head))
+        Ok(self.capacity - (self.tail - self.head))
     }
 
     /// Loads the peer's head, once, and checks it.
     ///
     /// # Errors
     /// As [`free`](Self::free).
+    #[cold]
     pub fn refresh(&mut self) -> Result<(), Violation> {
         // Acquire: what the consumer read from a slot happened before the slot is written again.
         let head = self.peer.words()[self.theirs.head].load(Ordering::Acquire);
@@ -145,6 +138,7 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
         self.head = head;
         if self.narrow.is_some_and(|narrow| head > narrow.at) {
             self.narrow = None;
+            self.capacity = self.used;
         }
         Ok(())
     }
@@ -153,9 +147,9 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
     ///
     /// # Panics
     /// In debug builds, if [`free`](Self::free) did not say that there is room.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, desc: Desc) {
-        debug_assert!(self.capacity() > self.tail - self.head, "push without room");
+        debug_assert!(self.capacity > self.tail - self.head, "push without room");
         let at = self.lane.slots + (self.tail & (self.used - 1)) as usize * SLOT_WORDS;
         let [w0, w1, w2, w3] = desc.to_words(tag(self.tail));
         let slot = &self.own.words()[at..at + SLOT_WORDS];
@@ -195,11 +189,11 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
     /// # Errors
     /// As [`free`](Self::free).
     pub fn arm(&mut self, wanted: u64) -> Result<bool, Violation> {
-        let needed = (self.tail + wanted).saturating_sub(self.capacity());
+        let needed = (self.tail + wanted).saturating_sub(self.capacity);
         self.own.words()[self.lane.tx_event].store(needed, Ordering::Relaxed);
         F::consumer();
         self.refresh()?;
-        Ok(self.capacity() - (self.tail - self.head) >= wanted)
+        Ok(self.capacity - (self.tail - self.head) >= wanted)
     }
 
     /// Takes the announcement back.
@@ -242,7 +236,8 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
             ..Desc::default()
         });
         self.used = new;
-        self.narrow = Some(Narrow { at, slots: narrow, before });
+        self.capacity = narrow;
+        self.narrow = Some(Narrow { at, before });
         Ok(true)
     }
 

@@ -40,6 +40,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     }
 
     fn stop_and_export(&mut self, limit: Duration) -> rustix::io::Result<Result<Stopped, NotNow>> {
+        if !self.sides.is_empty() {
+            return Ok(Err(NotNow::Never("it serves msgq clients, who would have to connect anew".into())));
+        }
         let stopped_ns = monotonic_ns();
         let mut completed_ns = stopped_ns;
         let mut completions = self.completions();

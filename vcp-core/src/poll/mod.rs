@@ -9,9 +9,11 @@
 mod cpu;
 mod handover;
 mod ring;
+mod side;
 pub mod spin;
 
 pub use cpu::{CpuError, check_cpu, pin_to};
+pub use side::Side;
 pub use spin::{Load, PollMode, Share, Spin};
 
 use std::os::fd::OwnedFd;
@@ -55,6 +57,8 @@ const INLINE_FDS: usize = 16;
 pub struct DataLoop<D, F = Apart> {
     ports: Vec<Port<D>>,
     fabric: F,
+    /// What else it drives. Their numbers for questions follow those of the ports.
+    sides: Vec<Box<dyn Side>>,
     mailbox: Arc<Mailbox<Command>>,
     /// Kick descriptors and the mailbox, all edge-triggered; with a ring only what devices name to wait for.
     epoll: Arc<OwnedFd>,
@@ -101,6 +105,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         Ok(Self {
             ports,
             fabric,
+            sides: Vec::new(),
             mailbox,
             epoll,
             ring: None,
@@ -119,6 +124,13 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     pub fn supervised(mut self, pulse: Option<Arc<Pulse>>, share: Share) -> Self {
         self.pulse = pulse;
         self.spin.limit(share);
+        self
+    }
+
+    /// The same loop, driving these as well.
+    #[must_use]
+    pub fn with_sides(mut self, sides: Vec<Box<dyn Side>>) -> Self {
+        self.sides = sides;
         self
     }
 
@@ -180,9 +192,11 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             idle_since = None;
         }
         let result = self.drain();
-        let share = CLOSE_AT_EXIT / u32::try_from(self.ports.len().max(1)).unwrap_or(u32::MAX);
+        let holders = self.ports.len() + self.sides.len();
+        let share = CLOSE_AT_EXIT / u32::try_from(holders.max(1)).unwrap_or(u32::MAX);
         self.ports.iter_mut().for_each(|port| port.device.close(share));
         self.fabric.close(share);
+        self.sides.iter_mut().for_each(|side| side.close(share));
         result
     }
 
@@ -227,18 +241,21 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
 
     /// Requests under way in all devices.
     fn inflight(&self) -> u32 {
-        self.ports.iter().map(|port| port.rings.inflight()).sum()
+        let sides: u32 = self.sides.iter().map(|side| side.inflight()).sum();
+        self.ports.iter().map(|port| port.rings.inflight()).sum::<u32>() + sides
     }
 
     /// What the decision between looking on and sleeping goes by.
     fn load(&self) -> Load {
-        let moves_long = self.ports.iter().any(|port| port.rings.inflight() != 0 && port.device.moves_long());
+        let moves_long = self.ports.iter().any(|port| port.rings.inflight() != 0 && port.device.moves_long())
+            || self.sides.iter().any(|side| side.moves_long());
         Load { inflight: self.inflight(), moves_long }
     }
 
     /// Tells all devices whether their descriptors may be readable.
     fn readiness(&mut self, ready: bool) {
         self.ports.iter_mut().for_each(|port| port.device.readiness(ready));
+        self.sides.iter_mut().for_each(|side| side.readiness(ready));
     }
 
     /// One pass over mailbox and devices; whether anything moved.
@@ -257,6 +274,14 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                     let _ = command.reply.try_send(Ok(Answer::Told(self.tell(ask, now))));
                     continue;
                 }
+                let side = command.device.checked_sub(self.ports.len());
+                if let (Some(side), What::Ask(_)) = (side.and_then(|n| self.sides.get_mut(n)), &command.what)
+                {
+                    let What::Ask(ask) = command.what else { continue };
+                    // The asker may have given up; then nobody wants the answer.
+                    let _ = command.reply.try_send(Ok(Answer::Told(side.tell(ask, now))));
+                    continue;
+                }
                 match self.ports.get_mut(command.device) {
                     Some(port) => port.command(&self.epoll, command.what, command.reply, now),
                     None => {
@@ -266,6 +291,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             }
         }
         moved |= self.move_ports(now);
+        for side in &mut self.sides {
+            moved |= side.pass(now);
+        }
         self.metrics.passes.add(1);
         moved
     }
@@ -296,11 +324,13 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         // Every ring is armed even if an early one has work: all of them are disarmed together.
         // A device without room takes nothing before its engine moved, so a full ring is no reason to stay awake.
         let with_room = self.ports.iter_mut().filter(|port| port.device.has_room());
-        with_room.fold(false, |more, port| port.rings.arm() | more)
+        let more = with_room.fold(false, |more, port| port.rings.arm() | more);
+        self.sides.iter_mut().fold(more, |more, side| side.arm() | more)
     }
 
     fn disarm(&mut self) {
         self.ports.iter_mut().for_each(|port| port.rings.disarm());
+        self.sides.iter_mut().for_each(|side| side.disarm());
     }
 
     /// How long it may sleep.
@@ -308,6 +338,8 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let deadlines = self.ports.iter().filter_map(|port| port.device.wait().deadline);
         let mut deadline = deadlines.chain(self.ports.iter().filter_map(Port::deadline)).min();
         self.fabric.waits(&mut |wait| deadline = [deadline, wait.deadline].into_iter().flatten().min());
+        let sides = self.sides.iter().filter_map(|side| side.deadline());
+        let deadline = sides.chain(deadline).min();
         if let Some(pulse) = &self.pulse {
             self.count(pulse);
         }
@@ -331,12 +363,13 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
         });
         let own = || PollFd::new(&self.epoll, PollFlags::IN);
-        let (result, ready) = if self.ports.len() + joint.len() <= INLINE_FDS {
+        let (result, ready) = if self.ports.len() + joint.len() <= INLINE_FDS && self.sides.is_empty() {
             let mut inline: [PollFd<'_>; INLINE_FDS + 1] = std::array::from_fn(|_| own());
             let used = 1 + inline[1..].iter_mut().zip(fds).map(|(place, fd)| *place = fd).count();
             wait_for(&mut inline[..used], timeout.as_ref())
         } else {
             let mut all: Vec<PollFd<'_>> = std::iter::once(own()).chain(fds).collect();
+            self.sides.iter().for_each(|side| side.fds(&mut all));
             wait_for(&mut all, timeout.as_ref())
         };
         self.metrics.sleeping.set(0);
@@ -362,6 +395,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let deadline = Instant::now() + DRAIN_AT_EXIT;
         self.ports.iter_mut().for_each(|port| port.rings.close());
         self.leave_ring()?;
+        self.sides.iter_mut().for_each(|side| side.stop());
         loop {
             let now = Instant::now();
             self.readiness(true);
@@ -382,6 +416,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                 let timeout = timespec(Duration::from_millis(10).min(deadline - now));
                 let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
                 let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+                self.sides.iter().for_each(|side| side.fds(&mut fds));
                 wait_for(&mut fds, Some(&timeout)).0?;
             }
         }

@@ -28,7 +28,7 @@ use crate::handover::taker::TakeError;
 use crate::http::HttpServer;
 use crate::mailbox::Mailbox;
 use crate::metrics::{DeviceMetrics, LoopMetrics};
-use crate::poll::{CpuError, DataLoop, PollMode, Share, check_cpu, pin_to};
+use crate::poll::{CpuError, DataLoop, PollMode, Share, Side, check_cpu, pin_to};
 use crate::process::Signals;
 use crate::pulse::Pulse;
 use crate::uring::Ring;
@@ -74,6 +74,8 @@ pub struct ServeOptions {
     pub giving: Option<Giving>,
     /// For the data thread, instead of plain system calls.
     pub ring: Mutex<Option<Ring>>,
+    /// What else the data thread drives: names and fronts. Only for the poll loop.
+    pub sides: Vec<(Arc<str>, Box<dyn Side>)>,
 }
 
 impl ServeOptions {
@@ -175,12 +177,19 @@ pub fn serve_joined<D: RingDevice, F: Fabric<D>>(
         entries.push(Entry { name, socket, facts, metrics, connection: None });
         ports.push(Port::new(spec.name, spec.device));
     }
-    let parts = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
+    let mut parts: Vec<_> =
+        entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
+    let mut sides = Vec::new();
+    for (name, side) in std::mem::take(&mut options.sides) {
+        parts.push((name, side.metrics()));
+        sides.push(side);
+    }
     let ask = ask_device(Arc::clone(&mailbox));
     let (socket, http) = (options.control.take(), options.metrics.take());
     let control = Control::new(socket, http, Arc::clone(&loop_metrics), parts, ask, extra);
     let data = DataLoop::new(ports, fabric, Arc::clone(&mailbox), options.poll, Arc::default(), loop_metrics)
         .map_err(system("create an epoll instance"))?
+        .with_sides(sides)
         .with_ring(options.take_ring())
         .supervised(options.pulse.clone(), options.poll_share);
     let server = Server::start(entries, control, data, mailbox, &options)?;

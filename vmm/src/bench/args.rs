@@ -38,6 +38,10 @@ pub struct BlkArgs {
     /// Socket that the backend listens on
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
+    /// The socket is that of `vcp-iscsi serve --msgq-path`: the load comes from a program without a guest, not from a
+    /// vhost-user front end
+    #[arg(long, conflicts_with_all = ["no_indirect", "no_event_idx"])]
+    pub msgq: bool,
     /// Kind of load; verify writes a pattern, flushes, reads it back and compares
     #[arg(long, value_enum, default_value_t = Rw::Randread)]
     pub rw: Rw,

@@ -44,7 +44,31 @@ pub(super) struct Done {
     pub(super) latency: Duration,
 }
 
-/// One queue and its requests.
+/// What a load is put on: slots with a request each.
+pub(super) trait LoadQueue: Send {
+    /// Number of slots.
+    fn depth(&self) -> u16;
+    /// Number of requests in flight.
+    fn inflight(&self) -> usize;
+    /// Writes the data of a slot that is not in flight.
+    fn write_data(&mut self, slot: u16, bytes: &[u8]);
+    /// Reads the data of a slot that is not in flight.
+    fn read_data(&mut self, slot: u16, bytes: &mut [u8]);
+    /// Starts a request in a free slot. [`notify`](Self::notify) tells the backend.
+    fn submit(&mut self, slot: u16, op: Op, sector: u64, len: usize) -> Result<()>;
+    /// Tells the backend if it wants to be told.
+    fn notify(&mut self) -> Result<()>;
+    /// Takes a completion if there is one. A failed request is an error.
+    fn poll(&mut self) -> Result<Option<Done>>;
+    /// Notifies the backend and waits for a completion.
+    fn wait(&mut self) -> Result<Done>;
+    /// Makes all that was written durable. Nothing may be in flight.
+    fn flush(&mut self) -> Result<()>;
+    /// Signals sent, and taken.
+    fn signals(&self) -> (u64, u64);
+}
+
+/// One virtqueue and its requests.
 #[derive(Debug)]
 pub(super) struct Queue {
     ring: Ring,
@@ -108,102 +132,6 @@ impl Queue {
         &self.ring
     }
 
-    /// Number of slots.
-    pub(super) fn depth(&self) -> u16 {
-        self.slots.len() as u16
-    }
-
-    /// Number of requests in flight.
-    pub(super) fn inflight(&self) -> usize {
-        self.inflight
-    }
-
-    /// Writes the data of a slot that is not in flight.
-    pub(super) fn write_data(&self, slot: u16, bytes: &[u8]) {
-        debug_assert!(self.slots[usize::from(slot)].is_none());
-        self.memory.write(self.ring.data(slot), bytes);
-    }
-
-    /// Reads the data of a slot that is not in flight.
-    pub(super) fn read_data(&self, slot: u16, bytes: &mut [u8]) {
-        debug_assert!(self.slots[usize::from(slot)].is_none());
-        self.memory.read(self.ring.data(slot), bytes);
-    }
-
-    /// Makes a request available in a free slot. [`Queue::notify`] tells the backend.
-    pub(super) fn submit(&mut self, slot: u16, op: Op, sector: u64, len: usize) {
-        let kind = match op {
-            Op::Read => VIRTIO_BLK_T_IN,
-            Op::Write => VIRTIO_BLK_T_OUT,
-            Op::Flush => VIRTIO_BLK_T_FLUSH,
-        };
-        debug_assert!(self.slots[usize::from(slot)].is_none());
-        self.slots[usize::from(slot)] = Some(InFlight { op, sector, started: Instant::now() });
-        self.inflight += 1;
-        self.ring.submit(slot, Request { kind, sector, len, device_writes: op == Op::Read });
-    }
-
-    /// Kicks the backend if it wants to be.
-    pub(super) fn notify(&mut self) -> Result<()> {
-        if self.ring.should_kick() {
-            self.kick.write(1).context("cannot kick")?;
-            self.kicks += 1;
-        }
-        Ok(())
-    }
-
-    /// Takes a completion if there is one. A failed request is an error.
-    pub(super) fn poll(&mut self) -> Result<Option<Done>> {
-        let Some(slot) = self.ring.complete()? else { return Ok(None) };
-        let Some(request) = self.slots[usize::from(slot)].take() else {
-            bail!("the backend completed slot {slot} twice");
-        };
-        self.inflight -= 1;
-        let latency = request.started.elapsed();
-        match self.ring.status(slot) {
-            0 => Ok(Some(Done { slot, latency })),
-            status => {
-                let InFlight { op, sector, .. } = request;
-                let what = match status {
-                    1 => "I/O error",
-                    2 => "not supported",
-                    0xff => "no status was written",
-                    _ => "unknown",
-                };
-                bail!("{op:?} at sector {sector} failed with status {status} ({what})")
-            }
-        }
-    }
-
-    /// Notifies the backend and waits for a completion.
-    pub(super) fn wait(&mut self) -> Result<Done> {
-        self.notify()?;
-        let end = Instant::now() + self.timeout;
-        loop {
-            if let Some(done) = self.poll()? {
-                return Ok(done);
-            }
-            match self.wait {
-                WaitMode::Event => self.sleep(end)?,
-                WaitMode::Poll => self.spin(end)?,
-            }
-        }
-    }
-
-    /// Waits until nothing is in flight.
-    pub(super) fn drain(&mut self) -> Result<()> {
-        while self.inflight > 0 {
-            self.wait()?;
-        }
-        Ok(())
-    }
-
-    /// Makes all that was written durable. Nothing may be in flight.
-    pub(super) fn flush(&mut self) -> Result<()> {
-        self.submit(0, Op::Flush, 0, 0);
-        self.drain()
-    }
-
     /// Asks for a call, looks once more, then sleeps until it comes.
     fn sleep(&mut self, end: Instant) -> Result<()> {
         self.ring.want_calls(WaitMode::Event);
@@ -257,6 +185,95 @@ impl Queue {
             }
         }
         Ok(())
+    }
+}
+
+impl LoadQueue for Queue {
+    fn depth(&self) -> u16 {
+        self.slots.len() as u16
+    }
+
+    fn inflight(&self) -> usize {
+        self.inflight
+    }
+
+    fn write_data(&mut self, slot: u16, bytes: &[u8]) {
+        debug_assert!(self.slots[usize::from(slot)].is_none());
+        self.memory.write(self.ring.data(slot), bytes);
+    }
+
+    fn read_data(&mut self, slot: u16, bytes: &mut [u8]) {
+        debug_assert!(self.slots[usize::from(slot)].is_none());
+        self.memory.read(self.ring.data(slot), bytes);
+    }
+
+    fn submit(&mut self, slot: u16, op: Op, sector: u64, len: usize) -> Result<()> {
+        let kind = match op {
+            Op::Read => VIRTIO_BLK_T_IN,
+            Op::Write => VIRTIO_BLK_T_OUT,
+            Op::Flush => VIRTIO_BLK_T_FLUSH,
+        };
+        debug_assert!(self.slots[usize::from(slot)].is_none());
+        self.slots[usize::from(slot)] = Some(InFlight { op, sector, started: Instant::now() });
+        self.inflight += 1;
+        self.ring.submit(slot, Request { kind, sector, len, device_writes: op == Op::Read });
+        Ok(())
+    }
+
+    fn notify(&mut self) -> Result<()> {
+        if self.ring.should_kick() {
+            self.kick.write(1).context("cannot kick")?;
+            self.kicks += 1;
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Result<Option<Done>> {
+        let Some(slot) = self.ring.complete()? else { return Ok(None) };
+        let Some(request) = self.slots[usize::from(slot)].take() else {
+            bail!("the backend completed slot {slot} twice");
+        };
+        self.inflight -= 1;
+        let latency = request.started.elapsed();
+        match self.ring.status(slot) {
+            0 => Ok(Some(Done { slot, latency })),
+            status => {
+                let InFlight { op, sector, .. } = request;
+                let what = match status {
+                    1 => "I/O error",
+                    2 => "not supported",
+                    0xff => "no status was written",
+                    _ => "unknown",
+                };
+                bail!("{op:?} at sector {sector} failed with status {status} ({what})")
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Done> {
+        self.notify()?;
+        let end = Instant::now() + self.timeout;
+        loop {
+            if let Some(done) = self.poll()? {
+                return Ok(done);
+            }
+            match self.wait {
+                WaitMode::Event => self.sleep(end)?,
+                WaitMode::Poll => self.spin(end)?,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.submit(0, Op::Flush, 0, 0)?;
+        while self.inflight > 0 {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    fn signals(&self) -> (u64, u64) {
+        (self.kicks, self.calls)
     }
 }
 

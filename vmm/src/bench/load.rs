@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
 
 use super::args::Rw;
-use super::disk::{Op, Queue, sectors};
+use super::disk::{LoadQueue, Op, sectors};
 use super::pattern;
 
 /// What to do on one queue.
@@ -66,7 +66,7 @@ impl Outcome {
 }
 
 /// Keeps the queue full until the time is over.
-pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
+pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::new()?;
     if job.rw.writes() {
         let mut data = vec![0; job.len];
@@ -94,7 +94,7 @@ pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
     let started = Instant::now();
     for slot in 0..queue.depth() {
         underway[usize::from(slot)] = op();
-        queue.submit(slot, underway[usize::from(slot)], sector(), job.len);
+        queue.submit(slot, underway[usize::from(slot)], sector(), job.len)?;
     }
     // Whatever is completed is taken and submitted anew; then the backend is told once.
     while started.elapsed() < job.time {
@@ -103,7 +103,7 @@ pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
             let kind = &mut underway[usize::from(request.slot)];
             outcome.count(*kind, request.latency);
             *kind = op();
-            queue.submit(request.slot, *kind, sector(), job.len);
+            queue.submit(request.slot, *kind, sector(), job.len)?;
             done = queue.poll()?;
         }
     }

@@ -9,6 +9,7 @@ mod cpu;
 mod disk;
 mod front;
 mod load;
+mod msgq;
 mod pattern;
 mod report;
 mod ring;

@@ -11,9 +11,10 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::args::{BlkArgs, Rw, WaitMode};
-use super::disk::{Queue, sectors};
+use super::disk::{LoadQueue, Queue, sectors};
 use super::front::{Device, Front};
 use super::load::{self, Job, Outcome};
+use super::msgq::MsgqQueue;
 use super::ring::{Layout, Ring};
 use super::shared::Shared;
 use super::{cpu, verify};
@@ -68,21 +69,32 @@ struct Latency {
 
 /// Connects, runs the load and stops.
 pub(super) fn measure(args: &BlkArgs) -> Result<Report> {
+    if args.msgq {
+        let (device, mut queues) = MsgqQueue::connect(args)?;
+        let region = region(args, &device)?;
+        return loaded(args, &device, region, &mut queues);
+    }
     let mut front = Front::connect(args)?;
     let device = front.device;
     let len = usize::try_from(args.bs).context("--bs is too large")?;
     let region = region(args, &device)?;
     let (memory, mut queues) = queues(args, &device, len, &front)?;
     front.start(&memory, &queues)?;
+    let report = loaded(args, &device, region, &mut queues)?;
+    front.stop(queues.len())?;
+    Ok(report)
+}
 
+/// Runs the load, and measures what the backend takes for it.
+fn loaded(args: &BlkArgs, device: &Device, region: u64, queues: &mut [impl LoadQueue]) -> Result<Report> {
+    let len = usize::try_from(args.bs).context("--bs is too large")?;
     let cpu_before = args.pid.map(cpu::time).transpose()?;
-    let outcome = run(args, &device, region, len, &mut queues)?;
+    let outcome = run(args, device, region, len, queues)?;
     let cpu = match (args.pid, cpu_before) {
         (Some(pid), Some(before)) => Some(cpu::time(pid)?.saturating_sub(before)),
         _ => None,
     };
-    front.stop(queues.len())?;
-    Ok(report(args, &device, region, &queues, &outcome, cpu))
+    Ok(report(args, device, region, queues, &outcome, cpu))
 }
 
 /// Checks the request size and returns the bytes of the disk that are used.
@@ -130,7 +142,13 @@ fn queues(args: &BlkArgs, device: &Device, len: usize, front: &Front) -> Result<
 }
 
 /// Runs one thread per queue. Random loads use the whole region from each queue, the others a part of it.
-fn run(args: &BlkArgs, device: &Device, region: u64, len: usize, queues: &mut [Queue]) -> Result<Outcome> {
+fn run(
+    args: &BlkArgs,
+    device: &Device,
+    region: u64,
+    len: usize,
+    queues: &mut [impl LoadQueue],
+) -> Result<Outcome> {
     let count = queues.len() as u64;
     let all = region / args.bs;
     let is_shared = matches!(args.rw, Rw::Randread | Rw::Randwrite | Rw::Randrw);
@@ -172,7 +190,7 @@ fn report(
     args: &BlkArgs,
     device: &Device,
     region: u64,
-    queues: &[Queue],
+    queues: &[impl LoadQueue],
     total: &Outcome,
     cpu: Option<Duration>,
 ) -> Report {
@@ -210,8 +228,8 @@ fn report(
             p99_9: us(latency.value_at_quantile(0.999)),
             max: us(latency.max()),
         },
-        kicks: queues.iter().map(|q| q.kicks).sum(),
-        calls: queues.iter().map(|q| q.calls).sum(),
+        kicks: queues.iter().map(|queue| queue.signals().0).sum(),
+        calls: queues.iter().map(|queue| queue.signals().1).sum(),
         backend_cpu_us_per_io: cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / ios.max(1) as f64),
         backend_cpus: cpu.map(|cpu| cpu.as_secs_f64() / secs),
     }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
-use super::disk::{Op, Queue, sectors};
+use super::disk::{LoadQueue, Op, sectors};
 use super::load::{Job, Outcome};
 use super::pattern;
 
@@ -15,7 +15,7 @@ use super::pattern;
 const MIN_ROUNDS: u32 = 2;
 
 /// Verifies the queue's part of the disk until the time is over.
-pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
+pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::new()?;
     let started = Instant::now();
     // What each block was last written with.
@@ -37,7 +37,7 @@ pub(super) fn run(queue: &mut Queue, job: &Job) -> Result<Outcome> {
 }
 
 fn write_round(
-    queue: &mut Queue,
+    queue: &mut impl LoadQueue,
     job: &Job,
     round: u32,
     generations: &mut [u32],
@@ -61,7 +61,7 @@ fn write_round(
         let sector = (job.first + block) * sectors(job.len as u64);
         pattern::fill(&mut data, job.seed, sector, round);
         queue.write_data(slot, &data);
-        queue.submit(slot, Op::Write, sector, job.len);
+        queue.submit(slot, Op::Write, sector, job.len)?;
         queue.notify()?;
         generations[block as usize] = round;
     }
@@ -72,21 +72,27 @@ fn write_round(
     Ok(())
 }
 
-fn read_round(queue: &mut Queue, job: &Job, generations: &[u32], outcome: &mut Outcome) -> Result<()> {
+fn read_round<Q: LoadQueue>(
+    queue: &mut Q,
+    job: &Job,
+    generations: &[u32],
+    outcome: &mut Outcome,
+) -> Result<()> {
     let mut data = vec![0; job.len];
     // What lies in a buffer before the read is not what should be read.
     let poison = vec![0xa5; job.len];
     let mut blocks = 0..job.blocks;
     let mut reading = vec![0; usize::from(queue.depth())];
-    let mut start = |queue: &mut Queue, slot: u16, reading: &mut [u64]| {
+    let mut start = |queue: &mut Q, slot: u16, reading: &mut [u64]| -> Result<()> {
         if let Some(block) = blocks.next() {
             reading[usize::from(slot)] = block;
             queue.write_data(slot, &poison);
-            queue.submit(slot, Op::Read, (job.first + block) * sectors(job.len as u64), job.len);
+            queue.submit(slot, Op::Read, (job.first + block) * sectors(job.len as u64), job.len)?;
         }
+        Ok(())
     };
     for slot in 0..queue.depth() {
-        start(queue, slot, &mut reading);
+        start(queue, slot, &mut reading)?;
     }
     while queue.inflight() > 0 {
         let done = queue.wait()?;
@@ -95,7 +101,7 @@ fn read_round(queue: &mut Queue, job: &Job, generations: &[u32], outcome: &mut O
         queue.read_data(done.slot, &mut data);
         let sector = (job.first + block) * sectors(job.len as u64);
         pattern::check(&data, job.seed, sector, generations[block as usize]).map_err(|e| anyhow!(e))?;
-        start(queue, done.slot, &mut reading);
+        start(queue, done.slot, &mut reading)?;
     }
     Ok(())
 }

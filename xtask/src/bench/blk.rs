@@ -57,6 +57,8 @@ struct Latency {
 struct Contender {
     name: String,
     socket: PathBuf,
+    /// The load comes from a program without a guest.
+    msgq: bool,
     process: Process,
 }
 
@@ -137,7 +139,7 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
     let program = bin.join("iscsi-target");
     serve.push(program.to_str().context("the path of the programs is not UTF-8")?);
     serve.extend(["serve", "--listen", "127.0.0.1:0", "--target", TARGET]);
-    serve.extend(["--lun", lun.as_str()].repeat(5));
+    serve.extend(["--lun", lun.as_str()].repeat(6));
     let target = Server::start(Path::new("taskset"), &serve)?;
     let portal = target.told("addr")?;
     let url = |lun: u32| format!("iscsi://{portal}/{TARGET}/{lun}");
@@ -147,6 +149,7 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
         ours(bin, scratch.path(), goals::POLL_0, &url(1), &layout, &["--poll-us", "0"])?,
         ours(bin, scratch.path(), goals::POLL_100, &url(2), &layout, &["--poll-us", "100"])?,
         ours(bin, scratch.path(), goals::DIGESTS, &url(3), &layout, &digests)?,
+        without_guest(bin, scratch.path(), &url(5), &layout)?,
         peer(scratch.path(), portal, 4, &layout)?,
     ];
     let bench = Bench { bin, layout: &layout, target: target.pid() };
@@ -175,7 +178,9 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
             extent.rounds, extent.secs
         ),
         layout.describe(),
-        "vcp-iscsi: default polling; poll=N: --poll-us N; crc32c: header and data digests".into(),
+        "vcp-iscsi: default polling; poll=N: --poll-us N; crc32c: header and data digests; \
+         msgq: default polling, loaded by a program without a guest"
+            .into(),
         "load: vcp bench blk, waiting for calls; qdN: requests in flight on each queue, xN: queues".into(),
         format!(
             "peer: {}",
@@ -228,6 +233,9 @@ impl Bench<'_> {
         command.args(["--bs", &format!("{}k", case.kib), "--qd", &case.depth.to_string()]);
         command.args(["--queues", &case.queues.to_string(), "--secs", &secs.to_string()]);
         command.args(["--pid", &contender.pid().to_string()]);
+        if contender.msgq {
+            command.arg("--msgq");
+        }
         let text = cmd::output(&mut command)
             .with_context(|| format!("load {} on {}", case.name(), contender.name))?;
         serde_json::from_str(&text).with_context(|| format!("`vcp bench blk` printed `{text}`"))
@@ -246,7 +254,16 @@ fn ours(
     let path = socket.display().to_string();
     let serve = ["serve", "--cpu", &layout.backend, "--queues", "4", "--socket-path", &path, url];
     let server = Server::start(&bin.join("vcp-iscsi"), &[&serve[..], more].concat())?;
-    Ok(Contender { name: name.into(), process: Process::Ours(server), socket })
+    Ok(Contender { name: name.into(), process: Process::Ours(server), socket, msgq: false })
+}
+
+/// Ours, for a program without a guest.
+fn without_guest(bin: &Path, scratch: &Path, url: &str, layout: &Layout) -> Result<Contender> {
+    let socket = scratch.join("msgq.sock");
+    let path = socket.display().to_string();
+    let serve = ["serve", "--cpu", &layout.backend, "--msgq-path", &path, url];
+    let server = Server::start(&bin.join("vcp-iscsi"), &serve)?;
+    Ok(Contender { name: goals::MSGQ.into(), process: Process::Ours(server), socket, msgq: true })
 }
 
 fn peer(scratch: &Path, portal: &str, lun: u32, layout: &Layout) -> Result<Contender> {
@@ -268,5 +285,5 @@ fn peer(scratch: &Path, portal: &str, lun: u32, layout: &Layout) -> Result<Conte
         }
         std::thread::yield_now();
     }
-    Ok(Contender { name: goals::PEER.into(), process: Process::Peer(proc), socket })
+    Ok(Contender { name: goals::PEER.into(), process: Process::Peer(proc), socket, msgq: false })
 }

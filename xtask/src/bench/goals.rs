@@ -10,6 +10,7 @@ pub(super) const DEFAULT: &str = "vcp-iscsi";
 pub(super) const POLL_0: &str = "vcp-iscsi poll=0";
 pub(super) const POLL_100: &str = "vcp-iscsi poll=100";
 pub(super) const DIGESTS: &str = "vcp-iscsi poll=0 crc32c";
+pub(super) const MSGQ: &str = "vcp-iscsi msgq";
 pub(super) const PEER: &str = "qemu-storage-daemon";
 
 /// Columns of the rows, in the order of `blk`'s metrics.

@@ -4,6 +4,7 @@ mod blk;
 mod goals;
 mod kernel;
 mod matrix;
+mod msgq;
 mod net;
 mod plot;
 mod report;
@@ -32,7 +33,7 @@ pub(crate) struct Args {
     /// blk: the whole matrix of sizes, kinds, depths and queues, in about half an hour
     #[arg(long)]
     full: bool,
-    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3]
+    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3, msgq 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
     /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2]
@@ -53,6 +54,8 @@ enum Name {
     Kernel,
     /// `vcp run` beside QEMU's microvm and q35 in the helper VM, and its exits per request there and natively
     Vmm,
+    /// The message queue beside iceoryx2, sockets, pipes and in-process queues
+    Msgq,
 }
 
 /// Installs, builds for speed, measures.
@@ -60,6 +63,9 @@ enum Name {
 /// # Errors
 /// A program is missing or a run failed.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.name == Some(Name::Msgq) {
+        return msgq::run(args.rounds.unwrap_or(3));
+    }
     packages::ensure(Need::Test)?;
     let bin = cmd::release_programs()?;
     let chosen = |name| args.name.is_none_or(|only| only == name);

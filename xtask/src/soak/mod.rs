@@ -3,11 +3,13 @@
 //!
 //! * [`cut`]: connections are cut at random bytes under a verifying load, again and again.
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
+//! * [`mod@msgq`]: either side of a message queue is killed, against a ledger.
 //! * [`monitor`]: the same under `vcp run`, which starts it again.
 
 mod cut;
 mod kill;
 mod monitor;
+mod msgq;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -21,6 +23,8 @@ pub(crate) enum Soak {
     Kill(kill::Args),
     /// `kill -9` of vcp-iscsi under `vcp run` with a verifying guest
     Monitor(monitor::Args),
+    /// `kill -9` of either side of a message queue, against a ledger of requests
+    Msgq(msgq::Args),
 }
 
 /// Runs one.
@@ -32,5 +36,6 @@ pub(crate) fn run(soak: &Soak) -> Result<()> {
         Soak::Cut(args) => cut::run(args),
         Soak::Kill(args) => kill::run(args),
         Soak::Monitor(args) => monitor::run(args),
+        Soak::Msgq(args) => msgq::run(args),
     }
 }
