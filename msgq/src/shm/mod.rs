@@ -1,4 +1,4 @@
-//! Shared memory: files that can be neither resized nor written by the wrong side ([`file`]), and mappings of them.
+//! Shared memory: files that can be neither resized nor written by the wrong side ([`mod@file`]), and mappings of them.
 //!
 //! Rules of this module, which owns all `unsafe` of the crate: memory that somebody else may write is reached only through
 //! atomic words and raw copies, never through `&[u8]`; every range is checked against the mapping before a pointer to it

@@ -6,7 +6,7 @@
 //!   a guest's ([`Rings`](crate::device::Rings)).
 //! * `client`: one client.
 //!
-//! The device model's own rules for requests are a [`Protocol`](front::Protocol).
+//! The device model's own rules for requests are a [`Protocol`].
 
 pub mod broker;
 mod client;
