@@ -14,7 +14,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use super::channel::{Peeked, peek};
 use super::gate::{Gate, Turn};
 use super::handler::Handler;
-use super::port::{PortError, What};
+use super::port::{F_PROTOCOL_FEATURES, PortError, What};
 
 /// A connected front end.
 pub(super) struct Connection {
@@ -29,7 +29,14 @@ impl Connection {
     pub(super) fn start(name: Arc<str>, stream: UnixStream, handler: Handler) -> io::Result<Self> {
         Self::spawn(name, stream, handler, |stream, handler| {
             handler.lock().unwrap_or_else(PoisonError::into_inner).ask(What::Attach)?;
-            Ok(BackendReqHandler::from_stream(stream, Arc::clone(handler)))
+            // QEMU enables the rings of a network device before it acknowledges any features.
+            match super::resume::requests(&stream, handler, F_PROTOCOL_FEATURES, 0) {
+                Ok(requests) => Ok(requests),
+                Err(error) => {
+                    tracing::warn!(%error, "a front end that enables rings early will be refused");
+                    Ok(BackendReqHandler::from_stream(stream, Arc::clone(handler)))
+                }
+            }
         })
     }
 
