@@ -234,7 +234,7 @@ fn responder(broker: &Link, ledger: &Mapping) {
         };
         match answer(&mut channel, words) {
             Error::Gone => dormant = Some(channel.into_dormant()),
-            error => panic!("{error}"),
+            error => panic!("{error:?}"),
         }
     }
 }

@@ -8,11 +8,12 @@
 //! A bell is level-triggered until it was hushed, so a ring before the sleep is kept. Both ends are plain descriptors that
 //! fit `poll`, `epoll`, `io_uring` and `tokio`'s `AsyncFd`.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::fs::{FileType, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 /// Kinds of bell.
@@ -95,6 +96,8 @@ pub struct Ear {
     /// What to wait for: a private description.
     fd: OwnedFd,
     kind: Kind,
+    /// The pipe's end could not be opened anew: it is shared with the waker, and read in a way that its flags do not change.
+    shared: bool,
     /// The eventfd itself, which is watched and never read.
     _event: Option<OwnedFd>,
 }
@@ -106,7 +109,7 @@ impl Ear {
     /// our own, and an eventfd is watched edge-triggered and not read at all.
     ///
     /// # Errors
-    /// It is not what was agreed, or `/proc` is not mounted.
+    /// It is not what was agreed; or `/proc` is not mounted, and the kernel cannot read pipes without waiting either.
     pub fn adopt(fd: OwnedFd, kind: Kind) -> Result<Self, BellError> {
         match kind {
             Kind::Pipe => {
@@ -118,12 +121,12 @@ impl Ear {
                 }
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
                 let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                let own = rustix::fs::open(path, flags, Mode::empty()).map_err(system("open a bell anew"))?;
+                let Ok(own) = rustix::fs::open(path, flags, Mode::empty()) else { return Self::share(fd) };
                 let again = rustix::fs::fstat(&own).map_err(system("look at a bell"))?;
                 if (again.st_dev, again.st_ino) != (stat.st_dev, stat.st_ino) {
                     return Err(BellError::Kind);
                 }
-                Ok(Self { fd: own, kind, _event: None })
+                Ok(Self { fd: own, kind, shared: false, _event: None })
             }
             Kind::Event => {
                 let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
@@ -136,8 +139,17 @@ impl Ear {
                 let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
                 epoll::add(&watch, &fd, epoll::EventData::new_u64(0), flags)
                     .map_err(system("watch a bell"))?;
-                Ok(Self { fd: watch, kind, _event: Some(fd) })
+                Ok(Self { fd: watch, kind, shared: false, _event: Some(fd) })
             }
+        }
+    }
+
+    /// Takes a pipe's end as it is, where there is no `/proc` (a confined process): possible if the kernel reads pipes with
+    /// RWF_NOWAIT, which the flags of a description do not change.
+    fn share(fd: OwnedFd) -> Result<Self, BellError> {
+        match read_shared(&fd) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(Self { fd, kind: Kind::Pipe, shared: true, _event: None }),
+            Err(error) => Err(system("open a bell anew, or read it as it is")(error)),
         }
     }
 
@@ -145,6 +157,7 @@ impl Ear {
     pub fn hush(&self) {
         match self.kind {
             // A pipe of a page empties in one read; a larger one rings on, which only its maker pays for.
+            Kind::Pipe if self.shared => drop(read_shared(&self.fd)),
             Kind::Pipe => {
                 let mut bytes = [0; 4096];
                 let _ = rustix::io::read(&self.fd, &mut bytes);
@@ -156,6 +169,11 @@ impl Ear {
             }
         }
     }
+}
+
+fn read_shared(fd: &OwnedFd) -> rustix::io::Result<usize> {
+    let mut bytes = [0; 4096];
+    rustix::io::preadv2(fd, &mut [IoSliceMut::new(&mut bytes)], u64::MAX, ReadWriteFlags::NOWAIT)
 }
 
 impl AsFd for Ear {

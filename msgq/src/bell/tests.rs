@@ -89,6 +89,26 @@ fn a_hostile_waker_never_blocks_the_sleeper() {
     assert!(!rings(&ear));
 }
 
+/// The same where an end cannot be opened anew.
+#[test]
+fn a_shared_end_never_blocks_the_sleeper() {
+    let (ringer, end) = Ringer::new(Kind::Pipe).unwrap();
+    let shared = end.try_clone().unwrap();
+    let ear = match Ear::share(end) {
+        Ok(ear) => ear,
+        Err(error) => return eprintln!("SKIPPED: {error}"),
+    };
+    rustix::io::ioctl_fionbio(&shared, false).unwrap();
+    ear.hush();
+    for _ in 0..3 {
+        ringer.ring();
+        assert!(rings(&ear));
+        ear.hush();
+        assert!(!rings(&ear));
+        ear.hush();
+    }
+}
+
 #[test]
 fn descriptors_of_another_kind_are_refused() {
     let (_, end) = Ringer::new(Kind::Event).unwrap();

@@ -166,6 +166,19 @@ fn a_flood_of_descriptors_is_cut_and_closed() {
     assert!(open() < before + 100, "descriptors leak");
 }
 
+/// A peer that dies with unread messages leaves an error on the socket that comes before what it had sent.
+#[test]
+fn the_last_words_of_a_peer_are_heard() {
+    let (one, two) = Link::pair().unwrap();
+    assert!(one.send(&Message::Start, None).unwrap(), "never read");
+    assert!(two.send(&Message::Drain, None).unwrap());
+    assert!(two.send(&Message::Bye { reason: 5 }, None).unwrap());
+    drop(two);
+    assert_eq!(one.receive().unwrap().unwrap().0, Message::Drain);
+    assert_eq!(one.receive().unwrap().unwrap().0, Message::Bye { reason: 5 });
+    assert!(matches!(one.receive(), Err(LinkError::Gone)));
+}
+
 #[test]
 fn a_silent_peer_is_given_up_in_time() {
     let (one, _two) = Link::pair().unwrap();
