@@ -177,6 +177,8 @@ impl Work {
     }
 
     pub(super) fn answer(&mut self, how: &std::result::Result<(), String>) {
+        // Who is told looks at once.
+        self.publish();
         for reply in self.waiting.drain(..) {
             reply(how.clone());
         }
