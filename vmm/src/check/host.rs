@@ -58,7 +58,7 @@ pub(super) fn processors() -> Vec<Item> {
         ),
         list => Item::ok("kvm module", list.join(", ")),
     };
-    vec![hardware, modules, cpus(), topology(), control_groups()]
+    vec![hardware, modules, cpus(), topology()]
 }
 
 fn allowed() -> Vec<usize> {
@@ -103,19 +103,6 @@ fn topology() -> Item {
         format!("{text}; siblings {}", pairs.join(" ")),
         "a VCP next to another guest's thread shares its core: cpu=own-core, or cpu=sibling for its own guest",
     )
-}
-
-/// What bounds the processor time, memory and processes of each VCP.
-fn control_groups() -> Item {
-    match crate::vcp::cgroup::Groups::look() {
-        Ok(path) => Item::ok("control group", format!("{path} can have groups with bounds below it")),
-        Err(why) => Item::new(
-            "control group",
-            Status::Warn,
-            why,
-            "VCPs run with resource limits alone; start vcp in a delegated group of its own",
-        ),
-    }
 }
 
 /// `/dev/kvm`: there, openable, its limits and capabilities. The flag says whether it can be used.
