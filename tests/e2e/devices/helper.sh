@@ -26,7 +26,8 @@ await '@STAGE=added' /tmp/guest.log
 ctl remove-disk disk1 || fail remove-disk
 value REMOVED $?
 await '@STAGE=removed' /tmp/guest.log
-value VCPS $(ps | grep -c '[v]cp-iscsi serve')
+# Those that serve: one that stands by has no data thread.
+value VCPS $(cat /proc/[0-9]*/task/*/comm 2>/dev/null | grep -c '^vcp-data')
 ctl add-disk url=$url/1 || fail 'add-disk again'
 await '@STAGE=again' /tmp/guest.log
 ctl resize 300M || fail resize
