@@ -169,6 +169,40 @@ fn a_vcp_that_is_killed_or_restarted_shows_in_status() -> Result<()> {
 }
 
 #[test]
+fn a_network_device_has_a_vcp_of_its_own() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let forward = port::free()?;
+    let net = format!("user,hostfwd=tcp:127.0.0.1:{forward}-22");
+    let guest = Guest::start(&dir.path().join("api"), "vm1", &["--net", &net])?;
+    let backend = |status: &Value| {
+        let devices = status["machine"]["devices"].as_array().cloned().unwrap_or_default();
+        devices.into_iter().find(|device| device["name"] == "net0").unwrap_or_default()["backend"].clone()
+    };
+    let status = guest.wait("figures of the network VCP", |status| status["vcps"][1]["answers"] == true)?;
+    ensure!(backend(&status)["connected"] == true && status["vcps"][1]["device"] == "net0", "{status}");
+    TcpStream::connect(("127.0.0.1", forward)).context("the forwarded port is not listened on")?;
+    let pid = |status: &Value| backend(status)["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    let first = pid(&status).and_then(rustix::process::Pid::from_raw).context("no pid")?;
+    rustix::process::kill_process(first, Signal::KILL)?;
+    let again = |status: &Value| backend(status)["restarts"] == 1 && backend(status)["connected"] == true;
+    let status = guest.wait("another network VCP", again)?;
+    ensure!(pid(&status) != Some(first.as_raw_nonzero().get()), "{status}");
+    let (status, _) = guest.monitor.terminate(COMMAND)?;
+    ensure!(status.success(), "{status}: {}", guest.monitor.tail());
+
+    let kernel = bare::build()?;
+    let run = |net: &str, more: &[&str]| -> Result<Output> {
+        vcp(["run", "--net", net])?.args(more).arg("--kernel").arg(&kernel).run(COMMAND)
+    };
+    one_error(&run("user", &["--vcp-net", "/nowhere/vcp-net"])?, 1, &["net0", "--vcp-net"])?;
+    one_error(&run("switch=lan", &[])?, 2, &["lan", "vcp-net serve", "socket="])?;
+    Ok(())
+}
+
+#[test]
 fn several_guests_each_have_their_monitor() -> Result<()> {
     if !ring3()? {
         return Ok(());

@@ -55,7 +55,8 @@ pub enum Command {
     -chardev socket,id=c,path=/run/net0,reconnect=1 -netdev vhost-user,id=n,chardev=c \\\n    \
     -device virtio-net-pci,netdev=n ...")]
 pub struct ServeArgs {
-    /// A port: `socket=SOCKET` to listen on, or `connect=SOCKET` of a front end that listens. Options behind commas:
+    /// A port: `socket=SOCKET` to listen on, `connect=SOCKET` of a front end that listens, or `fd=N`, a socket that this
+    /// process was started with. Options behind commas:
     /// `name=NAME`, `mac=M` (told to the driver where the front end leaves that to us), `mtu=N`, `queues=N` pairs of queues,
     /// `vlan=N` (an access port), `trunk=all|A-B-...` and `native=N|none` (a trunk), `on-full=wait|drop`, `protect` (only its
     /// own address), `rate=SIZE` bytes and `frames=N` frames per second, `offloads=on|off`, `switch=N`
@@ -77,6 +78,12 @@ pub struct ServeArgs {
     /// Unix socket for commands, one JSON object per line: {"cmd":"ports"}, {"cmd":"macs"}, {"cmd":"counters"}, ...
     #[arg(long, value_name = "SOCKET")]
     pub control: Option<PathBuf>,
+    /// The same on a socket that listens already, which this process was started with as descriptor FDNUM
+    #[arg(long, value_name = "FDNUM", conflicts_with = "control")]
+    pub control_fd: Option<i32>,
+    /// For a supervisor: the page into which the data thread counts what it does (a sealed memfd)
+    #[arg(long, value_name = "FDNUM")]
+    pub pulse_fd: Option<i32>,
     /// Serve a page of metrics for Prometheus there: http://ADDRESS:PORT/metrics, or over a Unix socket
     #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
     pub metrics: Option<Endpoint>,

@@ -11,6 +11,7 @@ use vcp_core::handover::giver::Giving;
 use vcp_core::http::{Endpoint, HttpServer};
 use vcp_core::process::notify::Manager;
 use vcp_core::process::{Signals, exit_with_parent};
+use vcp_core::pulse::Pulse;
 use vcp_core::vu::listen::SocketFile;
 use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 
@@ -37,16 +38,21 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
     // Everything that is opened, before the process gives up the right to.
-    let sockets = args
-        .port
-        .iter()
-        .map(|port| if port.connect { SocketFile::dial(&port.path) } else { SocketFile::bind(&port.path) });
+    let sockets = args.port.iter().map(|port| match port.fd {
+        Some(fd) => SocketFile::adopt(fd),
+        None if port.connect => SocketFile::dial(&port.path),
+        None => SocketFile::bind(&port.path),
+    });
     let sockets = sockets.collect::<Result<Vec<_>, _>>()?;
     let mut uplinks = args.uplink.iter().map(open).collect::<Result<Vec<_>>>()?;
     if uplinks.is_empty() {
         uplinks.push(Box::new(NoUplink));
     }
-    let control = args.control.as_deref().map(SocketFile::bind).transpose()?;
+    let control = match (&args.control, args.control_fd) {
+        (Some(path), _) => Some(SocketFile::bind(path)?),
+        (None, fd) => fd.map(SocketFile::adopt).transpose()?,
+    };
+    let pulse = adopt_pulse(args.pulse_fd)?;
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let secret = secret()?;
     let manager = Manager::find();
@@ -83,6 +89,7 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
         control,
         metrics,
         giving,
+        pulse,
         ..ServeOptions::default()
     };
     let extra = confine::status(&report);
@@ -116,6 +123,11 @@ fn open(arg: &UplinkArg) -> Result<Box<dyn Uplink>> {
     })
 }
 
+/// The page of `--pulse-fd`.
+pub(crate) fn adopt_pulse(fd: Option<i32>) -> Result<Option<Arc<Pulse>>> {
+    fd.map(|fd| Pulse::adopt(fd).map(Arc::new).context("--pulse-fd")).transpose()
+}
+
 /// What keys the tables of stations.
 pub(crate) fn secret() -> Result<u64> {
     let mut bytes = [0; 8];
@@ -142,7 +154,8 @@ pub(crate) fn describe(spec: &PortSpec, socket: &SocketFile, memory_bound_bytes:
 
 /// What the process needs from here on.
 fn needs(args: &ServeArgs) -> Needs {
-    let mut sockets: Vec<PathBuf> = args.port.iter().map(|port| port.path.clone()).collect();
+    let mut sockets: Vec<PathBuf> =
+        args.port.iter().filter(|port| port.fd.is_none()).map(|port| port.path.clone()).collect();
     sockets.extend(args.control.clone());
     if let Some(Endpoint::Unix(path)) = &args.metrics {
         sockets.push(path.clone());

@@ -8,8 +8,10 @@ use crate::port::{OnFull, PortSpec, Vlan};
 /// A port of the command line.
 #[derive(Clone, Debug)]
 pub struct PortArg {
-    /// Its socket.
+    /// Its socket; `fd:N` for one that this process was started with.
     pub path: PathBuf,
+    /// The socket listens already, as this descriptor, which the process was started with.
+    pub fd: Option<i32>,
     /// A front end listens there; otherwise this process does.
     pub connect: bool,
     /// What it is like.
@@ -22,13 +24,18 @@ impl FromStr for PortArg {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut spec = PortSpec::default();
         let mut at: Option<(PathBuf, bool)> = None;
+        let mut fd = None;
         let (mut access, mut trunk, mut native) = (None, None, None);
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             let number = || value.parse::<u16>().map_err(|_| format!("`{part}`: not a number"));
             match key {
-                "socket" | "connect" if at.is_some() => return Err("a port has one socket".into()),
+                "socket" | "connect" | "fd" if at.is_some() => return Err("a port has one socket".into()),
                 "socket" | "connect" if value.is_empty() => return Err(format!("`{part}`: no path")),
+                "fd" => {
+                    let number = value.parse().map_err(|_| format!("`{part}`: not a descriptor's number"))?;
+                    (fd, at) = (Some(number), Some((format!("fd:{number}").into(), false)));
+                }
                 "socket" => at = Some((value.into(), false)),
                 "connect" => at = Some((value.into(), true)),
                 "name" if !value.is_empty() => value.clone_into(&mut spec.name),
@@ -67,7 +74,7 @@ impl FromStr for PortArg {
             }
         };
         spec.check()?;
-        Ok(Self { path, connect, spec })
+        Ok(Self { path, fd, connect, spec })
     }
 }
 
@@ -117,6 +124,8 @@ mod tests {
         assert!(full.connect && full.spec.protect && full.spec.on_full == OnFull::Drop);
         assert_eq!((full.spec.mtu, full.spec.pairs, full.spec.switch), (Some(9000), 4, 1));
         assert_eq!((full.spec.vlan, full.spec.rate.bytes), (Vlan::Access(5), Some(1 << 20)));
+        let given = port("fd=3,queues=2").unwrap();
+        assert_eq!((given.fd, given.connect, given.path), (Some(3), false, "fd:3".into()));
         let trunk = port("socket=/c,trunk=5-7,native=none").unwrap().spec.vlan;
         assert_eq!(trunk, Vlan::Trunk { native: None, allowed: vec![5, 7] });
     }
@@ -128,6 +137,8 @@ mod tests {
             "socket=",
             "mac=52:54:00:00:00:01",
             "socket=/a,socket=/b",
+            "socket=/a,fd=3",
+            "fd=x",
             "socket=/a,mac=01:00:00:00:00:00",
             "socket=/a,mtu=67",
             "socket=/a,queues=0",

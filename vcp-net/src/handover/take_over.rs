@@ -15,7 +15,7 @@ use vcp_core::vu::{End, ServeOptions};
 use super::{Offer, program};
 use crate::confine::{self, Needs};
 use crate::port::NetPort;
-use crate::serve::{announce, secret};
+use crate::serve::{adopt_pulse, announce, secret};
 use crate::switch::SwitchFabric;
 use crate::uplink::Uplink;
 use crate::uplink::none::NoUplink;
@@ -37,6 +37,9 @@ pub struct TakeOverArgs {
     /// End when the process that started this one ends
     #[arg(long, conflicts_with = "stand_in")]
     pub exit_with_parent: bool,
+    /// For a supervisor: the page into which the data thread counts what it does (a sealed memfd)
+    #[arg(long, value_name = "FDNUM")]
+    pub pulse_fd: Option<i32>,
 }
 
 /// Takes over and serves until SIGTERM or SIGINT, or until the next hand-over.
@@ -47,6 +50,7 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
     if args.exit_with_parent && !exit_with_parent().context("cannot watch the parent process")? {
         bail!("the parent process ended before this one was up");
     }
+    let pulse = adopt_pulse(args.pulse_fd)?;
     let stream = ask(&args.control, args.stand_in)?;
     let (taker, app) = Taker::begin(stream, program()).context("cannot take over")?;
     let offer: Offer = match serde_json::from_value(app.clone()) {
@@ -76,6 +80,7 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
         cpu: offer.cpu,
         poll,
         giving: Some(Giving { program: program(), offer: app }),
+        pulse,
         ..ServeOptions::default()
     };
     let extra = confine::status(&report);

@@ -22,7 +22,7 @@ pub struct NetSpec {
     /// Name of a TAP interface of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// Name of a switch: all network devices of this guest with the same name are on it.
+    /// Name of a switch among guests. No monitor starts one, since it outlives each of them: the error says what to do.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub switch: Option<String>,
     /// Socket of a vhost-user-net backend that already runs.

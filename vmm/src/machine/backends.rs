@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::status::DeviceKind;
-use crate::config::{DiskSpec, NetSpec, PathsFrom, VmConfig};
+use crate::config::{DiskSpec, NetKind, NetSpec, PathsFrom, VmConfig};
 use crate::error::{Error, Result};
 use crate::placement::topology::Topology;
 use crate::placement::{self, DEFAULT_WEIGHT, Placement, VcpPlace, Want};
 use crate::vcp::process::READY_TIMEOUT;
 use crate::vcp::runtime_dir::RuntimeDir;
-use crate::vcp::{First, IscsiVcp, Source, VcpPaths, VcpProcess};
+use crate::vcp::{First, NetPort, Programs, Source, VcpPaths, VcpProcess, VcpSpec};
 use crate::virtio::vhost_user::link::Link;
-use crate::virtio::vhost_user::{VhostUserDevice, blk, net};
+use crate::virtio::vhost_user::{Kind, VhostUserDevice, blk, net};
 
 /// A device with what its keeper needs.
 pub(super) struct Backend {
@@ -27,7 +27,7 @@ pub(super) struct Backend {
 /// Connects to backends that already run, starts the others, and connects to those. Their sockets are gone when this
 /// returns: a connection needs no name, and what has no name is not left behind, however the monitor ends.
 pub(super) fn start_all(
-    program: &Path,
+    programs: &Programs,
     config: &VmConfig,
     placement: &Placement,
     interrupt: impl AsFd,
@@ -42,7 +42,7 @@ pub(super) fn start_all(
         .nets
         .iter()
         .enumerate()
-        .map(|(i, net)| connect_net(&net_name(i), i, net))
+        .map(|(i, net)| start_net(programs, &net_name(i), i, net, interrupt.as_fd()))
         .collect::<Result<Vec<_>>>()?;
     RuntimeDir::sweep_all();
     let mut started = Vec::new();
@@ -53,14 +53,14 @@ pub(super) fn start_all(
             continue;
         }
         let place = places.next().unwrap_or_default();
-        started.push((i, disk, start_disk(program, &disk_name(i), disk, i as u32, place)?));
+        started.push((i, disk, start_disk(&programs.iscsi, &disk_name(i), disk, i as u32, place)?));
     }
     for (_, _, vcp) in &mut started {
         vcp.wait_ready(READY_TIMEOUT, interrupt.as_fd())?;
     }
     let mut disks = given;
     for (i, disk, vcp) in started {
-        let backend = vcp.connect(program, disk)?;
+        let backend = vcp.connect(&programs.iscsi, disk)?;
         if let Some(slot) = disks.get_mut(i) {
             *slot = Some(backend);
         }
@@ -70,7 +70,7 @@ pub(super) fn start_all(
 
 /// The backend of one disk that is added while the guest runs.
 pub(super) fn start_one_disk(
-    program: &Path,
+    programs: &Programs,
     name: &str,
     disk: &DiskSpec,
     interrupt: impl AsFd,
@@ -89,9 +89,9 @@ pub(super) fn start_one_disk(
     let host = Topology::of_host()?;
     let placed = placement::place(&host, &[want], 0, None).map_err(Error::Usage)?;
     let place = placed.vcps.first().copied().unwrap_or_default();
-    let mut vcp = start_disk(program, name, disk, number, place)?;
+    let mut vcp = start_disk(&programs.iscsi, name, disk, number, place)?;
     vcp.wait_ready(READY_TIMEOUT, interrupt)?;
-    vcp.connect(program, disk)
+    vcp.connect(&programs.iscsi, disk)
 }
 
 /// Where the VCPs of a machine are wanted, in the order of its disks.
@@ -117,7 +117,7 @@ pub(super) fn net_name(index: usize) -> String {
 
 /// A VCP that was started and not connected to yet.
 struct Started {
-    vcp: IscsiVcp,
+    vcp: VcpSpec,
     process: VcpProcess,
 }
 
@@ -125,7 +125,7 @@ fn start_disk(program: &Path, name: &str, disk: &DiskSpec, number: u32, place: V
     let Some(url) = &disk.url else {
         return Err(Error::Usage(format!("{name} has neither a URL nor a socket")));
     };
-    let mut vcp = IscsiVcp::new(name, url.clone(), disk.queues.unwrap_or(1))?;
+    let mut vcp = VcpSpec::new(name, url.clone(), disk.queues.unwrap_or(1))?;
     (vcp.read_only, vcp.number) = (disk.read_only, number);
     (vcp.cpu, vcp.node, vcp.nice) = (place.cpu, place.node, place.nice);
     vcp.paths = VcpPaths {
@@ -182,15 +182,57 @@ fn disk_behind(
     Ok(Backend { kind: DeviceKind::Disk, device, source, process })
 }
 
-/// Shakes hands with the backend of a network device, whose number makes its address if it was given none.
-pub(super) fn connect_net(name: &str, index: usize, spec: &NetSpec) -> Result<Backend> {
+/// The backend of a network device, whose number makes its address if it was given none: one that runs already, or a
+/// `vcp-net` with a port and an uplink for it.
+pub(super) fn start_net(
+    programs: &Programs,
+    name: &str,
+    index: usize,
+    spec: &NetSpec,
+    interrupt: impl AsFd,
+) -> Result<Backend> {
     let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(index as u8));
-    let Some(socket) = &spec.socket else {
-        return Err(Error::Usage(format!("{name} has no socket")));
-    };
-    let kind = net::kind(mac, spec.queues.unwrap_or(1));
+    let pairs = spec.queues.unwrap_or(1);
+    let kind = net::kind(mac, pairs);
     let queues = kind.queue_max_sizes.len() as u16;
-    let (link, recovers) = (Link::connect(name, socket, queues)?, spec.reconnect.unwrap_or(true));
-    let device = VhostUserDevice::new(name, kind, link, recovers)?;
-    Ok(Backend { kind: DeviceKind::Net, device, source: Source::Socket(socket.clone()), process: None })
+    let uplink = match spec.kind().map_err(Error::Usage)? {
+        NetKind::Socket(socket) => {
+            let link = Link::connect(name, socket, queues)?;
+            return net_behind(name, spec, kind, link, Source::Socket(socket.to_owned()), None);
+        }
+        NetKind::Tap(tap) => format!("tap={tap}"),
+        NetKind::User(forwards) => {
+            let forwards = forwards.iter().map(|forward| format!(",hostfwd={forward}"));
+            std::iter::once("user".to_owned()).chain(forwards).collect()
+        }
+        NetKind::Switch(switch) => {
+            return Err(Error::Usage(format!(
+                "{name}: the switch {switch} outlives each of its guests, so no monitor starts it: start `vcp-net serve \
+                 --port socket=A --port socket=B` and give each guest one of the sockets with socket=PATH"
+            )));
+        }
+    };
+    let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+    let mut vcp = VcpSpec::net(name, NetPort { uplink, mac }, pairs, queues)?;
+    // Users of their own begin behind those of the disks.
+    (vcp.cpu, vcp.number) = (spec.cpu, 16 + index as u32);
+    let mut process = VcpProcess::start(&programs.net, &vcp, First::Serve)?;
+    process.wait_ready(READY_TIMEOUT, interrupt)?;
+    tracing::info!(device = name, pid = process.pid(), "vcp-net is ready");
+    let link = process.connect(queues)?;
+    let source = Source::Process(programs.net.clone(), Box::new(vcp));
+    net_behind(name, spec, kind, link, source, Some(process))
+}
+
+/// Shakes hands with the backend of a network device.
+fn net_behind(
+    name: &str,
+    spec: &NetSpec,
+    kind: Kind,
+    link: Link,
+    source: Source,
+    process: Option<VcpProcess>,
+) -> Result<Backend> {
+    let device = VhostUserDevice::new(name, kind, link, spec.reconnect.unwrap_or(true))?;
+    Ok(Backend { kind: DeviceKind::Net, device, source, process })
 }

@@ -28,7 +28,6 @@ pub mod status;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -57,6 +56,7 @@ use crate::placement::topology::Topology;
 use crate::placement::{self, Placement};
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
+use crate::vcp::Programs;
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::rng::Rng;
 use crate::{acpi, api, confine, signal, vcp};
@@ -90,8 +90,11 @@ pub fn run(mut config: VmConfig) -> Result<()> {
         (None, None) => return Err(Error::Usage("there is neither a kernel nor a snapshot".into())),
     };
     let saved = snapshot.map(|snapshot| snapshot.machine);
-    let program = vcp::find_program(config.vcp_iscsi.as_deref());
-    let backends = match backends::start_all(&program, &config, &placement, &signals) {
+    let programs = Programs {
+        iscsi: vcp::find_program("vcp-iscsi", config.vcp_iscsi.as_deref()),
+        net: vcp::find_program("vcp-net", config.vcp_net.as_deref()),
+    };
+    let backends = match backends::start_all(&programs, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
             tracing::info!("ended by a signal while starting");
             return Ok(());
@@ -102,7 +105,7 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let (control, commands) = Control::new()?;
     let name = config.name.clone();
     let api_control = control.clone();
-    let parts = Parts { config, board, saved, backends, placement, program, control, exit };
+    let parts = Parts { config, board, saved, backends, placement, programs, control, exit };
     let machine = Machine::start(parts, signals, &commands)?;
     let _api = sockets.serve(&name, api_control)?;
     confine::thread(confine::Kind::Main);
@@ -214,8 +217,7 @@ struct Parts {
     saved: Option<Saved>,
     backends: Vec<Backend>,
     placement: Placement,
-    /// The `vcp-iscsi` program.
-    program: PathBuf,
+    programs: Programs,
     control: Control,
     exit: ExitSignal,
 }
@@ -224,7 +226,7 @@ struct Parts {
 pub struct Machine {
     config: VmConfig,
     placement: Placement,
-    program: PathBuf,
+    programs: Programs,
     vm: Vm,
     exit: ExitSignal,
     control: Control,
@@ -256,7 +258,7 @@ impl std::fmt::Debug for Machine {
 impl Machine {
     /// Connects devices and console to the board, and lets the guest go.
     fn start(parts: Parts, signals: OwnedFd, commands: &Commands) -> Result<Self> {
-        let Parts { config, board, saved, backends, placement, program, control, exit } = parts;
+        let Parts { config, board, saved, backends, placement, programs, control, exit } = parts;
         let Board { vm, is_ring3, windows, pci, vcpus } = board;
         let abort = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(Error::os("create an eventfd"))?;
@@ -317,7 +319,7 @@ impl Machine {
         let mut machine = Self {
             config,
             placement,
-            program,
+            programs,
             vm,
             exit,
             control,

@@ -7,7 +7,6 @@ use super::Machine;
 use super::backends::{self, Backend};
 use super::command::{Command, CommandError, Message, Reply, ReplyTo};
 use super::status::DeviceKind;
-use crate::config::{DiskSpec, NetSpec};
 use crate::error::{Error, Result};
 
 /// A device that is on its way.
@@ -42,11 +41,11 @@ impl Machine {
             Ok(interrupt) => interrupt,
             Err(e) => return reply.give(Err(e.into())),
         };
-        let (control, program, device) = (self.control.clone(), self.program.clone(), name.clone());
+        let (control, programs, device) = (self.control.clone(), self.programs.clone(), name.clone());
         let work = move || {
             let backend = match command {
-                Command::AddDisk(disk) => get_disk(&program, &device, &disk, &interrupt),
-                Command::AddNet(net) => get_net(&device, index, &net),
+                Command::AddDisk(disk) => backends::start_one_disk(&programs, &device, &disk, &interrupt),
+                Command::AddNet(net) => backends::start_net(&programs, &device, index, &net, &interrupt),
                 _ => return,
             };
             control.post(Message::Work(Box::new(move |machine| machine.arrived(&device, backend, reply))));
@@ -82,17 +81,4 @@ impl Machine {
             let _ = thread.join();
         }
     }
-}
-
-fn get_disk(
-    program: &std::path::Path,
-    name: &str,
-    disk: &DiskSpec,
-    interrupt: &std::os::fd::OwnedFd,
-) -> Result<Backend> {
-    backends::start_one_disk(program, name, disk, interrupt)
-}
-
-fn get_net(name: &str, index: usize, net: &NetSpec) -> Result<Backend> {
-    backends::connect_net(name, index, net)
 }

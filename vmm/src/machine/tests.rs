@@ -45,7 +45,7 @@ fn start(board: Board, saved: Option<Saved>) -> Running {
         saved,
         backends: Vec::new(),
         placement: Placement { vcps: Vec::new(), vcpus: vec![None] },
-        program: "none".into(),
+        programs: crate::vcp::Programs { iscsi: "none".into(), net: "none".into() },
         control: control.clone(),
         exit: ExitSignal::new().unwrap(),
     };

@@ -21,7 +21,7 @@ use self::work::{STANDBY_AFTER, Work};
 use super::attach::Attacher;
 use super::backoff::Backoff;
 use super::life::Life;
-use super::process::{IscsiVcp, VcpProcess};
+use super::process::{VcpProcess, VcpSpec};
 use super::report::Board;
 use super::watchdog::{LOOK_EVERY, Watchdog};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ pub enum Source {
     /// Somebody else's process listens there.
     Socket(PathBuf),
     /// The monitor starts a `vcp-iscsi`: the program and what it is started with.
-    Process(PathBuf, Box<IscsiVcp>),
+    Process(PathBuf, Box<VcpSpec>),
 }
 
 /// How something that was asked for ended.

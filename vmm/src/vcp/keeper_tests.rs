@@ -282,8 +282,8 @@ fn given(dir: &Path, script: Script) -> Receiver<Served> {
     serves
 }
 
-fn vcp(standby: bool) -> Box<IscsiVcp> {
-    let mut vcp = IscsiVcp::new("disk0", "iscsi://host/iqn.x:y/0".into(), 2).unwrap();
+fn vcp(standby: bool) -> Box<VcpSpec> {
+    let mut vcp = VcpSpec::new("disk0", "iscsi://host/iqn.x:y/0".into(), 2).unwrap();
     // A user of its own could not reach the test's directory.
     vcp.spaces = crate::vcp::spawn::Spaces::NONE;
     vcp.standby = standby;

@@ -24,4 +24,4 @@ pub mod threads;
 pub mod watchdog;
 
 pub use keeper::{Keeper, Source};
-pub use process::{First, IscsiVcp, VcpPaths, VcpProcess, find_program};
+pub use process::{First, NetPort, Programs, VcpPaths, VcpProcess, VcpSpec, find_program};

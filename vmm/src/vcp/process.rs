@@ -1,4 +1,4 @@
-//! One `vcp-iscsi` process: starts it, hears what it says, tells how it ended, ends it. When to start another one is
+//! One VCP process: starts it, hears what it says, tells how it ended, ends it. When to start another one is
 //! [`super::keeper`]'s business.
 //!
 //! Everything that it needs is given to it as a descriptor, so that it works in namespaces that show it nothing: the URL
@@ -37,20 +37,25 @@ const FIRST_USER: u32 = 0x7000_0000;
 /// Devices of a monitor that have a user of their own.
 const USERS_EACH: u32 = 32;
 
-/// What a disk's VCP is started with.
+/// What a VCP is started with.
 #[derive(Clone, Debug)]
-pub struct IscsiVcp {
+pub struct VcpSpec {
     /// Device name, e.g. `disk0`.
     pub device: String,
-    /// The URL, with secrets; it never becomes an argument.
+    /// For a network device: where its frames go, as `vcp-net --uplink` takes it, and what its one port is like. The program
+    /// is a `vcp-net` then, and what belongs to a disk is not used.
+    pub net: Option<NetPort>,
+    /// The URL of a disk, with secrets; it never becomes an argument.
     pub url: SecretUrl,
     /// What the disk is to its target, the same for every process that serves it: a new one takes over the session of
     /// the one before, so that nothing of that one is carried out later.
     pub instance: String,
     /// Offer the disk read-only.
     pub read_only: bool,
-    /// Number of request queues.
+    /// Number of virtqueues.
     pub queues: u16,
+    /// Of a network device: pairs among them.
+    pub pairs: u16,
     /// Hardware thread of its own.
     pub cpu: Option<usize>,
     /// NUMA node that its memory should come from.
@@ -73,6 +78,15 @@ pub struct IscsiVcp {
     pub paths: VcpPaths,
 }
 
+/// What the `vcp-net` of a network device is started with.
+#[derive(Clone, Debug)]
+pub struct NetPort {
+    /// `user`, `user,hostfwd=...` or `tap=NAME`.
+    pub uplink: String,
+    /// The guest's address, `aa:bb:cc:dd:ee:ff`.
+    pub mac: String,
+}
+
 /// Ways to a disk's unit besides its URL.
 #[derive(Clone, Debug, Default)]
 pub struct VcpPaths {
@@ -84,7 +98,7 @@ pub struct VcpPaths {
     pub sessions: Option<u16>,
 }
 
-impl IscsiVcp {
+impl VcpSpec {
     /// A disk with everything else as it is by default.
     pub fn new(device: &str, url: SecretUrl, queues: u16) -> Result<Self> {
         let mut random = [0u8; 8];
@@ -93,10 +107,12 @@ impl IscsiVcp {
         let instance = format!("vcp-{}-{:016x}/{device}", std::process::id(), u64::from_ne_bytes(random));
         Ok(Self {
             device: device.to_owned(),
+            net: None,
             url,
             instance,
             read_only: false,
             queues,
+            pairs: 0,
             cpu: None,
             node: None,
             options: Vec::new(),
@@ -111,7 +127,26 @@ impl IscsiVcp {
     }
 }
 
-impl IscsiVcp {
+impl VcpSpec {
+    /// A network device with one port of `pairs` pairs of queues on a `vcp-net` of its own. `queues` of the front end may
+    /// have one more, for control.
+    pub fn net(device: &str, port: NetPort, pairs: u16, queues: u16) -> Result<Self> {
+        // A TAP device is the user's or root's, which a process in a user namespace of its own is not.
+        let spaces = if port.uplink.starts_with("tap=") { Spaces::NONE } else { Spaces::LOCAL };
+        let mut spec = Self::new(device, SecretUrl::default(), queues)?;
+        spec.net = Some(port);
+        spec.pairs = pairs;
+        spec.spaces = spaces;
+        // It has nothing to log in to: it is there at once.
+        spec.standby = false;
+        Ok(spec)
+    }
+
+    /// The program's name, and the option that says where it is.
+    fn program(&self) -> (&'static str, &'static str) {
+        if self.net.is_some() { ("vcp-net", "--vcp-net") } else { ("vcp-iscsi", "--vcp-iscsi") }
+    }
+
     /// Sets one of the [options](Self::options) that have a value, or takes it away.
     pub fn set_option(&mut self, option: &str, value: Option<String>) {
         if let Some(at) = self.options.iter().position(|word| word == option) {
@@ -121,17 +156,26 @@ impl IscsiVcp {
     }
 }
 
-/// Finds the program: what the user names, the variable `VCP_ISCSI`, the directory of this executable, the path.
-pub fn find_program(given: Option<&Path>) -> PathBuf {
-    const NAME: &str = "vcp-iscsi";
+/// Finds a program: what the user names, its variable (`VCP_ISCSI`), the directory of this executable, the path.
+pub fn find_program(name: &str, given: Option<&Path>) -> PathBuf {
     if let Some(path) = given {
         return path.to_owned();
     }
-    if let Some(path) = std::env::var_os("VCP_ISCSI").filter(|v| !v.is_empty()) {
+    let variable = name.to_uppercase().replace('-', "_");
+    if let Some(path) = std::env::var_os(variable).filter(|v| !v.is_empty()) {
         return path.into();
     }
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
-    beside.filter(|p| p.is_file()).unwrap_or_else(|| NAME.into())
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
+    beside.filter(|p| p.is_file()).unwrap_or_else(|| name.into())
+}
+
+/// The programs of VCPs.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// `vcp-iscsi`.
+    pub iscsi: PathBuf,
+    /// `vcp-net`.
+    pub net: PathBuf,
 }
 
 /// What a process is to do first.
@@ -158,6 +202,8 @@ pub enum Said {
 #[derive(Debug)]
 pub struct VcpProcess {
     device: String,
+    /// Name of the program.
+    program: &'static str,
     spawned: Spawned,
     /// How it ended, once that is known.
     ended: Option<String>,
@@ -173,7 +219,7 @@ pub struct VcpProcess {
 
 impl VcpProcess {
     /// Starts a process; [`VcpProcess::wait_ready`] or [`VcpProcess::listen`] tell when it can be used.
-    pub fn start(program: &Path, vcp: &IscsiVcp, first: First) -> Result<Self> {
+    pub fn start(program: &Path, vcp: &VcpSpec, first: First) -> Result<Self> {
         let (front, front_listens) = HiddenSocket::create(&vcp.device)?;
         let (control, control_listens) = HiddenSocket::create("control")?;
         // The URL may hold a secret: it goes through a descriptor that only this child has, its standard input. The child
@@ -181,6 +227,21 @@ impl VcpProcess {
         let url = rustix::fs::memfd_create("url", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(Error::os("create a memfd"))?;
         let mut url = std::fs::File::from(url);
+        let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
+        if let Some(port) = &vcp.net {
+            let mut args: Vec<OsString> =
+                ["serve", "--control-fd", "4", "--pulse-fd", "5"].map(Into::into).into();
+            args.push("--exit-with-parent".into());
+            let (device, mac, pairs) = (&vcp.device, &port.mac, vcp.pairs);
+            args.extend(["--port".into(), format!("fd=3,name={device},mac={mac},queues={pairs}").into()]);
+            args.extend(["--uplink".into(), port.uplink.clone().into()]);
+            if let Some(cpu) = vcp.cpu {
+                args.extend(["--cpu".into(), cpu.to_string().into()]);
+            }
+            args.extend(vcp.options.iter().map(Into::into));
+            let fds = vec![front_listens, control_listens, dup(&pulse)?];
+            return Self::spawn(program, vcp, url.into(), args, fds, (front, control, pulse, None));
+        }
         for line in std::iter::once(&vcp.url).chain(&vcp.paths.urls) {
             writeln!(url, "{}", line.expose()).map_err(Error::os("write a memfd"))?;
         }
@@ -207,7 +268,6 @@ impl VcpProcess {
         if first == First::StandBy {
             args.extend(["--standby-fd".into(), "6".into()]);
         }
-        let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
         fds.push(dup(&pulse)?);
         if first == First::StandBy {
             let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -219,7 +279,7 @@ impl VcpProcess {
     }
 
     /// Starts the successor of `old`, which takes over from it ([`Said::Ready`]) or ends.
-    pub fn take_over(program: &Path, vcp: &IscsiVcp, old: &Self) -> Result<Self> {
+    pub fn take_over(program: &Path, vcp: &VcpSpec, old: &Self) -> Result<Self> {
         let nothing = rustix::fs::memfd_create("nothing", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(Error::os("create a memfd"))?;
         let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
@@ -231,7 +291,7 @@ impl VcpProcess {
 
     fn spawn(
         program: &Path,
-        vcp: &IscsiVcp,
+        vcp: &VcpSpec,
         stdin: OwnedFd,
         args: Vec<OsString>,
         more: Vec<OwnedFd>,
@@ -266,8 +326,9 @@ impl VcpProcess {
         };
         let spawned = spawn::spawn(plan).map_err(|e| match e.kind() {
             ErrorKind::NotFound => fail(format!(
-                "cannot find {}: install it beside vcp, put it on the PATH, or give --vcp-iscsi FILE",
-                program.display()
+                "cannot find {}: install it beside vcp, put it on the PATH, or give {} FILE",
+                program.display(),
+                vcp.program().1
             )),
             _ => fail(format!("cannot start {}: {e}", program.display())),
         })?;
@@ -276,6 +337,7 @@ impl VcpProcess {
         }
         Ok(Self {
             device: vcp.device.clone(),
+            program: vcp.program().0,
             spawned,
             ended: None,
             stdout: Some(stdout.into()),
@@ -333,7 +395,7 @@ impl VcpProcess {
 
     /// Waits for the line `ready:`, at most as long as `timeout` says, or until `interrupt` becomes readable (a signal).
     pub fn wait_ready(&mut self, timeout: Duration, interrupt: impl AsFd) -> Result<()> {
-        let (device, pid) = (self.device.clone(), self.pid());
+        let (device, program, pid) = (self.device.clone(), self.program, self.pid());
         let fail = |reason: String| Error::Vcp { device: device.clone(), reason };
         let interrupt = interrupt.as_fd();
         let deadline = Instant::now() + timeout;
@@ -348,7 +410,7 @@ impl VcpProcess {
             // A process that never stops talking is not ready either.
             if ready == 0 || Instant::now() >= deadline {
                 return Err(fail(format!(
-                    "vcp-iscsi (pid {pid}) was not ready within {timeout:?}: is the target reachable?"
+                    "{program} (pid {pid}) was not ready within {timeout:?}: is what it connects to reachable?"
                 )));
             }
             if !fds[1].revents().is_empty() {
@@ -359,7 +421,7 @@ impl VcpProcess {
                 Some(Said::End) => {
                     let status = self.wait_end();
                     return Err(fail(format!(
-                        "vcp-iscsi (pid {pid}) ended before it was ready: {status}; its message is above"
+                        "{program} (pid {pid}) ended before it was ready: {status}; its message is above"
                     )));
                 }
                 Some(Said::StandsBy) | None => {}
@@ -380,7 +442,7 @@ impl VcpProcess {
                 }
                 Ok(_) if byte[0] == b'\n' => {
                     let text = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
-                    tracing::debug!(device = self.device, "vcp-iscsi says: {text}");
+                    tracing::debug!(device = self.device, "{} says: {text}", self.program);
                     if text.starts_with("ready:") {
                         self.spoke = true;
                         return Some(Said::Ready);
@@ -422,7 +484,7 @@ impl VcpProcess {
                 Ok(Some(how)) => how.to_string(),
                 Err(error) => error.to_string(),
             };
-            self.ended = Some(format!("its vcp-iscsi (pid {}) ended: {text}", self.pid()));
+            self.ended = Some(format!("its {} (pid {}) ended: {text}", self.program, self.pid()));
         }
         self.ended.clone()
     }
@@ -469,7 +531,8 @@ impl VcpProcess {
                     tracing::warn!(
                         device = self.device,
                         pid = self.pid(),
-                        "vcp-iscsi does not end: killing it"
+                        "{} does not end: killing it",
+                        self.program
                     );
                     self.kill();
                     break;

@@ -17,7 +17,7 @@ fn program(dir: &Path, then: &str) -> PathBuf {
 }
 
 fn start_first(dir: &Path, then: &str, first: First) -> VcpProcess {
-    let mut vcp = IscsiVcp::new("disk0", "iscsi://user%secret@host/iqn.x:y/0".into(), 2).unwrap();
+    let mut vcp = VcpSpec::new("disk0", "iscsi://user%secret@host/iqn.x:y/0".into(), 2).unwrap();
     // A user of its own could not reach the test's directory.
     vcp.paths.urls = vec!["iscsi://user%secret@other".into()];
     vcp.spaces = Spaces::NONE;
@@ -94,7 +94,7 @@ fn a_signal_ends_the_waiting() {
 
 #[test]
 fn a_program_that_is_not_there_is_named() {
-    let vcp = IscsiVcp::new("disk0", "iscsi://h/i/0".into(), 1).unwrap();
+    let vcp = VcpSpec::new("disk0", "iscsi://h/i/0".into(), 1).unwrap();
     let error = VcpProcess::start(Path::new("/nonexistent/vcp"), &vcp, First::Serve).unwrap_err();
     assert!(error.to_string().contains("disk0: cannot find /nonexistent/vcp"), "{error}");
 }

@@ -73,7 +73,7 @@ impl Work {
                 let pid = successor.as_ref().map(VcpProcess::pid);
                 let old = std::mem::replace(&mut self.process, successor);
                 self.leave(old);
-                tracing::info!(device = self.name, pid, stopped_us, "another vcp-iscsi has taken over");
+                tracing::info!(device = self.name, pid, stopped_us, "another VCP has taken over");
                 self.renewed(now);
                 self.answer(&Ok(()));
                 None
