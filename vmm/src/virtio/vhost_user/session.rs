@@ -63,7 +63,10 @@ impl Session {
             link.frontend().set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         let queues = kind.queue_max_sizes.len() as u64;
-        if protocol.contains(VhostUserProtocolFeatures::MQ) {
+        // Network back ends answer with queues or with pairs of them, and the crate would hold us to the smaller number:
+        // what they do not have they refuse when it is set up.
+        let counts_queues = kind.device_type != virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+        if protocol.contains(VhostUserProtocolFeatures::MQ) && counts_queues {
             let has = link.call("GET_QUEUE_NUM", Frontend::get_queue_num)?;
             if has < queues {
                 return Err(lacks(format!(
