@@ -375,7 +375,9 @@ impl State {
         }
         if wanted.is_none() {
             let told = (self.ask)(FABRIC, Ask::Command { name: cmd.to_owned(), args: args.clone() });
-            if let Some(Told::Command(rest)) = told {
+            // A fabric that is slow is not one that does not know the command.
+            let told = told.ok_or("the data thread does not answer")?;
+            if let Told::Command(rest) = told {
                 return match rest.and_then(crate::ask::Rest::finish)? {
                     Value::Object(fields) => Ok(fields),
                     Value::Null => Ok(Map::new()),
@@ -446,7 +448,7 @@ mod tests {
     fn ask() -> AskSource {
         Box::new(|index, ask| {
             if index == FABRIC {
-                return None;
+                return Some(Told::Unknown);
             }
             Some(match ask {
                 Ask::Status => Told::Status(json!(index + 40)),

@@ -28,6 +28,7 @@ use self::state::State;
 use crate::ask::{Ask, Told, tell};
 use crate::control::{AskSource, Control, StatusSource};
 use crate::device::RingDevice;
+use crate::poll::FABRIC;
 use crate::poll::{CLOSE_AT_EXIT, check_cpu, pin_to};
 use crate::process::Signals;
 use crate::vu::listen::SocketFile;
@@ -221,7 +222,11 @@ impl<D: RingDevice> Asked for Mutex<State<D>> {
 }
 
 fn ask_devices(devices: Vec<Arc<dyn Asked>>) -> AskSource {
-    Box::new(move |device, ask| devices.get(device)?.ask(ask))
+    Box::new(move |device, ask| match device {
+        // Nothing joins the devices here.
+        FABRIC => Some(Told::Unknown),
+        _ => devices.get(device)?.ask(ask),
+    })
 }
 
 impl EpollServer {

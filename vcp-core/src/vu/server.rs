@@ -38,7 +38,7 @@ use crate::uring::Ring;
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a question to a device waits for the data thread; the set-up thread does nothing else meanwhile.
-const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How long the data thread may take to end. It keeps to far less by itself, unless something outside holds it.
 const END_TIMEOUT: Duration = Duration::from_secs(4);
