@@ -15,7 +15,7 @@ use libfuzzer_sys::fuzz_target;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vmm::virtio::vhost_user::link::Link;
 use vmm::virtio::vhost_user::{VhostUserDevice, blk};
-use vmm::virtio::{ActiveQueue, Activation, Interrupt, VirtioDevice};
+use vmm::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
 const GET_FEATURES: u32 = 1;
@@ -77,7 +77,8 @@ fn serve(mut stream: UnixStream, input: Vec<u8>) {
         if stream.read_exact(&mut header).is_err() {
             return;
         }
-        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let word =
+            |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let (request, flags, len) = (word(0), word(4), word(8) as usize);
         let mut payload = vec![0u8; len.min(4096)];
         if stream.read_exact(&mut payload).is_err() {
@@ -109,7 +110,9 @@ fn serve(mut stream: UnixStream, input: Vec<u8>) {
             return;
         }
         // A reply that is not whole would be waited for.
-        if how & 7 != 0 && u32::from_ne_bytes([reply[8], reply[9], reply[10], reply[11]]) as usize > reply.len() - 12 {
+        if how & 7 != 0
+            && u32::from_ne_bytes([reply[8], reply[9], reply[10], reply[11]]) as usize > reply.len() - 12
+        {
             let _ = stream.shutdown(std::net::Shutdown::Write);
             return;
         }
@@ -123,10 +126,15 @@ fuzz_target!(|input: &[u8]| {
         move || serve(theirs, input)
     });
     let link = Link::from_stream("disk0", ours, 2).unwrap();
-    if let Ok(mut device) = VhostUserDevice::new("disk0", blk::kind(2, false), link, input.first() == Some(&1)) {
+    if let Ok(mut device) =
+        VhostUserDevice::new("disk0", blk::kind(2, false), link, input.first() == Some(&1))
+    {
         let mut config = [0xaa; 4096];
         device.read_config(0, &mut config);
-        assert!(config[CONFIG_LEN + 256..].iter().all(|byte| *byte == 0xaa), "more than a configuration space");
+        assert!(
+            config[CONFIG_LEN + 256..].iter().all(|byte| *byte == 0xaa),
+            "more than a configuration space"
+        );
         let memory = vmm::kvm::memory::create(1 << 20, false).unwrap();
         let queue = |index: u16| ActiveQueue {
             index,
