@@ -6,7 +6,7 @@
 //! uplink ─────────┘                                                                     └─ uplink
 //! ```
 //!
-//! One file per operation, each with its own state and counters; [`line`] is the line itself. An operation looks at a whole
+//! One file per operation, each with its own state and counters; [`mod@line`] is the line itself. An operation looks at a whole
 //! burst ([`work::Work`]) before the next one does, and decides about frames by their [`work::Fate`]; nothing is copied
 //! before `enqueue`, which copies once, from the sender's memory to the receiver's. What a receiver does not take
 //! unfinished is finished there, for it alone ([`crate::frame::gso`]).

@@ -77,7 +77,7 @@ pub fn unreachable(us: Mac, to: Link, ends: (IpAddr, IpAddr), why: Why, quote: &
     finished(us, to, ends, if v6 { ICMPV6 } else { ICMP }, &out, 2)
 }
 
-/// The IP header and the first bytes of UDP of a packet that is not at hand any more, for [`unreachable`].
+/// The IP header and the first bytes of UDP of a packet that is not at hand any more, for [`unreachable()`].
 #[must_use]
 pub fn quote_udp(src: (IpAddr, u16), dst: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
     let link = Link { mac: Mac(0), vid: 0 };

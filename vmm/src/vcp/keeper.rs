@@ -2,7 +2,7 @@
 //! still, has the device go on with it, and replaces it when the user wants that. The guest runs all the while.
 //!
 //! What means what is [`super::life`]'s to say; here is the thread that hears (`work`) and acts (`act`): it waits for
-//! descriptors and for time, and for nothing else. What has to wait for a backend is done by [`super::attach`]; what a backend says to itself
+//! descriptors and for time, and for nothing else. What has to wait for a backend is done by `super::attach`; what a backend says to itself
 //! is read from its [pulse](vcp_core::pulse). A process that stands by, ready but for its login, makes the start of another
 //! one short.
 

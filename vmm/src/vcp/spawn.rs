@@ -4,7 +4,7 @@
 //! All processes are started by one thread that lives as long as the monitor. A child asks to be killed when its parent
 //! dies, and the kernel means the *thread* that made it. The same thread is the only one that needs `execve`.
 //!
-//! What happens in the child before `execve` is in [`child`]: system calls, and nothing else. It is a copy of a process
+//! What happens in the child before `execve` is in `child`: system calls, and nothing else. It is a copy of a process
 //! with many threads, of which it has one: a lock that another one held, the allocator's for instance, is never released.
 #![allow(unsafe_code)] // clone3 and what a child does before execve have no safe wrappers.
 
