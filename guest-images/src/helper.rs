@@ -14,9 +14,9 @@
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::gate;
 use crate::linux::{Initramfs, job_status};
 use crate::modules::Kernel;
 use crate::qemu::Qemu;
@@ -29,8 +29,6 @@ const STARTS: u32 = 3;
 /// The exit status with which a job says that the emulated KVM failed it and that it wants another machine: EX_TEMPFAIL
 /// of sysexits.h.
 pub const AGAIN: i32 = 75;
-/// Held while a helper VM of this program runs.
-static RUNNING: Mutex<()> = Mutex::new(());
 /// Every job has this function: `again_if_kvm_failed STATUS CONSOLE ERRORS`, called after a monitor with a guest of its own
 /// ended, exits with [`AGAIN`] if that guest crashed, or stood still until the monitor was told to end (which it does
 /// with 0). Anything else is left to the job to judge.
@@ -163,9 +161,9 @@ impl HelperVm {
     /// ends the job so where a guest inside failed.
     pub fn run(&self, script: &str) -> Result<Outcome> {
         let script = format!("{AGAIN_IF_KVM_FAILED}{script}");
-        // A machine that emulates two CPUs, and a guest inside it, have enough with what a small host has: another of
-        // this program's waits, and its deadline begins afterwards.
-        let _one_at_a_time = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        // A machine that emulates two CPUs, and a guest inside it, have enough with what a small host has: others of
+        // this program's wait, and its deadline begins afterwards.
+        let _alone = gate::alone();
         for start in 1.. {
             let started = Instant::now();
             let ended = self.start(&script)?.wait()?;

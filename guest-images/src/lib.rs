@@ -16,6 +16,7 @@ pub mod bare;
 pub mod cache;
 pub mod cpio;
 mod error;
+pub mod gate;
 pub mod helper;
 pub mod linux;
 pub mod modules;

@@ -16,7 +16,7 @@ pub(crate) const COMMAND: Duration = Duration::from_secs(30);
 
 /// How long the helper VM may take for one start, everything emulated: a guest that goes on slowly on a busy host is no
 /// failure, so this is several times what a quiet one takes (40 s).
-const HELPER: Duration = Duration::from_secs(420);
+const HELPER: Duration = Duration::from_secs(600);
 
 /// The helper VM with these programs of ours, and a Debian guest's kernel and initramfs under `/guest`.
 pub(crate) fn helper_vm(programs: &[&str]) -> Result<HelperVm> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use guest_images::gate::{self, Permit};
 use guest_images::linux::{self, Initramfs};
 use guest_images::modules::Kernel;
 use guest_images::qemu::Qemu;
@@ -153,23 +154,27 @@ impl QemuGuest {
             let device = format!("vhost-user-blk-pci,chardev=c{n},{place}{properties}");
             args.extend(["-device".into(), device]);
         }
-        Ok(Running(Qemu::start("the QEMU guest", &args, self.deadline, false)?))
+        let permit = gate::shared();
+        Ok(Running { qemu: Qemu::start("the QEMU guest", &args, self.deadline, false)?, _permit: permit })
     }
 }
 
 /// A guest whose job runs.
 #[derive(Debug)]
-pub struct Running(Qemu);
+pub struct Running {
+    qemu: Qemu,
+    _permit: Permit,
+}
 
 impl Running {
     /// Waits until the job printed the value `name`.
     pub fn wait_value(&mut self, name: &str) -> Result<()> {
-        Ok(self.0.wait_for(&format!("{VALUE}{name}="))?)
+        Ok(self.qemu.wait_for(&format!("{VALUE}{name}="))?)
     }
 
     /// Waits for the end of the job.
     pub fn wait(self) -> Result<Outcome> {
-        let ended = self.0.wait()?;
+        let ended = self.qemu.wait()?;
         match linux::job_status(&ended.output) {
             Some(status) => Ok(Outcome { status, console: ended.output }),
             None => bail!("the guest's job did not end: {}:\n{}", ended.status, ended.output),

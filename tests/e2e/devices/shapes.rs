@@ -1,5 +1,7 @@
 //! Guests of many shapes in the helper VM: vCPUs, memory beyond the hole for devices, both transports, huge pages.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use guest_images::linux::Initramfs;
 use guest_images::modules::Kernel;
@@ -31,13 +33,15 @@ fn guests_of_every_size_boot() -> Result<()> {
     let mut job = String::from("echo 300 >/proc/sys/vm/nr_hugepages\n");
     for (n, (vcpus, mib, options, _)) in SHAPES.iter().enumerate() {
         job.push_str(&format!(
-            "timeout 120 vcp run --kernel /guest/vmlinuz --initrd /guest/shape --cmdline 'console=ttyS0 quiet' \
+            "timeout 240 vcp run --kernel /guest/vmlinuz --initrd /guest/shape --cmdline 'console=ttyS0 quiet' \
              --cpus {vcpus} --memory {mib}M {options} </dev/null >/tmp/console 2>/tmp/errors\n\
              status=$?; cat /tmp/errors; again_if_kvm_failed $status /tmp/console /tmp/errors\n\
              echo \"@SHAPE{n}=$status $(tr -d '\\r' </tmp/console | sed -n 's/^@SEEN=//p')\"\n"
         ));
     }
-    let ended = helper_vm(&["vcp"])?.program_at(&initrd, "/guest/shape")?.run(&job)?;
+    // Five guests, one after the other, each of which may be slow.
+    let helper = helper_vm(&["vcp"])?.deadline(Duration::from_secs(900));
+    let ended = helper.program_at(&initrd, "/guest/shape")?.run(&job)?;
     let done = Outcome { status: ended.status, console: ended.output };
     for (n, (vcpus, mib, options, devices)) in SHAPES.iter().enumerate() {
         let shape = format!("{vcpus} vCPUs, {mib} MiB {options}");
