@@ -33,8 +33,11 @@ pub const AGAIN: i32 = 75;
 /// ended, exits with [`AGAIN`] if that guest crashed, or stood still until the monitor was told to end (which it does
 /// with 0). Anything else is left to the job to judge.
 const AGAIN_IF_KVM_FAILED: &str = "again_if_kvm_failed() {
-    if grep -q 'triple fault' $3; then exit 75; fi
-    if [ $1 = 0 ] && ! grep -q VCP-JOB-EXIT= $2; then exit 75; fi
+    if grep -q 'triple fault' $3; then failed=crashed
+    elif [ $1 = 0 ] && ! grep -q VCP-JOB-EXIT= $2; then failed='stood still'
+    else return 0; fi
+    echo \"the guest $failed; the last it said: $(tail -c 300 $2 | tr '\\r\\n' ' |')\"
+    exit 75
 }
 ";
 /// Modules that ask the kernel's crypto interface for CRC32C when a connection starts; there is no modprobe inside.

@@ -31,16 +31,19 @@ fn guests_of_every_size_boot() -> Result<()> {
     }
     let initrd = Initramfs::new().job(GUEST_JOB)?.build(&Kernel::find()?)?;
     let mut job = String::from("echo 300 >/proc/sys/vm/nr_hugepages\n");
+    let most = SHAPES.iter().map(|shape| shape.0).max().unwrap_or(1);
     for (n, (vcpus, mib, options, _)) in SHAPES.iter().enumerate() {
+        let last = vcpus - 1;
         job.push_str(&format!(
             "timeout 240 vcp run --kernel /guest/vmlinuz --initrd /guest/shape --cmdline 'console=ttyS0 quiet' \
-             --cpus {vcpus} --memory {mib}M {options} </dev/null >/tmp/console 2>/tmp/errors\n\
-             status=$?; cat /tmp/errors; again_if_kvm_failed $status /tmp/console /tmp/errors\n\
+             --cpus {vcpus} --vcpu-cpus 0-{last} --memory {mib}M {options} </dev/null >/tmp/console 2>/tmp/errors\n\
+             status=$?; cat /tmp/errors; echo \"shape {n} after $(cut -d' ' -f1 /proc/uptime) s\"; again_if_kvm_failed $status /tmp/console /tmp/errors\n\
              echo \"@SHAPE{n}=$status $(tr -d '\\r' </tmp/console | sed -n 's/^@SEEN=//p')\"\n"
         ));
     }
-    // Five guests, one after the other, each of which may be slow.
-    let helper = helper_vm(&["vcp"])?.deadline(Duration::from_secs(900));
+    // Five guests, one after the other, each of which may be slow. A CPU for every vCPU: guests crash or stand still on
+    // emulated CPUs that go from one vCPU to another.
+    let helper = helper_vm(&["vcp"])?.cpus(most + 1).deadline(Duration::from_secs(900));
     let ended = helper.program_at(&initrd, "/guest/shape")?.run(&job)?;
     let done = Outcome { status: ended.status, console: ended.output };
     for (n, (vcpus, mib, options, devices)) in SHAPES.iter().enumerate() {
