@@ -1,13 +1,4 @@
 # What the Debian guest does while disks come and go. Stages are told on the console; the helper VM's job acts on them.
-value() { name=$1; shift; echo "@$name=$*"; }
-until_true() {
-    left=900
-    until eval "$1"; do
-        left=$((left - 1))
-        [ $left -gt 0 ] || { value TIMEOUT "$1"; dmesg | tail -n 30; exit 1; }
-        sleep 0.1
-    done
-}
 # Writes other bytes each time, and reads them back past the cache.
 use_disk() {
     dd if=/dev/urandom of=/tmp/bytes bs=64k count=16 2>/dev/null

@@ -1,19 +1,7 @@
 # What the helper VM does: a target with two LUNs, a guest on one of them, and commands as the guest's stages come.
-value() { name=$1; shift; echo "@$name=$*"; }
 target=iqn.2026-01.test.vcp:disks
 url=iscsi://127.0.0.1:3260/$target
 iscsi-target serve --listen 127.0.0.1:3260 --target $target --lun mem:16M --lun mem:16M >/tmp/target.log 2>&1 &
-ctl() { vcp ctl -S /tmp/api "$@" 2>&1; }
-fail() { echo "FAILED: $*"; cat /tmp/guest*.log /tmp/vcp*.log; again_if_kvm_failed 1 /tmp/guest.log /tmp/vcp.log; exit 1; }
-# Waits for a line of a file while the monitor runs.
-await() {
-    left=1500
-    until grep -qs "$1" $2; do
-        left=$((left - 1))
-        { [ $left -gt 0 ] && kill -0 $monitor 2>/dev/null; } || fail "no $1 in $2"
-        sleep 0.1
-    done
-}
 monitor=$$
 await '^ready:' /tmp/target.log
 vcp run --log info --api-socket /tmp/api --kernel /guest/vmlinuz --initrd /guest/hot --cmdline 'console=ttyS0 quiet' \

@@ -1,7 +1,9 @@
 //! Devices that come and go under a stock Debian guest in the helper VM: PCI hot-plug and hot-unplug, balloon, snapshot and
 //! restore, power button.
 
+mod nets;
 mod shapes;
+mod wide;
 
 use std::time::Duration;
 
@@ -20,8 +22,8 @@ use crate::support::{COMMAND, helper_vm, vcp};
 /// How long the bare-metal guest may take to start or to end.
 const BARE: Duration = Duration::from_secs(60);
 
-const GUEST_JOB: &str = include_str!("guest.sh");
-const HELPER_JOB: &str = include_str!("helper.sh");
+const GUEST_JOB: &str = concat!(include_str!("guest_common.sh"), include_str!("guest.sh"));
+const HELPER_JOB: &str = concat!(include_str!("helper_common.sh"), include_str!("helper.sh"));
 
 #[test]
 fn disks_come_and_go_and_the_guest_moves_to_another_monitor() -> Result<()> {

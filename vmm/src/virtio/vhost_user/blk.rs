@@ -50,6 +50,7 @@ pub fn kind(queues: u16, packed: bool) -> Kind {
         needed: VhostUserProtocolFeatures::CONFIG,
         needs_log: true,
         config_len: CONFIG_LEN,
+        holds_requests: |_| true,
         writable: WRITEBACK,
         // A backend may have more queues than the user wants the guest to see.
         own_config: vec![(NUM_QUEUES, queues.to_le_bytes().to_vec())],

@@ -132,8 +132,10 @@ impl Front {
         if *features & F_RING_PACKED != 0 {
             return false;
         }
-        let mut running = queues.iter().filter(|queue| run.running.contains(&queue.index));
-        running.any(|queue| {
+        let mut waiting = queues
+            .iter()
+            .filter(|queue| run.running.contains(&queue.index) && (self.kind.holds_requests)(queue.index));
+        waiting.any(|queue| {
             let read = |ring| index(memory, ring, &self.name).ok();
             read(queue.avail_ring) != read(queue.used_ring)
         })

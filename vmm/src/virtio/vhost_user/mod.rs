@@ -46,6 +46,9 @@ pub struct Kind {
     pub needs_log: bool,
     /// Length of the configuration space that is read from the backend, bytes.
     pub config_len: usize,
+    /// Whether what lies in the queue of this index waits for the backend. In a queue for receiving there are always
+    /// buffers, which wait for the world.
+    pub holds_requests: fn(u16) -> bool,
     /// What the driver may write in it; empty where nothing.
     pub writable: Range<usize>,
     /// Bytes of the configuration space that the monitor decides: offset and content.
