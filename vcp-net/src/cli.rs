@@ -1,9 +1,11 @@
 //! The command line of `vcp-net`.
 
 mod port;
+mod switch;
 mod uplink;
 
 pub use port::PortArg;
+pub use switch::SwitchArg;
 pub use uplink::UplinkArg;
 
 use std::path::PathBuf;
@@ -50,6 +52,7 @@ pub enum Command {
 #[command(after_help = "Examples:\n  \
     vcp-net serve --port socket=/run/net0 --port socket=/run/net1\n  \
     vcp-net serve --port socket=/run/net0 --uplink user,hostfwd=tcp:127.0.0.1:2222-22\n  \
+    vcp-net serve --switch lan --uplink user      (guests: vcp run --net switch=lan)\n  \
     vcp-net serve --port socket=/run/net0,mac=52:54:00:00:00:01,vlan=5 --uplink tap=tap0 --control /run/net.ctl\n  \
     qemu-system-x86_64 -M q35,memory-backend=m -object memory-backend-memfd,id=m,size=2G,share=on \\\n    \
     -chardev socket,id=c,path=/run/net0,reconnect=1 -netdev vhost-user,id=n,chardev=c \\\n    \
@@ -60,8 +63,13 @@ pub struct ServeArgs {
     /// `name=NAME`, `mac=M` (told to the driver where the front end leaves that to us), `mtu=N`, `queues=N` pairs of queues,
     /// `vlan=N` (an access port), `trunk=all|A-B-...` and `native=N|none` (a trunk), `on-full=wait|drop`, `protect` (only its
     /// own address), `rate=SIZE` bytes and `frames=N` frames per second, `offloads=on|off`, `switch=N`
-    #[arg(long, value_name = "SPEC", required = true)]
+    #[arg(long, value_name = "SPEC", required_unless_present = "switch")]
     pub port: Vec<PortArg>,
+    /// A switch with a name, for guests of `vcp run --net switch=NAME`: its ports (`ports=N`, 8 if not given, of `queues=N`
+    /// pairs) and its control socket are in a directory where those look for it: below $VCP_SWITCHES, else /run/vcp-switch
+    /// for root and $XDG_RUNTIME_DIR/vcp-switch for others
+    #[arg(long, value_name = "NAME[,ports=N][,queues=N]", conflicts_with_all = ["port", "control", "control_fd"])]
+    pub switch: Option<SwitchArg>,
     /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host), `packet=IFNAME` (a network interface of
     /// the host), `user` (a network of our own behind sockets of this process, without any rights). Options of `user`
     /// behind commas: `hostfwd=tcp|udp:ADDR:PORT-[GUEST:]PORT`, `net=A/LEN`, `net6=P/64`, `dns=A`, `domain=D`, `mac=M`,
@@ -101,6 +109,11 @@ impl ServeArgs {
     /// # Errors
     /// Wrong usage, in words for the user.
     pub fn check(&mut self) -> Result<(), String> {
+        if let Some(switch) = &self.switch {
+            let dir = switch.dir()?;
+            self.port = switch.ports(&dir);
+            self.control = Some(dir.join(vcp_core::process::named::CONTROL));
+        }
         if self.port.len() > PORTS_MAX {
             return Err(format!("{} ports ({PORTS_MAX} at most)", self.port.len()));
         }

@@ -37,6 +37,9 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
     if let Some(cpu) = args.cpu {
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
+    if let Some(switch) = &args.switch {
+        switch.create_dir()?;
+    }
     // Everything that is opened, before the process gives up the right to.
     let sockets = args.port.iter().map(|port| match port.fd {
         Some(fd) => SocketFile::adopt(fd),

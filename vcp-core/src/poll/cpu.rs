@@ -48,8 +48,9 @@ pub fn pin_to(cpu: usize) -> Result<(), CpuError> {
     sched_setaffinity(None, &set).map_err(|source| CpuError::Refused { cpu, source })
 }
 
-/// `0-3,8` for `[0, 1, 2, 3, 8]`.
-fn ranges(cpus: &[usize]) -> String {
+/// `0-3,8` for `[0, 1, 2, 3, 8]`: numbers in order as the kernel writes them.
+#[must_use]
+pub fn ranges(cpus: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for &cpu in cpus {
         match parts.last_mut() {

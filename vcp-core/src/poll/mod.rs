@@ -12,7 +12,7 @@ mod ring;
 mod side;
 pub mod spin;
 
-pub use cpu::{CpuError, check_cpu, pin_to};
+pub use cpu::{CpuError, check_cpu, pin_to, ranges as cpu_ranges};
 pub use side::Side;
 pub use spin::{Load, PollMode, Share, Spin};
 

@@ -2,6 +2,7 @@
 
 pub mod confine;
 mod log;
+pub mod named;
 pub mod notify;
 mod signals;
 

@@ -54,12 +54,15 @@ pub struct RunArgs {
     #[arg(
         long = "net",
         value_name = "SPEC",
-        help = "Network device: user[,hostfwd=tcp:ADDR:PORT-PORT]..., tap=NAME or socket=PATH, [,mac=M][,cpu=N][,reconnect=no]"
+        help = "Network device: user[,hostfwd=tcp:ADDR:PORT-PORT]..., tap=NAME, switch=NAME or socket=PATH, [,mac=M][,cpu=N][,reconnect=no]"
     )]
     pub nets: Vec<String>,
     /// Back guest memory with 2 MiB pages
     #[arg(long)]
     pub hugepages: bool,
+    /// NUMA node that guest memory comes from [default: the node of the VCPs, where there are several]
+    #[arg(long, value_name = "NODE")]
+    pub memory_node: Option<usize>,
     /// What virtio devices are on [default: pci; mmio for a bare-metal guest]
     #[arg(long, value_name = "BUS")]
     pub transport: Option<Transport>,
@@ -107,6 +110,7 @@ impl RunArgs {
         over(&mut vm.cpus, self.cpus.as_ref());
         over(&mut vm.vcpu_cpus, self.vcpu_cpus.as_ref());
         over(&mut vm.transport, self.transport.as_ref());
+        over(&mut vm.memory_node, self.memory_node.as_ref());
         over(&mut vm.api_socket, self.api_socket.as_ref());
         over(&mut vm.metrics, self.metrics.as_ref());
         over(&mut vm.vcp_iscsi, self.vcp_iscsi.as_ref());
@@ -164,6 +168,7 @@ mod tests {
             "--metrics=unix:/run/m",
             "--name=vm1",
             "--hugepages",
+            "--memory-node=0",
             "--vcp-net=/n",
             "--vcp-iscsi=/v",
         ])

@@ -41,6 +41,9 @@ pub struct VmFile {
     /// Back the memory with huge pages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<bool>,
+    /// NUMA node that the memory comes from; that of the VCPs if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_node: Option<usize>,
     /// `pci` or `mmio`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,

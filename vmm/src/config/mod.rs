@@ -59,6 +59,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Back the memory with huge pages.
     pub hugepages: bool,
+    /// NUMA node that the memory comes from; `None`: that of the VCPs.
+    pub memory_node: Option<usize>,
     /// What devices are on; `None`: PCI, but virtio-mmio for bare-metal guests.
     pub transport: Option<Transport>,
     /// Host CPUs for vCPU threads; `None`: chosen by the monitor.
@@ -133,6 +135,7 @@ impl VmFile {
             memory_bytes,
             vcpus,
             hugepages,
+            memory_node: self.memory_node,
             transport: self.transport,
             vcpu_cpus: self.vcpu_cpus.map(|list| list.0),
             api_socket: self.api_socket,

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use vcp_core::process::named::is_switch_name;
 
 use super::words::{number, parts, switch, wrong_key};
+use crate::placement::Policy;
 
 /// One network device. Exactly one of `user`, `tap`, `switch` and `socket` says what it is connected to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
@@ -22,7 +24,8 @@ pub struct NetSpec {
     /// Name of a TAP interface of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// Name of a switch among guests. No monitor starts one, since it outlives each of them: the error says what to do.
+    /// Name of a switch among guests, of which the device gets a free port: `vcp-net serve --switch NAME`, which outlives
+    /// each of them and is started by no monitor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub switch: Option<String>,
     /// Socket of a vhost-user-net backend that already runs.
@@ -35,9 +38,15 @@ pub struct NetSpec {
     /// Number of queue pairs (receive and transmit), 1 to 16; 1 if not given. The backend must have as many.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
-    /// Hardware thread of the device's VCP (not with `socket`).
+    /// Where the device's VCP runs (with `user` and `tap`): the number of a hardware thread, `auto`, `own-core`,
+    /// `sibling[:VCPU]` or `shared[:GROUP]`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cpu: Option<usize>,
+    #[schema(value_type = Option<String>)]
+    pub cpu: Option<Policy>,
+    /// Its share of a thread that it shares, relative to the others' (with `user` and `tap`), 1 to 10000; 100 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 10000)]
+    pub weight: Option<u32>,
     /// Whether the backend is started or sought again when it dies, which is so if not given; else the run ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect: Option<bool>,
@@ -144,12 +153,11 @@ impl From<HostForward> for String {
     }
 }
 
-const KEYS: &[&str] = &["user", "hostfwd", "tap", "switch", "socket", "mac", "queues", "cpu", "reconnect"];
+const KEYS: &[&str] =
+    &["user", "hostfwd", "tap", "switch", "socket", "mac", "queues", "cpu", "weight", "reconnect"];
 
 /// Longest name of a network interface (`IFNAMSIZ` without its NUL).
 const MAX_INTERFACE_NAME: usize = 15;
-/// Longest name of a switch.
-const MAX_SWITCH_NAME: usize = 32;
 
 impl NetSpec {
     /// Reads a specification as it stands after `--net`.
@@ -164,7 +172,8 @@ impl NetSpec {
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("mac", Some(v)) => spec.mac = Some(v.to_owned()),
                 (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
-                (key @ "cpu", Some(v)) => spec.cpu = Some(number(key, v)?),
+                ("cpu", Some(v)) => spec.cpu = Some(v.parse()?),
+                (key @ "weight", Some(v)) => spec.weight = Some(number(key, v)?),
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("net", part, KEYS)),
             }
@@ -194,6 +203,9 @@ impl NetSpec {
         if let Some(pairs) = self.queues.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
             return Err(format!("queues={pairs} is out of range: 1 to {MAX_PAIRS}"));
         }
+        if self.weight.is_some_and(|weight| !(1..=10_000).contains(&weight)) {
+            return Err("weight= is 1 to 10000".into());
+        }
         let kind = self.kind()?;
         if !self.hostfwd.is_empty() && !self.user {
             return Err("hostfwd= needs user: other networks reach the guest by its own address".into());
@@ -202,13 +214,13 @@ impl NetSpec {
             NetKind::Tap(name) if !is_name(name, MAX_INTERFACE_NAME) => {
                 return Err(format!("tap={name:?} is not the name of a network interface"));
             }
-            NetKind::Switch(name) if !is_name(name, MAX_SWITCH_NAME) => {
+            NetKind::Switch(name) if !is_switch_name(name) => {
                 return Err(format!(
-                    "switch={name:?} is not a name: letters, digits, '-', '_' and '.', at most {MAX_SWITCH_NAME}"
+                    "switch={name:?} is not a name: letters, digits, '-', '_' and '.', at most 32"
                 ));
             }
-            NetKind::Socket(_) if self.cpu.is_some() => {
-                return Err("cpu= applies to a vcp-net that the monitor starts; pin the backend of socket= where it is started".into());
+            NetKind::Socket(_) | NetKind::Switch(_) if self.cpu.is_some() || self.weight.is_some() => {
+                return Err("cpu= and weight= apply to a vcp-net that the monitor starts; pin the backend of socket= or switch= where it is started".into());
             }
             _ => {}
         }
@@ -253,7 +265,10 @@ mod tests {
         let NetKind::User(forwards) = spec.kind().unwrap() else { panic!("{spec:?}") };
         let texts: Vec<_> = forwards.iter().map(ToString::to_string).collect();
         assert_eq!(texts, ["tcp:127.0.0.1:2222-22", "udp::53-53", "tcp:[::1]:80-8080"]);
-        assert_eq!((spec.cpu, spec.mac_bytes()), (Some(1), Ok(Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]))));
+        assert_eq!(
+            (&spec.cpu, spec.mac_bytes()),
+            (&Some(Policy::Named(1)), Ok(Some([0x52, 0x54, 0, 0x12, 0x34, 0x56])))
+        );
         assert_eq!(NetSpec::parse("tap=tap0").unwrap().kind(), Ok(NetKind::Tap("tap0")));
         assert_eq!(NetSpec::parse("switch=lan.1").unwrap().kind(), Ok(NetKind::Switch("lan.1")));
         let spec = NetSpec::parse("socket=/s,reconnect=no").unwrap();
@@ -272,6 +287,9 @@ mod tests {
             "tap=abcdefghijklmnop",
             "switch=../x",
             "switch=-x",
+            "switch=x,cpu=1",
+            "user,cpu=nowhere",
+            "user,weight=0",
             "socket=/s,cpu=1",
             "socket=/s,queues=0",
             "socket=/s,queues=17",

@@ -45,6 +45,7 @@ impl VmConfig {
             memory: Some(super::size::Size(self.memory_bytes)),
             cpus: Some(self.vcpus),
             hugepages: Some(self.hugepages),
+            memory_node: self.memory_node,
             transport: self.transport,
             vcpu_cpus: self.vcpu_cpus.clone().map(super::size::CpuList),
             api_socket: maybe(&self.api_socket)?,
@@ -65,7 +66,7 @@ mod tests {
 
     #[test]
     fn what_is_printed_gives_the_same_machine() {
-        let text = "name='a b'\nkernel='/k'\ninitrd='/i'\ncmdline='root=\"x\" \\y'\ncpus=3\nmemory='1G'\nhugepages=true\ntransport='mmio'\n\
+        let text = "name='a b'\nkernel='/k'\ninitrd='/i'\ncmdline='root=\"x\" \\y'\ncpus=3\nmemory='1G'\nhugepages=true\nmemory-node=0\ntransport='mmio'\n\
             vcpu-cpus='0,2-3'\napi-socket='/a'\nmetrics='127.0.0.1:9100'\nlog='info'\nlog-json=true\nvcp-iscsi='/p'\nvcp-net='/q'\n\
             [[disk]]\nurl='iscsi://u%p@h/iqn.a:b/0'\nread-only=true\nqueues=2\ncpu=1\npacked=true\nreconnect=false\n\
             [[disk]]\nsocket='/s'\n\

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::placement::topology::{parse_list, ranges};
+
 /// A size in bytes. In TOML and JSON it is a text with a unit, or a number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
@@ -88,20 +90,8 @@ impl From<CpuList> for String {
 }
 
 impl fmt::Display for CpuList {
-    /// Ranges where there are at least two neighbours.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut rest = self.0.as_slice();
-        let mut comma = "";
-        while let Some(&first) = rest.first() {
-            let run = rest.iter().zip(first..).take_while(|(cpu, expected)| **cpu == *expected).count();
-            match run {
-                1 => write!(f, "{comma}{first}")?,
-                _ => write!(f, "{comma}{first}-{}", first + run - 1)?,
-            }
-            rest = &rest[run..];
-            comma = ",";
-        }
-        Ok(())
+        f.write_str(&ranges(&self.0))
     }
 }
 
@@ -130,20 +120,10 @@ pub fn parse(text: &str) -> Result<u64, String> {
 
 /// Reads a list of CPUs: numbers and ranges with commas, e.g. `0,2-3`. The result is sorted and has no doubles.
 pub fn parse_cpus(text: &str) -> Result<Vec<usize>, String> {
-    let wrong = || format!("{text:?} is not a list of CPUs: write numbers and ranges, e.g. 0,2-3");
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.trim().parse().map_err(|_| wrong())?;
-        let last: usize = last.trim().parse().map_err(|_| wrong())?;
-        if first > last || last >= MAX_CPU {
-            return Err(wrong());
-        }
-        cpus.extend(first..=last);
-    }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Ok(cpus)
+    let cpus = parse_list(text).filter(|cpus| cpus.last().is_some_and(|last| *last < MAX_CPU));
+    let cpus =
+        cpus.ok_or_else(|| format!("{text:?} is not a list of CPUs: write numbers and ranges, e.g. 0,2-3"))?;
+    Ok(cpus.into_iter().collect())
 }
 
 /// CPU numbers are below this: what a `cpu_set_t` can name.

@@ -1,6 +1,6 @@
 //! Guest memory: one sealed memfd that the monitor, KVM and every vhost-user backend map, split around the hole for
-//! devices below 4 GiB. This module owns the one piece of `unsafe` that gives the mapping to KVM.
-#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes a raw address.
+//! devices below 4 GiB. This module owns the pieces of `unsafe` that give the mapping to KVM and to a NUMA node.
+#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION and mbind take a raw address.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -26,9 +26,15 @@ pub fn ranges(memory_bytes: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Creates guest memory, shared and zeroed. With `hugepages` every page is taken from the pool of 2 MiB pages now, so
-/// that a pool that is too small is an error here and not a SIGBUS later.
+/// Creates guest memory as [`create_on`] does, on whatever node the kernel takes it from.
 pub fn create(memory_bytes: u64, hugepages: bool) -> Result<Arc<GuestMemory>> {
+    create_on(memory_bytes, hugepages, None)
+}
+
+/// Creates guest memory, shared and zeroed. With `hugepages` every page is taken from the pool of 2 MiB pages now, so
+/// that a pool that is too small is an error here and not a SIGBUS later. Memory comes from `node` as long as that has some,
+/// whoever touches it first: the guest, a VCP or the monitor.
+pub fn create_on(memory_bytes: u64, hugepages: bool, node: Option<usize>) -> Result<Arc<GuestMemory>> {
     let fail = |hint: &'static str| {
         move |e: rustix::io::Errno| Error::Memory { bytes: memory_bytes, hint, source: e.into() }
     };
@@ -40,10 +46,6 @@ pub fn create(memory_bytes: u64, hugepages: bool) -> Result<Arc<GuestMemory>> {
     let hint = if hugepages { POOL } else { "give less --memory" };
     let fd = rustix::fs::memfd_create("guest-memory", flags).map_err(fail(hint))?;
     rustix::fs::ftruncate(&fd, memory_bytes).map_err(fail(hint))?;
-    if hugepages {
-        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, memory_bytes)
-            .map_err(fail(POOL))?;
-    }
     // No party may change the size under another's mapping.
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
         .map_err(fail("the kernel does not seal memfds"))?;
@@ -59,7 +61,46 @@ pub fn create(memory_bytes: u64, hugepages: bool) -> Result<Arc<GuestMemory>> {
         hint,
         source: std::io::Error::other(e.to_string()),
     })?;
+    if let Some(node) = node {
+        prefer(&memory, node)?;
+    }
+    if hugepages {
+        rustix::fs::fallocate(&*file, rustix::fs::FallocateFlags::empty(), 0, memory_bytes)
+            .map_err(fail(POOL))?;
+    }
     Ok(Arc::new(memory))
+}
+
+/// Has pages that nobody has touched yet come from this node. The mapping is shared: what is said of it holds for the memfd,
+/// and so for every process that maps it.
+fn prefer(memory: &GuestMemory, node: usize) -> Result<()> {
+    const MPOL_PREFERRED: libc::c_int = 1;
+    const WORD: usize = libc::c_ulong::BITS as usize;
+    let mut mask = [0 as libc::c_ulong; 16];
+    if let Some(word) = mask.get_mut(node / WORD) {
+        *word = 1 << (node % WORD);
+    }
+    for region in memory.iter() {
+        // The kernel counts one bit less than it is told.
+        let bits = mask.len() * WORD;
+        // SAFETY: the address and length are those of a live mapping that `memory` owns, the mask is as long as said; no
+        // byte of memory is changed.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                region.as_ptr(),
+                region.len() as usize,
+                MPOL_PREFERRED,
+                mask.as_ptr(),
+                bits,
+                0 as libc::c_uint,
+            )
+        };
+        if done != 0 {
+            return Err(Error::os("place guest memory on a NUMA node")(std::io::Error::last_os_error()));
+        }
+    }
+    Ok(())
 }
 
 /// Gives guest memory to KVM, one slot per range.
@@ -93,6 +134,21 @@ mod tests {
         assert_eq!(ranges(1 << 30), vec![(0, 1 << 30)]);
         assert_eq!(ranges(LOW_RAM_MAX), vec![(0, LOW_RAM_MAX)]);
         assert_eq!(ranges(4 << 30), vec![(0, LOW_RAM_MAX), (HIGH_RAM_START, 1 << 30)]);
+    }
+
+    #[test]
+    fn memory_prefers_its_node() {
+        let memory = create_on(4 << 20, false, Some(0)).unwrap();
+        let at = memory.iter().next().unwrap().as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+        // A kernel without NUMA has no such file.
+        let line = maps.lines().find(|line| line.starts_with(&format!("{at:x} ")));
+        if let Some(line) = line {
+            assert!(line.contains(" prefer:0 ") || line.contains(" prefer (many):0 "), "{line}");
+        } else {
+            assert!(maps.is_empty(), "guest memory is not in {maps}");
+        }
+        assert!(create_on(4 << 20, false, Some(900)).is_err(), "a node that is not there");
     }
 
     #[test]

@@ -127,7 +127,7 @@ impl Machine {
         }
     }
 
-    fn pin_vcpu(&mut self, id: usize, cpus: Vec<usize>) -> Answer {
+    pub(super) fn pin_vcpu(&mut self, id: usize, cpus: Vec<usize>) -> Answer {
         let thread = self.vcpus.thread_id(id).filter(|_| id < self.vcpus.count());
         let Some(thread) = thread else { return Err(CommandError::NotFound(format!("vCPU {id}"))) };
         affinity::confine(thread, self.allowed(&cpus)?)
@@ -142,7 +142,15 @@ impl Machine {
         match (self.allowed(&cpus), self.devices.keeper(device)) {
             (Err(error), _) => reply.give(Err(error)),
             (_, None) => reply.give(Err(CommandError::NotFound(format!("VCP of a device {device}")))),
-            (Ok(_), Some(keeper)) => keeper.pin(cpus, answer(reply)),
+            (Ok(_), Some(keeper)) => {
+                // Those that come later see it where it is.
+                if let (Some((_, place)), [cpu]) =
+                    (self.places.iter_mut().find(|(want, _)| want.name == device), &cpus[..])
+                {
+                    place.cpu = Some(*cpu);
+                }
+                keeper.pin(cpus, answer(reply));
+            }
         }
     }
 

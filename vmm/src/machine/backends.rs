@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::status::DeviceKind;
+use super::switch;
 use crate::config::{DiskSpec, NetKind, NetSpec, PathsFrom, VmConfig};
 use crate::error::{Error, Result};
-use crate::placement::topology::Topology;
-use crate::placement::{self, DEFAULT_WEIGHT, Placement, VcpPlace, Want};
+use crate::placement::{DEFAULT_WEIGHT, Placement, Policy, VcpPlace, Want};
 use crate::vcp::process::READY_TIMEOUT;
 use crate::vcp::runtime_dir::RuntimeDir;
 use crate::vcp::{First, NetPort, Programs, Source, VcpPaths, VcpProcess, VcpSpec};
@@ -38,12 +38,13 @@ pub(super) fn start_all(
         disk.socket.as_ref().map(connect).transpose()
     });
     let given = given.collect::<Result<Vec<_>>>()?;
-    let nets = config
-        .nets
-        .iter()
-        .enumerate()
-        .map(|(i, net)| start_net(programs, &net_name(i), i, net, interrupt.as_fd()))
-        .collect::<Result<Vec<_>>>()?;
+    let disk_vcps = config.disks.iter().filter(|disk| disk.url.is_some()).count();
+    let mut net_places = placement.vcps.iter().copied().skip(disk_vcps);
+    let nets = config.nets.iter().enumerate().map(|(i, net)| {
+        let place = if has_vcp(net) { net_places.next() } else { None };
+        start_net(programs, &net_name(i), i, net, place.unwrap_or_default(), interrupt.as_fd())
+    });
+    let nets = nets.collect::<Result<Vec<_>>>()?;
     RuntimeDir::sweep_all();
     let mut started = Vec::new();
     // All start at once, then all are waited for: logins take place side by side.
@@ -73,36 +74,44 @@ pub(super) fn start_one_disk(
     programs: &Programs,
     name: &str,
     disk: &DiskSpec,
+    place: VcpPlace,
     interrupt: impl AsFd,
 ) -> Result<Backend> {
     if let Some(socket) = &disk.socket {
         return connect_given_disk(name, disk, socket);
     }
     let number = name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
-    // By itself, as if it were the only one: what the others have is theirs by now, and a core of its own may be had by
-    // number only.
-    let want = Want {
-        name: name.to_owned(),
-        policy: disk.cpu.clone().unwrap_or_default(),
-        weight: disk.weight.unwrap_or(DEFAULT_WEIGHT),
-    };
-    let host = Topology::of_host()?;
-    let placed = placement::place(&host, &[want], 0, None).map_err(Error::Usage)?;
-    let place = placed.vcps.first().copied().unwrap_or_default();
     let mut vcp = start_disk(&programs.iscsi, name, disk, number, place)?;
     vcp.wait_ready(READY_TIMEOUT, interrupt)?;
     vcp.connect(&programs.iscsi, disk)
 }
 
-/// Where the VCPs of a machine are wanted, in the order of its disks.
+/// Where the VCPs of a machine are wanted, in the order of its disks and then of its nets.
 pub(super) fn wishes(config: &VmConfig) -> Vec<Want> {
-    let disks = config.disks.iter().enumerate().filter(|(_, disk)| disk.url.is_some());
-    let want = |(i, disk): (usize, &DiskSpec)| Want {
-        name: disk_name(i),
-        policy: disk.cpu.clone().unwrap_or_default(),
-        weight: disk.weight.unwrap_or(DEFAULT_WEIGHT),
-    };
-    disks.map(want).collect()
+    let disks = config.disks.iter().enumerate().filter_map(|(i, disk)| disk_wish(&disk_name(i), disk));
+    let nets = config.nets.iter().enumerate().filter_map(|(i, net)| net_wish(&net_name(i), net));
+    disks.chain(nets).collect()
+}
+
+/// Where the VCP of a disk is wanted; none if it will not be ours.
+pub(super) fn disk_wish(name: &str, disk: &DiskSpec) -> Option<Want> {
+    disk.url.as_ref()?;
+    Some(wish(name, disk.cpu.as_ref(), disk.weight))
+}
+
+/// Where the VCP of a network device is wanted; none if it will not be ours.
+pub(super) fn net_wish(name: &str, net: &NetSpec) -> Option<Want> {
+    has_vcp(net).then(|| wish(name, net.cpu.as_ref(), net.weight))
+}
+
+fn wish(name: &str, policy: Option<&Policy>, weight: Option<u32>) -> Want {
+    let (policy, weight) = (policy.cloned().unwrap_or_default(), weight.unwrap_or(DEFAULT_WEIGHT));
+    Want { name: name.to_owned(), policy, weight }
+}
+
+/// Whether the monitor starts a VCP for a network device.
+fn has_vcp(net: &NetSpec) -> bool {
+    matches!(net.kind(), Ok(NetKind::User(_) | NetKind::Tap(_)))
 }
 
 /// The name of disk number `index`.
@@ -189,6 +198,7 @@ pub(super) fn start_net(
     name: &str,
     index: usize,
     spec: &NetSpec,
+    place: VcpPlace,
     interrupt: impl AsFd,
 ) -> Result<Backend> {
     let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(index as u8));
@@ -205,17 +215,13 @@ pub(super) fn start_net(
             let forwards = forwards.iter().map(|forward| format!(",hostfwd={forward}"));
             std::iter::once("user".to_owned()).chain(forwards).collect()
         }
-        NetKind::Switch(switch) => {
-            return Err(Error::Usage(format!(
-                "{name}: the switch {switch} outlives each of its guests, so no monitor starts it: start `vcp-net serve \
-                 --port socket=A --port socket=B` and give each guest one of the sockets with socket=PATH"
-            )));
-        }
+        NetKind::Switch(switch) => return switch::join(name, spec, switch),
     };
     let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
     let mut vcp = VcpSpec::net(name, NetPort { uplink, mac }, pairs, queues)?;
     // Users of their own begin behind those of the disks.
-    (vcp.cpu, vcp.number) = (spec.cpu, 16 + index as u32);
+    (vcp.cpu, vcp.node, vcp.nice) = (place.cpu, place.node, place.nice);
+    vcp.number = 16 + index as u32;
     let mut process = VcpProcess::start(&programs.net, &vcp, First::Serve)?;
     process.wait_ready(READY_TIMEOUT, interrupt)?;
     tracing::info!(device = name, pid = process.pid(), "vcp-net is ready");
@@ -225,7 +231,7 @@ pub(super) fn start_net(
 }
 
 /// Shakes hands with the backend of a network device.
-fn net_behind(
+pub(super) fn net_behind(
     name: &str,
     spec: &NetSpec,
     kind: Kind,

@@ -7,7 +7,7 @@
 //! | `act` | what is done about it |
 //! | `snap` | snapshots |
 //! | [`status`] | what a machine tells of itself |
-//! | `devices`, `backends`, `plug` | virtio devices, the processes behind them, and how both come later |
+//! | `devices`, `backends`, `switch`, `plug` | virtio devices, the processes behind them, and how both come later |
 //! | `legacy` | ports |
 //! | `outcome` | what the way the guest ended means |
 //!
@@ -25,6 +25,7 @@ mod outcome;
 mod plug;
 mod snap;
 pub mod status;
+mod switch;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::os::fd::OwnedFd;
@@ -53,7 +54,7 @@ use crate::kvm::{self, Vm, memory, regs};
 use crate::layout::{COM1_GSI, PCI_ECAM_LEN, PCI_ECAM_START, PCI_MMIO_END, PCI_MMIO_START};
 use crate::pci::bus::{ConfigPorts, Ecam, Memory, PciBus};
 use crate::placement::topology::Topology;
-use crate::placement::{self, Placement};
+use crate::placement::{self, Placement, VcpPlace, Want};
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
 use crate::vcp::Programs;
@@ -80,9 +81,10 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     // Before anybody is confined, for it cannot be.
     vcp::spawn::prepare();
     let host = Topology::of_host()?;
+    let wishes = backends::wishes(&config);
     let placement =
-        placement::place(&host, &backends::wishes(&config), config.vcpus, config.vcpu_cpus.as_deref())
-            .map_err(Error::Usage)?;
+        placement::place(&host, &wishes, config.vcpus, config.vcpu_cpus.as_deref()).map_err(Error::Usage)?;
+    place_memory(&host, &wishes, &placement, &mut config)?;
     // The board first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
     let board = match (kernel, &snapshot) {
         (Some(kernel), _) => Board::new(&config, kernel)?,
@@ -110,6 +112,26 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let _api = sockets.serve(&name, api_control)?;
     confine::thread(confine::Kind::Main);
     machine.run(&commands)
+}
+
+/// Decides on which NUMA node the guest's memory is, and tells of VCPs that are on another.
+fn place_memory(
+    host: &Topology,
+    wishes: &[Want],
+    placement: &Placement,
+    config: &mut VmConfig,
+) -> Result<()> {
+    let place = placement::memory_place(host, wishes, placement, config.memory_node).map_err(Error::Usage)?;
+    if let Some(node) = place.node {
+        tracing::info!(node, "guest memory comes from this NUMA node");
+        for vcp in &place.afar {
+            tracing::warn!(
+                "{vcp} reaches guest memory on node {node} across: give it a CPU there, or --memory-node"
+            );
+        }
+    }
+    config.memory_node = place.node;
+    Ok(())
 }
 
 /// Opens a snapshot, and makes of the user's description what it was made of.
@@ -164,7 +186,7 @@ impl Board {
         let count = config.disks.len() + config.nets.len() + own;
         let windows = devices::windows(if pci { 0 } else { count })?;
         let kvm = kvm::open()?;
-        let memory = memory::create(config.memory_bytes, config.hugepages)?;
+        let memory = memory::create_on(config.memory_bytes, config.hugepages, config.memory_node)?;
         let vm = Vm::new(kvm, memory, !is_ring3)?;
         let vcpus =
             (0..config.vcpus).map(|id| vm.create_vcpu(id, config.vcpus)).collect::<Result<Vec<_>>>()?;
@@ -185,7 +207,7 @@ impl Board {
         let saved = &snapshot.machine;
         let windows = devices::windows(if saved.pci { 0 } else { saved.devices.len() })?;
         let kvm = kvm::open()?;
-        let memory = memory::create(config.memory_bytes, config.hugepages)?;
+        let memory = memory::create_on(config.memory_bytes, config.hugepages, config.memory_node)?;
         snapshot.load_memory(snap::memory_file(&memory)?)?;
         let vm = Vm::new(kvm, memory, !saved.is_ring3)?;
         let vcpus =
@@ -231,6 +253,8 @@ pub struct Machine {
     exit: ExitSignal,
     control: Control,
     devices: Devices,
+    /// VCPs of ours with what was wanted for them and where they are; those that are being started, too.
+    places: Vec<(Want, VcpPlace)>,
     /// Devices whose backends are being started, and what ends that.
     coming: Vec<plug::Coming>,
     abort: OwnedFd,
@@ -314,6 +338,7 @@ impl Machine {
         say_ready(&config)?;
         let raw = RawMode::enter();
         events.add_subscriber(Box::new(input));
+        let places = backends::wishes(&config).into_iter().zip(placement.vcps.iter().copied()).collect();
         let context = VcpuContext { pio, mmio, exit: exit.clone() };
         let vcpus = Vcpus::start(vcpus, &context, &placement.vcpus, saved.is_some())?;
         let mut machine = Self {
@@ -324,6 +349,7 @@ impl Machine {
             exit,
             control,
             devices,
+            places,
             coming: Vec::new(),
             abort,
             hotplug,

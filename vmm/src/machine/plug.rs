@@ -8,6 +8,8 @@ use super::backends::{self, Backend};
 use super::command::{Command, CommandError, Message, Reply, ReplyTo};
 use super::status::DeviceKind;
 use crate::error::{Error, Result};
+use crate::placement::topology::Topology;
+use crate::placement::{self, VcpPlace, Want};
 
 /// A device that is on its way.
 pub(super) struct Coming {
@@ -37,6 +39,15 @@ impl Machine {
         let Some((index, name)) = (0..256).map(|i| (i, name(i))).find(|(_, name)| !taken(name)) else {
             return reply.give(Err(CommandError::Conflict("there are no names left".into())));
         };
+        let wish = match &command {
+            Command::AddDisk(disk) => backends::disk_wish(&name, disk),
+            Command::AddNet(net) => backends::net_wish(&name, net),
+            _ => None,
+        };
+        let place = match wish.map(|wish| self.make_room(wish)).transpose() {
+            Ok(place) => place.unwrap_or_default(),
+            Err(e) => return reply.give(Err(e)),
+        };
         let interrupt = match self.abort.try_clone().map_err(Error::os("duplicate a descriptor")) {
             Ok(interrupt) => interrupt,
             Err(e) => return reply.give(Err(e.into())),
@@ -44,8 +55,12 @@ impl Machine {
         let (control, programs, device) = (self.control.clone(), self.programs.clone(), name.clone());
         let work = move || {
             let backend = match command {
-                Command::AddDisk(disk) => backends::start_one_disk(&programs, &device, &disk, &interrupt),
-                Command::AddNet(net) => backends::start_net(&programs, &device, index, &net, &interrupt),
+                Command::AddDisk(disk) => {
+                    backends::start_one_disk(&programs, &device, &disk, place, &interrupt)
+                }
+                Command::AddNet(net) => {
+                    backends::start_net(&programs, &device, index, &net, place, &interrupt)
+                }
                 _ => return,
             };
             control.post(Message::Work(Box::new(move |machine| machine.arrived(&device, backend, reply))));
@@ -53,14 +68,40 @@ impl Machine {
         match std::thread::Builder::new().name(format!("{name}-start")).spawn(work) {
             Ok(thread) => self.coming.push(Coming { name, thread }),
             // Who asked is told that nobody answers.
-            Err(e) => tracing::error!(device = name, error = %e, "cannot start a thread"),
+            Err(e) => {
+                tracing::error!(device = name, error = %e, "cannot start a thread");
+                self.places.retain(|(want, _)| want.name != name);
+            }
         }
+    }
+
+    /// Finds a place for one more VCP beside those that are there, and has vCPUs make room for it.
+    fn make_room(&mut self, want: Want) -> std::result::Result<VcpPlace, CommandError> {
+        let host = Topology::of_host()?;
+        // Those that have gone make room.
+        let (devices, coming) = (&self.devices, &self.coming);
+        self.places.retain(|(want, _)| devices.has(&want.name) || coming.iter().any(|c| c.name == want.name));
+        let placed = placement::place_later(&host, &self.places, &self.placement.vcpus, &want)
+            .map_err(CommandError::Conflict)?;
+        let place = placed.vcps.first().copied().unwrap_or_default();
+        for (id, cpus) in placed.vcpus.into_iter().enumerate() {
+            if let Some(cpus) = cpus.filter(|cpus| self.placement.vcpus.get(id) != Some(&Some(cpus.clone())))
+            {
+                tracing::info!(vcpu = id, ?cpus, device = want.name, "the vCPU makes room");
+                self.pin_vcpu(id, cpus)?;
+            }
+        }
+        self.places.push((want, place));
+        Ok(place)
     }
 
     /// A backend is there, or is not to be had.
     fn arrived(&mut self, name: &str, backend: Result<Backend>, reply: ReplyTo) {
         self.coming.retain(|coming| coming.name != name);
         let added = backend.and_then(|backend| self.devices.add_backend(&self.vm, backend, None));
+        if added.is_err() {
+            self.places.retain(|(want, _)| want.name != name);
+        }
         reply.give(match added {
             Ok(()) => {
                 self.devices.announce(name);

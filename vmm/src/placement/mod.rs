@@ -1,13 +1,18 @@
 //! Who runs where: a hardware thread for each VCP and each vCPU, decided from the host's [`topology`] and from what the
 //! user wants, or refused with the reason. Pure; whoever starts a thread confines it.
 
+mod later;
+mod memory;
 pub mod topology;
+
+pub use later::{Others, place_later};
+pub use memory::{MemoryPlace, memory_place};
 
 use std::str::FromStr;
 
 use self::topology::{Topology, ranges};
 
-/// What the user wants for a VCP: `cpu=` of a disk.
+/// What the user wants for a VCP: `cpu=` of a disk or a net.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
     /// The last thread that may be used, together with all others that have no wish.

@@ -235,3 +235,81 @@ proptest! {
         }
     }
 }
+
+fn held(want: &Want, cpu: usize) -> (Want, VcpPlace) {
+    (want.clone(), VcpPlace { cpu: Some(cpu), ..VcpPlace::default() })
+}
+
+fn named(name: &str, policy: &str) -> Want {
+    Want { name: name.into(), ..want(policy) }
+}
+
+#[test]
+fn a_later_vcp_knows_of_the_others() {
+    let host = plain(4);
+    let first = named("disk0", "own-core");
+    let others = [held(&first, 3)];
+    let vcpus = [Some(vec![0]), Some(vec![1, 2])];
+    // The core that is not the first one's, and which the second vCPU then leaves.
+    let placed = place_later(&host, &others, &vcpus, &named("disk1", "own-core")).unwrap();
+    assert_eq!((cpus(&placed), placed.vcpus), (vec![Some(2)], vec![Some(vec![0]), Some(vec![1])]));
+    // Nothing is left for a vCPU that may run anywhere.
+    let error = place_later(&plain(2), &[held(&first, 1)], &[None], &named("disk1", "own-core")).unwrap_err();
+    assert!(
+        error.contains("disk1: no CPU would be left for vCPU 0") && error.contains("1 by disk0"),
+        "{error}"
+    );
+    let error = place_later(&plain(2), &[held(&first, 1)], &[Some(vec![0])], &named("disk1", "own-core"))
+        .unwrap_err();
+    assert!(error.contains("no core of its own") && error.contains("0 by vCPU 0"), "{error}");
+}
+
+#[test]
+fn a_later_vcp_joins_its_group() {
+    let host = plain(4);
+    let others = [held(&named("disk0", "shared:a"), 2), held(&named("net0", "auto"), 3)];
+    let at = |policy: &str| {
+        place_later(&host, &others, &[Some(vec![0])], &named("disk1", policy)).map(|p| cpus(&p)[0])
+    };
+    assert_eq!(at("shared:a"), Ok(Some(2)));
+    assert_eq!(at("auto"), Ok(Some(3)));
+    assert_eq!(at("shared:b"), Ok(Some(1)), "a thread that nobody has");
+    assert_eq!(at("3"), Ok(Some(3)), "what is named is meant");
+    assert!(at("9").unwrap_err().contains("CPU 9 is not among"));
+}
+
+#[test]
+fn a_later_sibling_needs_a_vcpu_that_stays_where_it_is() {
+    let host = server();
+    let at = |vcpus: &[Option<Vec<usize>>]| {
+        place_later(&host, &[], vcpus, &named("disk1", "sibling")).map(|placed| cpus(&placed)[0])
+    };
+    assert_eq!(at(&[Some(vec![5])]), Ok(Some(13)));
+    assert!(at(&[None]).unwrap_err().contains("vcp ctl pin vcpu0"), "{:?}", at(&[None]));
+    assert!(at(&[]).unwrap_err().contains("no vCPU 0"));
+    let taken = [held(&named("disk0", "13"), 13)];
+    let error = place_later(&host, &taken, &[Some(vec![5])], &named("disk1", "sibling")).unwrap_err();
+    assert!(error.contains("13 by disk0"), "{error}");
+}
+
+#[test]
+fn guest_memory_is_where_its_vcps_are() {
+    let host = server();
+    let decide = |policies: &[&str], wish| {
+        let wants: Vec<Want> =
+            policies.iter().enumerate().map(|(n, policy)| named(&format!("disk{n}"), policy)).collect();
+        let placement = place(&host, &wants, 1, None).unwrap();
+        memory_place(&host, &wants, &placement, wish)
+    };
+    assert_eq!(decide(&["1"], None).unwrap(), MemoryPlace { node: Some(0), afar: vec![] });
+    let most = decide(&["1", "5", "6"], None).unwrap();
+    assert_eq!(most, MemoryPlace { node: Some(1), afar: vec!["disk0 on node 0".into()] });
+    assert_eq!(decide(&["5"], Some(0)).unwrap().afar, ["disk0 on node 1"]);
+    let error = decide(&["5"], Some(7)).unwrap_err();
+    assert!(error.contains("memory-node=7") && error.contains("0-1"), "{error}");
+    // No VCP of ours: the vCPUs decide, if they agree.
+    let vcpus = |cpus: &[usize]| Placement { vcps: vec![], vcpus: vec![Some(cpus.to_vec())] };
+    assert_eq!(memory_place(&host, &[], &vcpus(&[4, 5]), None).unwrap().node, Some(1));
+    assert_eq!(memory_place(&host, &[], &vcpus(&[3, 4]), None).unwrap().node, None);
+    assert_eq!(memory_place(&plain(4), &[], &vcpus(&[3]), None).unwrap().node, None, "one node");
+}

@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use std::fs::read_to_string;
 use std::path::Path;
 
+pub use vcp_core::poll::cpu_ranges as ranges;
+
 /// One hardware thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cpu {
@@ -30,6 +32,8 @@ pub struct Topology {
     pub online: usize,
     /// What the control group allows, if it says.
     pub cgroup: Option<Vec<usize>>,
+    /// NUMA nodes that have memory.
+    pub nodes: Vec<usize>,
 }
 
 impl Topology {
@@ -63,6 +67,7 @@ impl Topology {
             cpus: online.iter().copied().filter(may).map(cpu).collect(),
             online: online.len(),
             cgroup: cgroup.map(|cpus| cpus.into_iter().collect()),
+            nodes: with_memory(root, &nodes),
         }
     }
 
@@ -148,19 +153,18 @@ pub fn parse_list(text: &str) -> Option<BTreeSet<usize>> {
     Some(cpus)
 }
 
-/// The other way round.
-pub fn ranges(cpus: &[usize]) -> String {
-    let mut parts: Vec<(usize, usize)> = Vec::new();
-    for &cpu in cpus {
-        match parts.last_mut() {
-            Some((_, last)) if *last + 1 == cpu => *last = cpu,
-            _ => parts.push((cpu, cpu)),
-        }
-    }
-    let text = |&(first, last): &(usize, usize)| {
-        if first == last { first.to_string() } else { format!("{first}-{last}") }
+/// Nodes with memory; a kernel that does not say has given some to each node, or knows no nodes.
+fn with_memory(root: &Path, nodes: &[(usize, BTreeSet<usize>)]) -> Vec<usize> {
+    let told = list(&root.join("sys/devices/system/node/has_memory")).filter(|told| !told.is_empty());
+    let mut all: Vec<usize> = match told {
+        Some(told) => told.into_iter().collect(),
+        None => nodes.iter().map(|(node, _)| *node).collect(),
     };
-    parts.iter().map(text).collect::<Vec<_>>().join(",")
+    if all.is_empty() {
+        all.push(0);
+    }
+    all.sort_unstable();
+    all
 }
 
 fn nodes(root: &Path) -> Vec<(usize, BTreeSet<usize>)> {

@@ -125,6 +125,9 @@ pub struct Life {
     backoff: Backoff,
     /// When the guest was left without a backend.
     lost: Option<Instant>,
+    /// When the last one was known to be gone, and when its successor was ready.
+    gone: Option<Instant>,
+    ready: Option<Instant>,
     /// Counts and last words, for status.
     pub facts: LifeFacts,
 }
@@ -142,6 +145,19 @@ pub struct LifeFacts {
     pub last_death: Option<String>,
     /// How long the guest was without a backend the last time.
     pub last_away: Option<Duration>,
+    /// What that time went into.
+    pub last_parts: AwayParts,
+}
+
+/// What the time without a backend went into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AwayParts {
+    /// From the loss until the last process was gone, with all attempts that failed and the pauses between them.
+    pub death: Duration,
+    /// From then until the next one was ready: its start, or its waking up, and its login.
+    pub start: Duration,
+    /// From then until its queues ran.
+    pub attach: Duration,
 }
 
 impl Life {
@@ -159,6 +175,8 @@ impl Life {
             wanted: false,
             backoff,
             lost: None,
+            gone: None,
+            ready: None,
             facts,
         }
     }
@@ -194,13 +212,23 @@ impl Life {
             (Away(at), Event::Time) if *at <= now => self.begin(),
             (Starting, Event::Ready) => {
                 self.state = Attaching;
+                self.ready = Some(now);
                 vec![Action::Attach]
             }
             (Attaching, Event::Attached) => {
                 self.state = Serving;
                 self.backoff.up(now);
                 self.facts.restarts += 1;
-                self.facts.last_away = self.lost.take().map(|lost| now.saturating_duration_since(lost));
+                if let Some(lost) = self.lost.take() {
+                    let gone = self.gone.unwrap_or(lost);
+                    let ready = self.ready.unwrap_or(gone);
+                    self.facts.last_away = Some(now.saturating_duration_since(lost));
+                    self.facts.last_parts = AwayParts {
+                        death: gone.saturating_duration_since(lost),
+                        start: ready.saturating_duration_since(gone),
+                        attach: now.saturating_duration_since(ready),
+                    };
+                }
                 vec![]
             }
             (Attaching, Event::Hopeless(why)) => self.give_up(why),
@@ -299,6 +327,7 @@ impl Life {
     /// There is nobody any more.
     fn fallen(&mut self, why: String, now: Instant) -> Vec<Action> {
         self.why = None;
+        (self.gone, self.ready) = (Some(now), None);
         self.facts.last_death = Some(why.clone());
         if !self.recovers {
             return self.give_up(why);

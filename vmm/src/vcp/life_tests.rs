@@ -19,13 +19,15 @@ fn a_killed_process_is_replaced_at_once() {
     let mut life = served(now);
     assert_eq!(life.on(Event::Lost(text("closed its connection")), now), []);
     assert_eq!(life.deadline(), Some(now + LAST_WORDS), "it may tell how it ended");
-    assert_eq!(life.on(Event::Ended(text("signal 9")), now), [Action::Detach, Action::Start]);
+    let [gone, ready, back] = [1, 3, 7].map(|ms| now + Duration::from_millis(ms));
+    assert_eq!(life.on(Event::Ended(text("signal 9")), gone), [Action::Detach, Action::Start]);
     assert_eq!(life.facts.last_death.as_deref(), Some("signal 9"));
-    assert_eq!(life.on(Event::Ready, now), [Action::Attach]);
-    let back = now + Duration::from_millis(7);
+    assert_eq!(life.on(Event::Ready, ready), [Action::Attach]);
     assert_eq!(life.on(Event::Attached, back), []);
     assert_eq!(life.state(), &State::Serving);
     assert_eq!((life.facts.restarts, life.facts.last_away), (1, Some(Duration::from_millis(7))));
+    let [death, start, attach] = [1, 2, 4].map(Duration::from_millis);
+    assert_eq!(life.facts.last_parts, AwayParts { death, start, attach });
 }
 
 #[test]

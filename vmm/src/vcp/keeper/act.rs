@@ -113,7 +113,19 @@ impl Work {
         let away = self.life.facts.last_away.unwrap_or_default();
         let pid = self.process.as_ref().map(VcpProcess::pid);
         let (away_ms, away_us) = (away.as_millis() as u64, away.as_micros() as u64);
-        tracing::warn!(device = self.name, pid, away_ms, away_us, "the backend is back");
+        let parts = self.life.facts.last_parts;
+        let [death_us, start_us, attach_us] =
+            [parts.death, parts.start, parts.attach].map(|part| part.as_micros() as u64);
+        tracing::warn!(
+            device = self.name,
+            pid,
+            away_ms,
+            away_us,
+            death_us,
+            start_us,
+            attach_us,
+            "the backend is back"
+        );
         self.renewed(now);
         self.answer(&Ok(()));
     }
