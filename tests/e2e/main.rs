@@ -15,6 +15,7 @@ mod errors;
 mod faults;
 mod guest;
 mod info;
+mod isolation;
 mod kill;
 mod lifecycle;
 mod monitor;

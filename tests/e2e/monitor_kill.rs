@@ -2,7 +2,6 @@
 //! and the monitor keeps nothing of the dead. The bare-metal guest verifies natively; a stock Debian guest does in the
 //! helper VM.
 
-use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -18,7 +17,7 @@ use vcp_tests::target::{Kind, Spec, Target};
 use vcp_tests::{Result, procfs, tool};
 
 use crate::monitor::ring3;
-use crate::support::{helper_vm, vcp};
+use crate::support::{helper_vm, numbers, spread, vcp};
 
 /// How long one step may take: a start, a recovery, an end.
 const STEP: Duration = Duration::from_secs(60);
@@ -78,16 +77,6 @@ impl Run {
         let line = out.lines().find(|line| line.starts_with("churn: ok"));
         Ok(line.with_context(|| format!("no result in {out}"))?.to_owned())
     }
-
-    /// The numbers behind `key` in what the monitor or the guest has said.
-    fn numbers(&self, stream: Stream, key: &str) -> Vec<f64> {
-        let text = self.proc.stream(stream);
-        let number = |rest: &str| {
-            let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-            rest[..end].parse().ok()
-        };
-        text.split(key).skip(1).filter_map(number).collect()
-    }
 }
 
 fn kill(pid: u32) -> Result<()> {
@@ -111,19 +100,6 @@ impl Held {
             private_kib: procfs::private_kib(pid)?,
         })
     }
-}
-
-/// The middle and the largest of some numbers.
-fn spread(mut numbers: Vec<f64>) -> String {
-    numbers.sort_by(f64::total_cmp);
-    let at = |part: usize| numbers.get((numbers.len() * part / 100).min(numbers.len().saturating_sub(1)));
-    let mut text = format!("{} times", numbers.len());
-    for (name, part) in [("median", 50), ("p95", 95), ("p99", 99), ("largest", 100)] {
-        if let Some(number) = at(part) {
-            let _ = write!(text, ", {name} {number:.1} ms");
-        }
-    }
-    text
 }
 
 /// Kills the `vcp-iscsi` of a disk so many times under the churning guest; returns a report.
@@ -151,12 +127,21 @@ fn killed_under_the_bare_guest(kills: usize, options: &str) -> Result<String> {
             && late.private_kib <= early.private_kib + GROWTH_KIB,
         "the monitor keeps something of the dead: {early:?}, then {late:?}"
     );
-    let away = run.numbers(Stream::Err, "away_us=").into_iter().map(|us| us / 1000.0).collect();
-    let away = spread(away);
-    let pauses = spread(run.numbers(Stream::Out, " ms="));
+    let said = run.proc.stream(Stream::Err);
+    let parts = [
+        ("loss to return", "away_us="),
+        ("death", "death_us="),
+        ("start", "start_us="),
+        ("attach", "attach_us="),
+    ];
+    let away = parts.map(|(name, key)| {
+        format!("{name}: {}", spread(numbers(&said, key).into_iter().map(|us| us / 1000.0).collect()))
+    });
+    let away = away.join("\n  ");
+    let pauses = spread(numbers(&run.proc.stream(Stream::Out), " ms="));
     let result = run.finish()?;
     Ok(format!(
-        "{kills} kills\nmonitor, loss to return: {away}\nguest, pauses of 20 ms and more: {pauses}\n{result}\n{late:?}"
+        "{kills} kills\nmonitor, {away}\nguest, pauses of 20 ms and more: {pauses}\n{result}\n{late:?}"
     ))
 }
 
@@ -446,20 +431,14 @@ fn debian(rounds: usize) -> Result<()> {
     rootfs::check(&image).context("e2fsck of the LUN's image")?;
     let held = done.value("HELD")?;
     let halves = held.split_once(" then ").context("what the monitor holds")?;
-    let numbers =
+    let counts =
         |text: &str| -> Vec<u32> { text.split_whitespace().filter_map(|n| n.parse().ok()).collect() };
-    let (early, late) = (numbers(halves.0), numbers(halves.1));
+    let (early, late) = (counts(halves.0), counts(halves.1));
     ensure!(
         early.len() == 2 && early.iter().zip(&late).all(|(early, late)| late <= early),
         "the monitor keeps descriptors or threads of the dead: {held}"
     );
-    let away: Vec<f64> = done
-        .console
-        .split("away_us=")
-        .skip(1)
-        .filter_map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<f64>().ok())
-        .map(|us| us / 1000.0)
-        .collect();
+    let away = numbers(&done.console, "away_us=").into_iter().map(|us| us / 1000.0).collect();
     println!("{} kills, loss to return: {}; held: {held}", 2 * kills, spread(away));
     Ok(())
 }

@@ -29,6 +29,11 @@ struct Guest {
 impl Guest {
     /// Starts it with its API socket at `socket`, and with more options.
     fn start(socket: &Path, name: &str, more: &[&str]) -> Result<Self> {
+        Self::start_beside(socket, name, more, Path::new(""))
+    }
+
+    /// The same where switches are in this directory.
+    fn start_beside(socket: &Path, name: &str, more: &[&str], switches: &Path) -> Result<Self> {
         let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
         let monitor =
             vcp(["run", "--cmdline", "job=bench rw=randread secs=3600 region=8M qd=8", "--name", name])?
@@ -38,6 +43,7 @@ impl Guest {
                 .arg(socket)
                 .args(more)
                 .env("RUST_LOG", "info")
+                .env("VCP_SWITCHES", switches)
                 .spawn()?;
         monitor.wait_line(Stream::Out, "ready:", COMMAND)?;
         Ok(Self { _target: target, monitor, socket: socket.to_owned() })
@@ -198,7 +204,59 @@ fn a_network_device_has_a_vcp_of_its_own() -> Result<()> {
         vcp(["run", "--net", net])?.args(more).arg("--kernel").arg(&kernel).run(COMMAND)
     };
     one_error(&run("user", &["--vcp-net", "/nowhere/vcp-net"])?, 1, &["net0", "--vcp-net"])?;
-    one_error(&run("switch=lan", &[])?, 2, &["lan", "vcp-net serve", "socket="])?;
+    one_error(&run("switch=no-such", &[])?, 1, &["net0", "vcp-net serve --switch no-such", "socket="])?;
+    Ok(())
+}
+
+#[test]
+fn guests_join_a_switch_by_its_name() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let switches = dir.path().join("switches");
+    let serve = || -> Result<Proc> {
+        let switch = Cmd::new(tool::ours("vcp-net")?)
+            .args(["serve", "--switch", "lan,ports=2"])
+            .env("VCP_SWITCHES", &switches)
+            .spawn()?;
+        switch.wait_line(Stream::Out, "ready:", COMMAND)?;
+        Ok(switch)
+    };
+    let switch = serve()?;
+    let start =
+        |name: &str| Guest::start_beside(&dir.path().join(name), name, &["--net", "switch=lan"], &switches);
+    let connected = |status: &Value| {
+        let devices = status["machine"]["devices"].as_array().cloned().unwrap_or_default();
+        devices.iter().any(|device| device["name"] == "net0" && device["backend"]["connected"] == true)
+    };
+    let (first, second) = (start("a")?, start("b")?);
+    for guest in [&first, &second] {
+        ensure!(connected(&guest.status()?), "{}", guest.status()?);
+    }
+    let out = vcp(["run", "--net", "switch=lan", "--kernel"])?
+        .arg(bare::build()?)
+        .env("VCP_SWITCHES", &switches)
+        .run(COMMAND)?;
+    one_error(&out, 1, &["net0", "no port of the switch lan is free", "it has 2"])?;
+    // A port is free again when its guest is gone, however that went.
+    first.monitor.kill()?;
+    let end = Instant::now() + COMMAND;
+    let third = loop {
+        match start("c") {
+            Ok(guest) => break guest,
+            Err(e) => ensure!(Instant::now() < end, "the port is not given back: {e:#}"),
+        }
+    };
+    // The switch dies, and another one takes its place: both go on.
+    switch.kill()?;
+    let _switch = serve()?;
+    for guest in [&second, &third] {
+        guest.wait("the net is back", |status| {
+            let devices = status["machine"]["devices"].as_array().cloned().unwrap_or_default();
+            connected(status) && devices.iter().any(|d| d["name"] == "net0" && d["backend"]["restarts"] == 1)
+        })?;
+    }
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use vcp_tests::procfs;
 use vcp_tests::target::{Kind, Spec, Target};
 
 use crate::monitor::ring3;
-use crate::support::vcp;
+use crate::support::{numbers, spread, vcp};
 
 const STEP: Duration = Duration::from_secs(60);
 
@@ -69,14 +69,14 @@ impl Bed {
         }
     }
 
-    /// The guest compares everything, and all is right.
-    fn finish(self) -> Result<()> {
+    /// The guest compares everything, and all is right; what it said last.
+    fn finish(self) -> Result<String> {
         self.proc.say(b"q")?;
         let status = self.proc.wait(STEP)?;
         ensure!(status.success(), "{status}: {}", self.proc.tail());
         let out = self.proc.stream(Stream::Out);
-        ensure!(out.contains("churn: ok"), "{out}");
-        Ok(())
+        let line = out.lines().find(|line| line.starts_with("churn: ok"));
+        Ok(line.with_context(|| format!("no result: {out}"))?.to_owned())
     }
 }
 
@@ -95,15 +95,72 @@ fn upgrades_restarts_and_moves_are_not_seen_by_the_guest() -> Result<()> {
         ensure!(backend["pid"].as_u64() != Some(pid), "the old process is still there: {backend}");
         pid = backend["pid"].as_u64().context("no pid")?;
     }
-    // Kept to by the next process as well.
+    // The thread that serves is moved while it does.
+    let held_to = |thread: &Value| -> Result<String> {
+        let thread = thread.as_u64().context("no thread")?;
+        let status = std::fs::read_to_string(format!("/proc/{thread}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        Ok(line.context("no list of CPUs")?.trim().to_owned())
+    };
+    let before = bed.backend()?;
+    ensure!(held_to(&before["thread_id"])? == "1", "{before}");
     bed.ctl(&["pin", "disk0", "0"])?;
+    let moved = bed.backend()?;
+    ensure!(moved["thread_id"] == before["thread_id"] && held_to(&moved["thread_id"])? == "0", "{moved}");
+    let status: Value = serde_json::from_str(&bed.ctl(&["status", "--json"])?)?;
+    let vcpu = &status["machine"]["vcpus"][0]["thread_id"];
+    for cpu in ["1", "0"] {
+        bed.ctl(&["pin", "vcpu0", cpu])?;
+        ensure!(held_to(vcpu)? == cpu, "the vCPU is on {}, not on {cpu}", held_to(vcpu)?);
+    }
+    // Kept to by the next process as well.
     bed.ctl(&["restart-vcp", "disk0"])?;
     let backend = bed.backend()?;
     ensure!(backend["restarts"] == 1 && backend["state"] == "serving" && backend["cpu"] == 0, "{backend}");
-    let thread = backend["thread_id"].as_u64().context("no thread")?;
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status"))?;
-    ensure!(status.lines().any(|line| line.split_whitespace().eq(["Cpus_allowed_list:", "0"])), "{status}");
-    bed.finish()
+    ensure!(held_to(&backend["thread_id"])? == "0", "{backend}");
+    bed.finish()?;
+    Ok(())
+}
+
+/// Upgrades the VCP under load so many times; returns a report of the pauses, as the VCP counts them (nothing was taken from
+/// the rings) and as the guest sees them.
+fn upgraded_under_load(count: u64, options: &str) -> Result<String> {
+    let bed = Bed::start(options)?;
+    let (mut stops, mut early) = (Vec::new(), None);
+    for n in 1..=count {
+        bed.ctl(&["restart-vcp", "disk0", "--upgrade"])?;
+        let backend = bed.backend()?;
+        ensure!(backend["upgrades"] == n && backend["restarts"] == 0, "{backend}");
+        stops.push(backend["upgrade_pause_us"].as_f64().context("no pause")? / 1000.0);
+        // One that stands by, and the old one's end, come and go: the number after a while is what counts.
+        bed.until("another one stands by", |_| {
+            procfs::children(bed.proc.pid()).is_ok_and(|children| children.len() == 2)
+        })?;
+        let held = procfs::descriptors(bed.proc.pid())?;
+        let most = *early.get_or_insert(held + 2);
+        ensure!(held <= most, "the monitor has {held} descriptors after {n} upgrades, {most} at most before");
+    }
+    let pauses = numbers(&bed.proc.stream(Stream::Out), " ms=");
+    let result = bed.finish()?;
+    Ok(format!(
+        "{count} upgrades\nVCP stands still: {}\nguest, pauses of 20 ms and more: {}\n{result}",
+        spread(stops),
+        spread(pauses)
+    ))
+}
+
+/// `cargo xtask soak upgrade`.
+#[test]
+#[ignore = "long: cargo xtask soak upgrade"]
+fn soak_upgrades() -> Result<()> {
+    if !ring3()? {
+        return Ok(());
+    }
+    let count = std::env::var("VCP_SOAK_UPGRADES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+    for (name, options) in [("split", ""), ("packed", ",packed=on")] {
+        println!("{name} rings: {}", upgraded_under_load(count, options)?);
+    }
+    Ok(())
 }
 
 #[test]
@@ -119,7 +176,8 @@ fn vcp_that_stands_still_is_killed_and_replaced() -> Result<()> {
     ensure!(backend["stalls"] == 1, "{backend}");
     let why = backend["last_death"].as_str().unwrap_or_default();
     ensure!(why.contains("stood still"), "{why}");
-    bed.finish()
+    bed.finish()?;
+    Ok(())
 }
 
 #[test]
@@ -158,5 +216,6 @@ fn vcp_has_namespaces_of_its_own_and_nothing_of_the_host() -> Result<()> {
         let may = name.trim_end() == "vcp-spawn";
         ensure!(confined != may, "thread {name}: confined {confined}");
     }
-    bed.finish()
+    bed.finish()?;
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! What the tests share: our programs as commands, and what one clear error looks like.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -112,4 +113,26 @@ pub(crate) fn strings(value: &Value) -> Vec<String> {
         Value::Object(o) => o.values().flat_map(strings).collect(),
         _ => Vec::new(),
     }
+}
+
+/// The numbers that stand directly behind `key` in a text.
+pub(crate) fn numbers(text: &str, key: &str) -> Vec<f64> {
+    let number = |rest: &str| {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        rest[..end].parse().ok()
+    };
+    text.split(key).skip(1).filter_map(number).collect()
+}
+
+/// The middle and the largest of some numbers of milliseconds, in words.
+pub(crate) fn spread(mut numbers: Vec<f64>) -> String {
+    numbers.sort_by(f64::total_cmp);
+    let at = |part: usize| numbers.get((numbers.len() * part / 100).min(numbers.len().saturating_sub(1)));
+    let mut text = format!("{} times", numbers.len());
+    for (name, part) in [("median", 50), ("p95", 95), ("p99", 99), ("largest", 100)] {
+        if let Some(number) = at(part) {
+            let _ = write!(text, ", {name} {number:.1} ms");
+        }
+    }
+    text
 }

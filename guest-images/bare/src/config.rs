@@ -16,6 +16,8 @@ pub enum Job {
     All,
     /// Read, write and compare at random for a while.
     Churn,
+    /// Compute, alone and beside loads.
+    Mixed,
 }
 
 /// The loads of `bench`, as bits.
@@ -44,6 +46,10 @@ pub struct Config {
     pub indirect: bool,
     /// Seconds without a completion after which a load gives up.
     pub timeout_secs: u64,
+    /// Microseconds of computing between two looks at the ring.
+    pub slice_us: u64,
+    /// Whether the guest goes on until a key is pressed when it is done.
+    pub holds: bool,
 }
 
 impl Config {
@@ -60,6 +66,8 @@ impl Config {
             seed: 1,
             indirect: true,
             timeout_secs: 10,
+            slice_us: 50,
+            holds: false,
         };
         let line = core::str::from_utf8(line).map_err(|_| Error::Config("the command line is not UTF-8"))?;
         for word in line.trim_end_matches('\0').split_ascii_whitespace() {
@@ -75,6 +83,8 @@ impl Config {
                 "seed" => config.seed = number(value, 0, u64::MAX)?,
                 "indirect" => config.indirect = number(value, 0, 1)? == 1,
                 "timeout" => config.timeout_secs = number(value, 1, 3600)?,
+                "slice" => config.slice_us = number(value, 1, 100_000)?,
+                "hold" => config.holds = number(value, 0, 1)? == 1,
                 _ => println!("guest: {word}: not for this guest"),
             }
         }
@@ -92,7 +102,8 @@ fn job(value: &str) -> Result<Job, Error> {
         "bench" => Ok(Job::Bench),
         "all" => Ok(Job::All),
         "churn" => Ok(Job::Churn),
-        _ => Err(Error::Config("job= is identify, verify, bench, all or churn")),
+        "mixed" => Ok(Job::Mixed),
+        _ => Err(Error::Config("job= is identify, verify, bench, all, churn or mixed")),
     }
 }
 

@@ -6,8 +6,8 @@
 //!
 //! | word | meaning | default |
 //! | --- | --- | --- |
-//! | `job=` | `identify`, `verify`, `bench`, `all` (of those) or `churn` (reads and writes at random, each checked, until a key is pressed) | `all` |
-//! | `rw=` | loads of `bench`, with commas: `randread`, `randwrite`, `read`, `write` | all four |
+//! | `job=` | `identify`, `verify`, `bench`, `all` (of those), `churn` (reads and writes at random, each checked, until a key is pressed) or `mixed` (computes, alone and beside each load) | `all` |
+//! | `rw=` | loads of `bench` and `mixed`, with commas: `randread`, `randwrite`, `read`, `write` | all four |
 //! | `qd=` | requests in flight | 32 |
 //! | `bs=`, `seqbs=` | bytes per request, random and sequential | 4K, 128K |
 //! | `secs=` | length of each load | 2 |
@@ -15,6 +15,8 @@
 //! | `seed=` | of the pattern and the random addresses | 1 |
 //! | `indirect=` | 0: never use indirect descriptors | 1 |
 //! | `timeout=` | seconds without a completion after which it gives up | 10 |
+//! | `slice=` | of `mixed`: microseconds of computing between two looks at the ring | 50 |
+//! | `hold=` | of `mixed`: 1: stays, computing, until a key is pressed | 0 |
 //!
 //! `verify` and the writing loads destroy what is on the disk. Exit status 0: all that was asked for was done and right.
 #![no_std]
@@ -27,6 +29,7 @@ mod config;
 mod histogram;
 mod load;
 mod memory;
+mod mixed;
 mod packed;
 mod ring;
 mod runtime;
@@ -107,6 +110,9 @@ fn run(info: &BootInfo) -> Result<(), blk::Error> {
         }
         if config.job == Job::Churn {
             churn::run(&mut disk, &config)?;
+        }
+        if config.job == Job::Mixed {
+            mixed::run(&mut disk, &config)?;
         }
         disks += 1;
     }

@@ -2,6 +2,7 @@
 
 mod blk;
 mod goals;
+mod isolation;
 mod kernel;
 mod matrix;
 mod msgq;
@@ -33,10 +34,10 @@ pub(crate) struct Args {
     /// blk: the whole matrix of sizes, kinds, depths and queues, in about half an hour
     #[arg(long)]
     full: bool,
-    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3, msgq 3]
+    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3, isolation 3, msgq 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
-    /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2]
+    /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2, isolation 2]
     #[arg(long)]
     secs: Option<f64>,
 }
@@ -54,6 +55,8 @@ enum Name {
     Kernel,
     /// `vcp run` beside QEMU's microvm and q35 in the helper VM, and its exits per request there and natively
     Vmm,
+    /// A guest that computes beside heavy I/O: carried out by a VCP, placed this way and that, and by the guest itself
+    Isolation,
     /// The message queue beside iceoryx2, sockets, pipes and in-process queues
     Msgq,
 }
@@ -85,6 +88,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if args.name == Some(Name::Vmm) {
         vmm::run(&bin, args.rounds.unwrap_or(3))?;
+    }
+    if args.name == Some(Name::Isolation) {
+        packages::ensure(Need::Kernel)?;
+        let secs = args.secs.map_or(2, |secs| secs.ceil().max(1.0) as u32);
+        isolation::run(&bin, args.rounds.unwrap_or(3), secs)?;
     }
     if chosen(Name::Blk) {
         let (rounds, secs) = (args.rounds.unwrap_or(3), args.secs.unwrap_or(0.8).max(0.1));

@@ -5,11 +5,13 @@
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
 //! * [`mod@msgq`]: either side of a message queue is killed, against a ledger.
 //! * [`monitor`]: the same under `vcp run`, which starts it again.
+//! * [`upgrade`]: under `vcp run` it is replaced by a process of its own accord, again and again.
 
 mod cut;
 mod kill;
 mod monitor;
 mod msgq;
+mod upgrade;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -25,6 +27,8 @@ pub(crate) enum Soak {
     Monitor(monitor::Args),
     /// `kill -9` of either side of a message queue, against a ledger of requests
     Msgq(msgq::Args),
+    /// Live upgrades of vcp-iscsi under `vcp run` with a verifying guest
+    Upgrade(upgrade::Args),
 }
 
 /// Runs one.
@@ -37,5 +41,6 @@ pub(crate) fn run(soak: &Soak) -> Result<()> {
         Soak::Kill(args) => kill::run(args),
         Soak::Monitor(args) => monitor::run(args),
         Soak::Msgq(args) => msgq::run(args),
+        Soak::Upgrade(args) => upgrade::run(args),
     }
 }
