@@ -356,6 +356,8 @@ read line <&3 || { cat /tmp/target.log; exit 1; }
     done
     echo kill >>/tmp/kills
     until [ $(grep -c 'the backend is back' /tmp/vcp.log) = $((2 * n)) ]; do sleep 1; done
+    # One more stands by for each of the two: only then is what the monitor holds the same every time.
+    until [ $(cat /proc/[0-9]*/comm | grep -cx vcp-iscsi) = 4 ]; do sleep 0.2; done
     for comm in /proc/[0-9]*/comm; do
       read name <$comm || continue
       pid=${comm%/comm}; [ "$name" = vcp ] && [ $n != 1 ] && echo $(ls $pid/fd | wc -l) $(ls $pid/task | wc -l) >>/tmp/held

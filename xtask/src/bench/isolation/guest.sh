@@ -52,8 +52,8 @@ beside() {
     echo "@END=$kind"
     kill -INT $pid
     wait $pid
-    p99=$(sed -n 's/.*;99\.000000%=\([0-9]*\);.*/\1/p' /tmp/fio | head -n 1)
     # The first percentiles are those of reads.
+    p99=$(grep -o '99\.000000%=[0-9]*' /tmp/fio | head -n 1 | cut -d= -f2)
     iops=$(awk -v n=$((after - before)) -v s=$start -v e=$end 'BEGIN{printf "%.1f", n / (e - s)}')
     echo "@RESULT=$kind|$alone|$work|$iops|$p99"
 }
