@@ -16,7 +16,14 @@ await '@STAGE=added' /tmp/guest.log
 ctl remove-net net0 || fail remove-net
 await '@STAGE=removed' /tmp/guest.log
 value VCPS $(cat /proc/[0-9]*/task/*/comm 2>/dev/null | grep -c '^vcp-data')
-ctl add-net user,queues=2 || fail 'add-net again'
+# A core of its own: the last of three, which the vCPUs leave to it.
+ctl add-net user,queues=2,cpu=own-core || fail 'add-net again'
+cpus_of() {
+    for task in /proc/[0-9]*/task/*; do
+        grep -qs "^$1" $task/comm && sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' $task/status
+    done
+}
+value PLACES $(cpus_of vcp-data) and $(cpus_of vcpu)
 await '@STAGE=several' /tmp/guest.log
 ctl remove-net net0 || fail 'remove-net again'
 await '@STAGE=none' /tmp/guest.log
