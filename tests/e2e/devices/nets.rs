@@ -26,7 +26,11 @@ fn nets_come_and_go() -> Result<()> {
     assert_eq!(done.value("ADDED")?, "net0");
     assert_eq!(done.number("QUEUES")?, 1);
     assert_eq!(done.number("VCPS")?, 0, "the removed device's VCP is gone");
-    assert_eq!(done.value("PLACES")?, "2 and 0-1 0-1", "a device that comes later has the core that it wants");
+    assert_eq!(
+        done.value("PLACES")?,
+        "2 and 0-1 0-1",
+        "a device that comes later has the core that it wants"
+    );
     assert_eq!(done.number("MULTI_QUEUES")?, 2);
     assert_eq!(done.number("MULTI_VECTORS")?, 2, "each queue has a vector of its own");
     assert_eq!(done.value("SUMS")?, done.value("BIG")?, "what came over the queues is not what was sent");

@@ -1,6 +1,6 @@
 //! `--switch`: ports and control socket of a switch with a name, in a directory where guests find it.
 
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -74,21 +74,51 @@ impl SwitchArg {
         (0..self.ports).map(port).collect()
     }
 
-    /// Makes the directory, for its owner only. One that is there is used; a switch that runs in it is found by its sockets.
+    /// Makes the directory, for its owner only. One that is there is used if it is ours alone; a switch that runs in it is
+    /// found by its sockets.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// It cannot be made, or others have a part in it.
     pub fn create_dir(&self) -> anyhow::Result<()> {
         let dir = self.dir().map_err(anyhow::Error::msg)?;
         let mut builder = std::fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(&dir).with_context(|| format!("cannot create the directory {}", dir.display()))
+        builder.create(&dir).with_context(|| format!("cannot create the directory {}", dir.display()))?;
+        check_own(&dir)
     }
+}
+
+/// Who can put sockets there, or reach them, is a neighbour of every guest.
+fn check_own(dir: &Path) -> anyhow::Result<()> {
+    let found =
+        std::fs::symlink_metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
+    let is_own = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw();
+    if !is_own || found.mode() & 0o077 != 0 {
+        anyhow::bail!("{} is not a directory of this user alone (mode 0700): remove it", dir.display());
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    #[test]
+    fn a_directory_that_others_have_a_part_in_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode =
+            |mode| std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o700);
+        check_own(dir.path()).unwrap();
+        mode(0o750);
+        assert!(check_own(dir.path()).unwrap_err().to_string().contains("0700"));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        mode(0o700);
+        assert!(check_own(&link).is_err(), "a link");
+    }
 
     #[test]
     fn a_switch_has_ports_in_its_directory() {
