@@ -54,6 +54,9 @@ pub struct BlkArgs {
     /// Length of the load in seconds; verify ends with the first round after it
     #[arg(long, default_value_t = 5.0, value_name = "SECONDS", value_parser = seconds)]
     pub secs: f64,
+    /// Seconds of the same load before that, of which nothing is counted
+    #[arg(long, default_value_t = 0.0, value_name = "SECONDS", value_parser = some_seconds)]
+    pub warm_up: f64,
     /// Queues, each with a thread of its own
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: u16,
@@ -130,6 +133,10 @@ pub enum WaitMode {
     Event,
     /// Asks for no calls and looks at the used ring all the time.
     Poll,
+}
+
+fn some_seconds(text: &str) -> Result<f64, String> {
+    if text.parse() == Ok(0.0) { Ok(0.0) } else { seconds(text) }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

@@ -99,6 +99,23 @@ fn loads_and_verifies_with_all_ring_features() {
     assert!(report["backend_cpu_us_per_io"].is_f64(), "{report}");
 }
 
+/// What is counted is what happened after the warm-up, time and CPU time included.
+#[test]
+fn the_warm_up_is_not_counted() {
+    let daemon = Daemon::start("writable=on");
+    let pid = daemon.child.id();
+    let before = super::cpu::time(pid).unwrap();
+    let report = daemon.bench(&format!("--warm-up 0.6 --secs 0.2 --qd 4 --pid {pid}")).unwrap();
+    let all = super::cpu::time(pid).unwrap() - before;
+    let figure = |name: &str| report[name].as_f64().unwrap();
+    let (from, to, secs) = (figure("counted_from"), figure("counted_to"), figure("secs"));
+    assert!((to - from - secs).abs() < 1e-3 && (0.0..0.6).contains(&(secs - 0.2)), "{report}");
+    assert!((figure("ios") / secs - figure("iops")).abs() < 1.0 && figure("iops") > 0.0, "{report}");
+    let counted = figure("backend_cpu_us_per_io") * figure("ios") / 1e6;
+    assert!(counted < 0.7 * all.as_secs_f64(), "{counted} of {all:?}: {report}");
+    assert!(daemon.error("--rw verify --warm-up 1").contains("no --warm-up"));
+}
+
 #[test]
 fn a_mixed_load_reads_more_than_it_writes() {
     let daemon = Daemon::start("writable=on");

@@ -1,6 +1,6 @@
 //! Random and sequential load on one queue, with the latency of every request.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use hdrhistogram::Histogram;
@@ -19,7 +19,9 @@ pub(super) struct Job {
     pub(super) first: u64,
     /// Number of blocks of that part.
     pub(super) blocks: u64,
+    /// How long the load lasts; completions in the first `warm_up` of it are not counted.
     pub(super) time: Duration,
+    pub(super) warm_up: Duration,
     pub(super) seed: u64,
     /// Whether the device has a write cache to flush.
     pub(super) flush: bool,
@@ -35,14 +37,19 @@ pub(super) struct Outcome {
     pub(super) rounds: u32,
     /// Latencies in nanoseconds.
     pub(super) latency: Histogram<u64>,
+    /// Requests of the warm-up, which nothing else here knows of.
+    pub(super) warm_up: u64,
+    /// What was counted took this long, and ended then.
     pub(super) elapsed: Duration,
+    pub(super) ended: Option<SystemTime>,
 }
 
 impl Outcome {
     pub(super) fn new() -> Result<Self> {
         // From 1 ns to a minute with three digits.
         let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3).context("cannot make a histogram")?;
-        Ok(Self { reads: 0, writes: 0, flushes: 0, rounds: 0, latency, elapsed: Duration::ZERO })
+        let (elapsed, ended) = (Duration::ZERO, None);
+        Ok(Self { reads: 0, writes: 0, flushes: 0, rounds: 0, latency, warm_up: 0, elapsed, ended })
     }
 
     pub(super) fn count(&mut self, op: Op, latency: Duration) {
@@ -59,13 +66,15 @@ impl Outcome {
         self.reads += other.reads;
         self.writes += other.writes;
         self.flushes += other.flushes;
+        self.warm_up += other.warm_up;
         self.rounds = if self.elapsed.is_zero() { other.rounds } else { self.rounds.min(other.rounds) };
         self.elapsed = self.elapsed.max(other.elapsed);
+        self.ended = self.ended.max(other.ended);
         self.latency.add(&other.latency).context("cannot add histograms")
     }
 }
 
-/// Keeps the queue full until the time is over.
+/// Keeps the queue full until the time is over. What completes in the warm-up is forgotten.
 pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
     let mut outcome = Outcome::new()?;
     if job.rw.writes() {
@@ -96,9 +105,15 @@ pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
         underway[usize::from(slot)] = op();
         queue.submit(slot, underway[usize::from(slot)], sector(), job.len)?;
     }
+    let mut counted_from = started;
+    let mut warm = job.warm_up.is_zero();
     // Whatever is completed is taken and submitted anew; then the backend is told once.
-    while started.elapsed() < job.time {
+    while started.elapsed() < job.warm_up + job.time {
         let mut done = Some(queue.wait()?);
+        if !warm && started.elapsed() >= job.warm_up {
+            (warm, counted_from) = (true, Instant::now());
+            outcome = Outcome { warm_up: outcome.reads + outcome.writes, ..Outcome::new()? };
+        }
         while let Some(request) = done {
             let kind = &mut underway[usize::from(request.slot)];
             outcome.count(*kind, request.latency);
@@ -111,7 +126,7 @@ pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
         let request = queue.wait()?;
         outcome.count(underway[usize::from(request.slot)], request.latency);
     }
-    outcome.elapsed = started.elapsed();
+    (outcome.elapsed, outcome.ended) = (counted_from.elapsed(), Some(SystemTime::now()));
     if job.rw.writes() && job.flush {
         queue.flush()?;
         outcome.flushes += 1;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
@@ -38,7 +38,12 @@ pub(super) struct Report {
     region_bytes: u64,
     indirect: bool,
     event_idx: bool,
+    warm_up_secs: f64,
+    warm_up_ios: u64,
     secs: f64,
+    /// When what was counted began and ended, in seconds since 1970, for whoever watches the backend meanwhile.
+    counted_from: f64,
+    counted_to: f64,
     ios: u64,
     reads: u64,
     writes: u64,
@@ -88,8 +93,7 @@ pub(super) fn measure(args: &BlkArgs) -> Result<Report> {
 /// Runs the load, and measures what the backend takes for it.
 fn loaded(args: &BlkArgs, device: &Device, region: u64, queues: &mut [impl LoadQueue]) -> Result<Report> {
     let len = usize::try_from(args.bs).context("--bs is too large")?;
-    let cpu_before = args.pid.map(cpu::time).transpose()?;
-    let outcome = run(args, device, region, len, queues)?;
+    let (outcome, cpu_before) = run(args, device, region, len, queues)?;
     let cpu = match (args.pid, cpu_before) {
         (Some(pid), Some(before)) => Some(cpu::time(pid)?.saturating_sub(before)),
         _ => None,
@@ -141,19 +145,24 @@ fn queues(args: &BlkArgs, device: &Device, len: usize, front: &Front) -> Result<
     Ok((memory, queues))
 }
 
-/// Runs one thread per queue. Random loads use the whole region from each queue, the others a part of it.
+/// Runs one thread per queue. Random loads use the whole region from each queue, the others a part of it. Also returns the
+/// CPU time of the backend as it was when the warm-up ended.
 fn run(
     args: &BlkArgs,
     device: &Device,
     region: u64,
     len: usize,
     queues: &mut [impl LoadQueue],
-) -> Result<Outcome> {
+) -> Result<(Outcome, Option<Duration>)> {
+    let warm_up = Duration::from_secs_f64(args.warm_up);
+    if args.rw == Rw::Verify && !warm_up.is_zero() {
+        bail!("--rw verify counts all that it does: no --warm-up");
+    }
     let count = queues.len() as u64;
     let all = region / args.bs;
     let is_shared = matches!(args.rw, Rw::Randread | Rw::Randwrite | Rw::Randrw);
-    let barrier = Barrier::new(queues.len());
-    let results: Vec<Result<Outcome>> = thread::scope(|scope| {
+    let barrier = Barrier::new(queues.len() + 1);
+    let (results, cpu): (Vec<Result<Outcome>>, _) = thread::scope(|scope| {
         let threads: Vec<_> = queues
             .iter_mut()
             .zip(0u64..)
@@ -164,6 +173,7 @@ fn run(
                     first: if is_shared { 0 } else { all / count * n },
                     blocks: if is_shared { all } else { all / count },
                     time: Duration::from_secs_f64(args.secs),
+                    warm_up,
                     seed: args.seed.wrapping_add(if is_shared { n << 32 } else { 0 }),
                     flush: device.has(VIRTIO_BLK_F_FLUSH),
                 };
@@ -174,16 +184,19 @@ fn run(
                 })
             })
             .collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap_or_else(|_| Err(anyhow!("a load thread panicked"))))
-            .collect()
+        barrier.wait();
+        // No waiting for something to happen: the warm-up is a length of time.
+        thread::sleep(warm_up);
+        let cpu = args.pid.map(cpu::time).transpose();
+        let results =
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(anyhow!("a load thread panicked"))));
+        (results.collect(), cpu)
     });
     let mut total = Outcome::new()?;
     for (n, result) in results.into_iter().enumerate() {
         total.merge(&result.with_context(|| format!("queue {n}"))?)?;
     }
-    Ok(total)
+    Ok((total, cpu?))
 }
 
 fn report(
@@ -195,6 +208,7 @@ fn report(
     cpu: Option<Duration>,
 ) -> Report {
     let secs = total.elapsed.as_secs_f64();
+    let counted_to = total.ended.and_then(|at| at.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
     let ios = total.reads + total.writes;
     let us = |ns: u64| ns as f64 / 1000.0;
     let latency = &total.latency;
@@ -211,7 +225,11 @@ fn report(
         region_bytes: region,
         indirect: device.has(VIRTIO_RING_F_INDIRECT_DESC),
         event_idx: device.has(VIRTIO_RING_F_EVENT_IDX),
+        warm_up_secs: args.warm_up,
+        warm_up_ios: total.warm_up,
         secs,
+        counted_from: counted_to.saturating_sub(total.elapsed).as_secs_f64(),
+        counted_to: counted_to.as_secs_f64(),
         ios,
         reads: total.reads,
         writes: total.writes,

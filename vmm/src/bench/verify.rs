@@ -3,7 +3,7 @@
 //! The first round writes every block, each later one about half of them, in an order that jumps; then all blocks are
 //! read, so that a write that went to the wrong place or was lost is seen in the round in which it happened.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Result, anyhow};
 
@@ -32,7 +32,7 @@ pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
             .map_err(|e| e.context(format!("round {round}")))?;
         outcome.rounds = round;
     }
-    outcome.elapsed = started.elapsed();
+    (outcome.elapsed, outcome.ended) = (started.elapsed(), Some(SystemTime::now()));
     Ok(outcome)
 }
 

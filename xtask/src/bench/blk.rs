@@ -25,6 +25,8 @@ const READY_WITHIN: Duration = Duration::from_secs(20);
 const LUN_BYTES: u64 = 256 << 20;
 /// Seconds of load under strace, which slows it down.
 const STRACE_SECS: f64 = 0.5;
+/// Seconds of each load before anything is counted: set-up, and what polling learns.
+const WARM_UP_SECS: f64 = 0.2;
 
 /// In the order that [`goals`] knows.
 const METRICS: &[Metric] = &[
@@ -41,6 +43,9 @@ const METRICS: &[Metric] = &[
 #[derive(Debug, Deserialize)]
 struct Run {
     ios: u64,
+    warm_up_ios: u64,
+    counted_from: f64,
+    counted_to: f64,
     iops: f64,
     mib_per_s: f64,
     latency_us: Latency,
@@ -158,7 +163,11 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
     for contender in &contenders {
         // It begins at the start of the disk each time, so one run has to get around.
         let mut secs = 0.5;
-        while bench.load(contender, &fill, secs)?.ios < LUN_BYTES >> 17 {
+        loop {
+            let run = bench.load(contender, &fill, secs)?;
+            if run.warm_up_ios + run.ios >= LUN_BYTES >> 17 {
+                break;
+            }
             secs *= 2.0;
         }
     }
@@ -212,7 +221,7 @@ impl Bench<'_> {
                     run.latency_us.p50,
                     run.latency_us.p99,
                     run.backend_cpu_us_per_io,
-                    target.as_secs_f64() * 1e6 / run.ios.max(1) as f64,
+                    target.as_secs_f64() * 1e6 / (run.warm_up_ios + run.ios).max(1) as f64,
                 ];
                 values.iter_mut().zip(figures).for_each(|(all, figure)| all.push(figure));
             }
@@ -221,7 +230,8 @@ impl Bench<'_> {
             // Counted in a run of its own: being traced costs time.
             let strace = Strace::attach(contender.pid())?;
             let run = self.load(contender, case, STRACE_SECS)?;
-            values[goals::SYSCALLS].push(strace.finish()? as f64 / run.ios.max(1) as f64);
+            let calls = strace.finish(&(run.counted_from..run.counted_to))?;
+            values[goals::SYSCALLS].push(calls as f64 / run.ios.max(1) as f64);
         }
         Ok(measured)
     }
@@ -232,6 +242,7 @@ impl Bench<'_> {
         command.args(["bench", "blk", "--json", "--rw", case.rw, "--socket"]).arg(&contender.socket);
         command.args(["--bs", &format!("{}k", case.kib), "--qd", &case.depth.to_string()]);
         command.args(["--queues", &case.queues.to_string(), "--secs", &secs.to_string()]);
+        command.args(["--warm-up", &WARM_UP_SECS.to_string()]);
         command.args(["--pid", &contender.pid().to_string()]);
         if contender.msgq {
             command.arg("--msgq");
