@@ -51,6 +51,7 @@ pub struct HelperVm {
     disks: Vec<PathBuf>,
     memory_mib: u32,
     cpus: u32,
+    arguments: String,
     deadline: Duration,
     echo: bool,
 }
@@ -83,6 +84,7 @@ impl HelperVm {
             // Two for the CPUs of a guest inside, one for the channel processors: where they share one, guests fail more
             // often (docs/decisions/emulated-kvm.md).
             cpus: 3,
+            arguments: String::new(),
             deadline: Duration::from_secs(300),
             echo: false,
         }
@@ -141,6 +143,14 @@ impl HelperVm {
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Appends an argument to the kernel's command line.
+    #[must_use]
+    pub fn kernel_argument(mut self, argument: &str) -> Self {
+        self.arguments.push(' ');
+        self.arguments.push_str(argument);
         self
     }
 
@@ -213,13 +223,15 @@ impl HelperVm {
             "-no-reboot",
             "-serial",
             "stdio",
-            "-append",
-            // QEMU's CPUs share one time-stamp counter, but cannot say so under TCG (no invariant TSC): the kernel would take
-            // the HPET, a device, for every look at the clock, and KVM would move a guest's counter at each switch.
-            "console=ttyS0 panic=-1 quiet tsc=reliable",
         ]
         .map(str::to_owned)
         .to_vec();
+        // QEMU's CPUs share one time-stamp counter, but cannot say so under TCG (no invariant TSC): the kernel would take
+        // the HPET, a device, for every look at the clock, and KVM would move a guest's counter at each switch.
+        args.extend([
+            "-append".into(),
+            format!("console=ttyS0 panic=-1 quiet tsc=reliable{}", self.arguments),
+        ]);
         args.extend(["-smp".into(), self.cpus.to_string(), "-m".into(), self.memory_mib.to_string()]);
         args.extend(["-kernel".into(), kernel.image.display().to_string()]);
         let initrd_path = format!("/proc/{}/fd/{}", std::process::id(), initrd.as_raw_fd());
