@@ -7,8 +7,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output};
+use std::sync::Arc;
+use std::time::Duration;
 
 use vcp_core::process::confine::{Confinement, Mode};
+use vcp_core::uring::{self, IoMode, Ring};
 
 /// Names the case in the child's environment, and the directory that it may use.
 const CASE: &str = "VCP_CONFINE_CASE";
@@ -78,6 +81,11 @@ fn child() {
     let dir = PathBuf::from(std::env::var_os(DIR).unwrap());
     // Before: what a VCP opens first.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // As `--io plain` and `--io auto` do.
+    let plain = case != "a ring";
+    let ring = uring::choose(if plain { IoMode::Plain } else { IoMode::Auto }).unwrap();
+    // Of a library, say, that made one for itself.
+    let left_over = uring::choose(if case == "no ring" { IoMode::Auto } else { IoMode::Plain }).unwrap();
     let confinement = Confinement {
         read: vec![dir.join("read"), dir.join("not there")],
         write: vec![dir.join("write")],
@@ -87,13 +95,55 @@ fn child() {
         listens: false,
         max_private_bytes: 256 << 20,
     };
-    let report = confinement.apply(Mode::Require).unwrap();
+    let report = confinement.apply_with(Mode::Require, ring.is_some()).unwrap();
     assert_eq!(report.summary(), "yes", "{report:?}");
     for part in ["own mount, IPC and UTS namespaces", "a root directory with nothing but what it needs"] {
         assert!(report.done.contains(&part), "{report:?}");
     }
-    attempt(&case, &dir, &listener);
+    match (case.as_str(), ring) {
+        ("no ring", _) => without_ring(left_over),
+        // Nothing to show where the kernel has none.
+        ("a ring", ring) => ring.into_iter().for_each(with_ring),
+        _ => attempt(&case, &dir, &listener),
+    }
     std::process::exit(HELD);
+}
+
+/// Calls one of the system calls of io_uring with arguments that no kernel takes; what came of it.
+fn call(number: libc::c_long) -> std::io::Result<()> {
+    // SAFETY: no memory is involved: the descriptor is none, and all pointers are null.
+    let result = unsafe { libc::syscall(number, -1, 0, 0, 0, 0, 0) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// With `--io plain`: no ring can be made, and one that is there after all cannot be used.
+fn without_ring(left_over: Option<Ring>) {
+    refused("make a ring", call(libc::SYS_io_uring_setup));
+    refused("enter a ring", call(libc::SYS_io_uring_enter));
+    refused("change a ring", call(libc::SYS_io_uring_register));
+    if let Some(mut ring) = left_over {
+        refused("start a ring", ring.enable());
+    }
+    assert!(matches!(uring::choose(IoMode::Auto), Ok(None)), "falls back to plain calls");
+}
+
+/// With a ring that was made before: it works, and no other can be made.
+fn with_ring(mut ring: Ring) {
+    ring.enable().unwrap();
+    let event = Arc::new(rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap());
+    ring.watch(&event);
+    ring.signal(&event);
+    ring.wait(Some(Duration::from_secs(10))).unwrap();
+    let mut count = [0; 8];
+    rustix::io::read(&event, &mut count).unwrap();
+    assert_eq!((u64::from_ne_bytes(count), ring.counts().failed_signals), (1, 0));
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"data").unwrap();
+    let received = ring.recv(&Arc::new(ours.into()), vec![0; 8].into());
+    ring.wait(Some(Duration::from_secs(10))).unwrap();
+    assert!(ring.take_recv(received).is_some_and(|(_, result)| matches!(result, Ok(4))));
+    refused("make another", call(libc::SYS_io_uring_setup));
+    assert!(uring::choose(IoMode::Uring).is_err(), "another ring");
 }
 
 fn attempt(case: &str, dir: &Path, listener: &TcpListener) {
@@ -279,6 +329,16 @@ fn no_signals_to_others() {
 #[test]
 fn not_traceable_again() {
     held("debug");
+}
+
+#[test]
+fn without_a_ring_there_is_no_io_uring() {
+    held("no ring");
+}
+
+#[test]
+fn with_a_ring_there_is_that_one() {
+    held("a ring");
 }
 
 #[test]
