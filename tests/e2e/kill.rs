@@ -3,6 +3,7 @@
 //! acknowledged write.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -196,13 +197,22 @@ fn survives(kind: Kind, packed: bool, kills: u32, args: &[&str]) -> Result<()> {
     for kill in 0..kills {
         // From before the first message to well into the load.
         let delay = Duration::from_micros(load.next(40_000) as u64);
+        // Every fourth for sure with the load running, however slow the machine is; the others at any moment.
+        let in_load = kill % 4 == 3;
         let proc = &backend.proc;
         let at = std::thread::scope(|scope| -> Result<Instant> {
+            let (running, runs) = mpsc::channel();
             let killer = scope.spawn(move || {
+                if in_load {
+                    // Nothing comes where it ended by itself, which is told below.
+                    let _ = runs.recv_timeout(BACK);
+                }
                 std::thread::sleep(delay);
                 proc.signal(Signal::KILL).map(|()| Instant::now())
             });
-            let lived = live(&mut front, &backend.socket, &mut load);
+            let lived = live(&mut front, &backend.socket, &mut load, &running);
+            // It ended before it began to answer: nobody need wait.
+            drop(running);
             let at = killer.join().expect("the killer does not panic")?;
             lived.with_context(|| format!("kill {kill}, {delay:?} after the start"))?;
             Ok(at)
@@ -226,8 +236,8 @@ fn survives(kind: Kind, packed: bool, kills: u32, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// One life of the backend, from the first message to its end.
-fn live(front: &mut Survivor, socket: &Path, load: &mut Load) -> Result<()> {
+/// One life of the backend, from the first message to its end; tells when it answers requests.
+fn live(front: &mut Survivor, socket: &Path, load: &mut Load, running: &Sender<()>) -> Result<()> {
     // It may be dead before it answered all messages.
     if front.connect(socket).is_err() {
         return Ok(());
@@ -239,6 +249,8 @@ fn live(front: &mut Survivor, socket: &Path, load: &mut Load) -> Result<()> {
         if event == Event::Gone {
             return Ok(());
         }
+        // The killer may not wait for it.
+        let _ = running.send(());
     }
 }
 
@@ -371,7 +383,8 @@ fn qemu_guest_survives(packed: bool, kills: u32) -> Result<()> {
         return Ok(());
     }
     let target = Target::start(Kind::Ours, &Spec::disk(16 << 20))?;
-    let mut backend = Phoenix::start(&target.url(0), &["--queues", "2"])?;
+    let proxy = Proxy::start(target.portal())?;
+    let mut backend = Phoenix::start(&target.url_at(proxy.addr(), 0), &["--queues", "2"])?;
     let mut guest = QemuGuest::new().program("/usr/bin/fio").disk(&backend.socket, 2).reconnects();
     if packed {
         guest = guest.property("packed=on");
@@ -379,8 +392,17 @@ fn qemu_guest_survives(packed: bool, kills: u32) -> Result<()> {
     let mut guest = guest.start(&FIO.replace("SECONDS", &(5 + 3 * kills).to_string()))?;
     guest.wait_value("running")?;
     for kill in 0..kills {
-        std::thread::sleep(Duration::from_millis(300 + 137 * u64::from(kill)));
+        if kill == 0 {
+            // One for sure with a request in flight: the target does not get it.
+            let arrived = proxy.arrived();
+            proxy.hold(true);
+            proxy.wait_arrived(arrived + 48, BACK).context("a command of the guest's")?;
+        } else {
+            // The others at any moment.
+            std::thread::sleep(Duration::from_millis(300 + 137 * u64::from(kill)));
+        }
         backend.proc.kill()?;
+        proxy.hold(false);
         backend.rise()?;
         backend.proc.wait_line(Stream::Err, "front end connected", BACK)?;
     }
