@@ -7,7 +7,8 @@ use std::mem::{offset_of, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
 
-use super::{Gather, Scatter, header, outcome};
+use super::iov::{self, header, repeat};
+use super::{Gather, Scatter};
 
 /// Room for control data: a segment size and an extended error with an address.
 #[repr(C, align(8))]
@@ -127,49 +128,12 @@ impl Gather<'_> {
                 libc::CMSG_DATA(cmsg).cast::<u16>().write_unaligned(segment);
             }
         }
-        loop {
-            // SAFETY: the vector's entries are borrowed for the life of this value, name and control data live on this
-            // stack; the kernel only reads.
-            let sent = unsafe {
-                libc::sendmsg(
-                    socket.as_fd().as_raw_fd(),
-                    &raw const message,
-                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-                )
-            };
-            if let Some(result) = outcome(sent) {
-                return result;
-            }
-        }
+        // SAFETY: the vector's entries are borrowed for the life of this value, name and control data live on this stack.
+        unsafe { iov::send(socket, &message) }
     }
 }
 
 impl Scatter<'_> {
-    /// As [`recv`](Self::recv), but what is read stays in the socket. Where the socket has a peek offset (`SO_PEEK_OFF`),
-    /// the kernel reads from there and moves it on.
-    ///
-    /// # Errors
-    /// As [`recv`](Self::recv).
-    pub fn peek(self, socket: impl AsFd) -> io::Result<usize> {
-        if self.len_bytes == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "receive without room"));
-        }
-        let mut message = header(self.iov);
-        loop {
-            // SAFETY: as in `recv`.
-            let got = unsafe {
-                libc::recvmsg(
-                    socket.as_fd().as_raw_fd(),
-                    &raw mut message,
-                    libc::MSG_DONTWAIT | libc::MSG_PEEK,
-                )
-            };
-            if let Some(result) = outcome(got) {
-                return result;
-            }
-        }
-    }
-
     /// Receives a datagram, or a row of them if the socket has `UDP_GRO`.
     ///
     /// # Errors
@@ -201,18 +165,11 @@ fn receive(
     let mut message = header(scatter.iov);
     message.msg_name = (&raw mut name).cast();
     message.msg_control = (&raw mut control).cast();
-    let len_bytes = loop {
-        message.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
-        message.msg_controllen = size_of::<Control>() as _;
-        // SAFETY: the vector's entries are borrowed for the life of `scatter`, exclusively where they are private; name
-        // and control buffers live on this stack and are as long as the message says.
-        let got = unsafe {
-            libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT | flags)
-        };
-        if let Some(result) = outcome(got) {
-            break result?;
-        }
-    };
+    message.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    message.msg_controllen = size_of::<Control>() as _;
+    // SAFETY: the vector's entries are borrowed for the life of `scatter`, exclusively where they are private; name and
+    // control buffers live on this stack and are as long as the message says.
+    let len_bytes = unsafe { iov::receive(socket, &mut message, flags) }?;
     let mut datagram = Datagram {
         len_bytes,
         from: decode(&name, message.msg_namelen),
@@ -263,20 +220,17 @@ pub fn discard(socket: impl AsFd, len_bytes: usize) -> io::Result<usize> {
     if len_bytes == 0 {
         return Ok(0);
     }
-    loop {
+    repeat(|| {
         // SAFETY: with MSG_TRUNC, TCP does not touch the buffer (tcp(7)), which may be null.
-        let got = unsafe {
+        unsafe {
             libc::recv(
                 socket.as_fd().as_raw_fd(),
                 std::ptr::null_mut(),
                 len_bytes,
                 libc::MSG_TRUNC | libc::MSG_DONTWAIT,
             )
-        };
-        if let Some(result) = outcome(got) {
-            return result;
         }
-    }
+    })
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
-//! [`SendBatch`]: bytes on their way out, with all that they lie in.
+//! [`SendBatch`]: bytes on their way out, with all that they lie in. Unlike a [`Gather`](crate::sock::Gather), which borrows for
+//! one call, it owns what it points to, for the ring may still work on it when the caller is elsewhere.
 
 use std::sync::Arc;
 
 use crate::mem::{GuestBuf, GuestMap};
-use crate::sock::IOV_MAX;
+use crate::sock::{IOV_MAX, Taken};
 
 #[derive(Clone, Copy, Debug)]
 enum Piece {
@@ -104,14 +105,11 @@ impl SendBatch {
         {
             self.maps.push(Arc::clone(map));
         }
-        let mut taken = 0;
-        data.for_each(offset, len_bytes, |ptr, len_bytes, at| {
-            // Once a piece was refused, later ones must not follow it.
-            if at == taken {
-                taken += self.push(Piece::Guest { ptr, len_bytes }, len_bytes);
-            }
+        let mut taken = Taken::default();
+        data.for_each(offset, len_bytes, |ptr, len_bytes, _| {
+            taken.part(len_bytes, || self.push(Piece::Guest { ptr, len_bytes }, len_bytes));
         });
-        taken
+        taken.bytes
     }
 
     fn push(&mut self, piece: Piece, len_bytes: usize) -> usize {
