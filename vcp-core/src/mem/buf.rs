@@ -227,6 +227,24 @@ impl GuestBuf {
         });
     }
 
+    /// Appends `len_bytes` bytes from `offset` on to `to`: what [`copy_to`](Self::copy_to) does, without writing zeroes first.
+    ///
+    /// # Panics
+    /// If the range is not inside the buffer.
+    pub fn append_to(&self, offset: usize, len_bytes: usize, to: &mut Vec<u8>) {
+        to.reserve(len_bytes);
+        let room = to.spare_capacity_mut().as_mut_ptr().cast::<u8>();
+        self.for_each(offset, len_bytes, |ptr, len, at| {
+            // SAFETY: the source is as in `copy_to`; other parties may write it meanwhile, so it is copied by the raw
+            // pointers, as `VolatileSlice` does for anything longer than a register. The target are `len` of the
+            // `len_bytes` bytes reserved above: `at + len` is within the range, which `for_each` checked first.
+            unsafe { ptr.cast_const().copy_to_nonoverlapping(room.add(at), len) };
+        });
+        // SAFETY: `for_each` gave every byte of the range (it is inside the buffer, whose pieces add up to its length), so
+        // `len_bytes` bytes behind the old end are initialised, and reserved.
+        unsafe { to.set_len(to.len() + len_bytes) };
+    }
+
     /// Copies all of `from` into the buffer from `offset` on.
     ///
     /// # Panics
@@ -350,6 +368,10 @@ mod tests {
         let mut part = [0; 4];
         buf.slice(14, 4).copy_to(0, &mut part);
         assert_eq!(part, [14, 15, 16, 17]);
+        let mut more = vec![1, 2];
+        buf.append_to(14, 4, &mut more);
+        buf.append_to(0x20, 0, &mut more);
+        assert_eq!(more, [1, 2, 14, 15, 16, 17]);
         buf.fill_zero(15, 2);
         buf.copy_to(14, &mut part);
         assert_eq!(part, [14, 0, 0, 17]);

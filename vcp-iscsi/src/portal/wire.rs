@@ -45,6 +45,8 @@ pub const RX_HEADER_ROOM_BYTES: usize = 1 << 10;
 /// Bytes copied and digested in one go where data digests are in use: what was just copied is digested from the
 /// first-level cache.
 const DIGEST_PIECE_BYTES: usize = 16 << 10;
+/// What a ring received is taken for the start of a batch from here on, if it is not one PDU and nothing else.
+const RX_BATCH_BYTES: usize = 16 << 10;
 /// Passes in a row that may leave out the receive on an emptied socket. A guest that queues request after request keeps
 /// the loop from sleeping, and so from hearing that the socket is readable.
 const RX_SKIPS: u8 = 2;
@@ -54,6 +56,9 @@ const RX_ROUNDS: usize = 16;
 const TX_PIECES: usize = 256;
 /// Bytes queued for one send at most: more than a socket buffer takes brings nothing.
 const TX_BYTES: usize = 1 << 20;
+/// The same where data digests are in use: what was copied and digested is still in the second-level cache when the kernel
+/// takes it.
+const TX_DIGESTED_BYTES: usize = 256 << 10;
 
 /// Where the rest of a payload goes that is worth a receive of its own: guest memory, offset, and how much of it is due.
 fn direct<'a>(rx: &Receiver, place: Place, long: bool, jobs: &'a Jobs) -> Option<(&'a GuestBuf, usize, u32)> {
@@ -138,6 +143,10 @@ pub struct Wire {
     watched: bool,
     /// The last receive emptied the socket.
     drained: bool,
+    /// What the ring received last was as much as of a batch.
+    much: bool,
+    /// PDUs that were received whole.
+    pdus: u32,
     /// Passes that left out the receive since the last one.
     skipped: u8,
     /// The last payload for guest memory was a long one, so the next is taken for one, too.
@@ -174,6 +183,8 @@ impl Wire {
             ended: None,
             watched: false,
             drained: false,
+            much: false,
+            pdus: 0,
             skipped: 0,
             long: false,
             stats: WireStats::default(),
@@ -262,10 +273,11 @@ impl Wire {
     /// Queues PDUs until the session has no more or it is enough for one send.
     fn fill(&mut self, jobs: &mut Jobs, now: Instant) {
         self.arena.clear();
+        let most_bytes = if self.rx.digests().data { TX_DIGESTED_BYTES } else { TX_BYTES };
         let mut queued_bytes = 0;
         self.unfilled = false;
         loop {
-            if self.pieces.len() >= TX_PIECES || queued_bytes >= TX_BYTES {
+            if self.pieces.len() >= TX_PIECES || queued_bytes >= most_bytes {
                 self.unfilled = true;
                 break;
             }
@@ -287,10 +299,9 @@ impl Wire {
                 for at in (at..at + len_bytes).step_by(DIGEST_PIECE_BYTES) {
                     let end = (at + DIGEST_PIECE_BYTES).min(end);
                     let from = arena.len();
-                    arena.resize(from + end - at, 0);
                     match source {
-                        Data::Guest(guest) => guest.copy_to(at, &mut arena[from..]),
-                        Data::Private(bytes) => arena[from..].copy_from_slice(&bytes[at..end]),
+                        Data::Guest(guest) => guest.append_to(at, end - at, arena),
+                        Data::Private(bytes) => arena.extend_from_slice(&bytes[at..end]),
                     }
                     crc.update(&arena[from..]);
                 }
@@ -345,15 +356,21 @@ impl Wire {
     /// Receives what is there and hands it to the session. Returns whether anything moved.
     pub(super) fn receive(&mut self, jobs: &mut Jobs, now: Instant) -> Result<bool, WireError> {
         let mut moved = !self.staged.is_empty();
+        let before = self.pdus;
         self.parse(jobs, now)?;
         // Behind what arrived before.
         if let Some(error) = self.ended.take() {
             return Err(error);
         }
-        if self.ring_receives(jobs) {
+        // Of a batch, the ring's receive wakes this thread with the first segments, and takes only those; the others came
+        // while they were worked off.
+        let of_batch = self.pdus.wrapping_sub(before) > 1 || !self.rx.is_between_pdus();
+        let armed = self.in_ring.as_ref().is_some_and(InRing::is_receiving);
+        let more = std::mem::take(&mut self.much) && of_batch && !armed;
+        if self.ring_receives(jobs) && !more {
             return Ok(moved);
         }
-        if self.watched && self.drained && self.skipped < RX_SKIPS {
+        if self.watched && self.drained && self.skipped < RX_SKIPS && !more {
             self.skipped += 1;
             return Ok(moved);
         }
@@ -470,6 +487,7 @@ impl Wire {
                     self.staged.start += bytes.len();
                 }
                 Step::Done { data_digest_ok } => {
+                    self.pdus = self.pdus.wrapping_add(1);
                     self.session.end(&self.inline, data_digest_ok)?;
                     self.rx.next_pdu();
                 }

@@ -9,7 +9,7 @@ use std::io;
 use rustix::io::Errno;
 use vcp_core::uring::{Ring, SendBatch, Token};
 
-use super::{Data, Jobs, Piece, Wire, WireError};
+use super::{Data, Jobs, Piece, RX_BATCH_BYTES, Wire, WireError};
 
 /// What the ring has.
 #[derive(Debug, Default)]
@@ -119,6 +119,7 @@ impl Wire {
                     self.staged = 0..got;
                     // Whether there is more, the next receive tells.
                     self.drained = got < self.staging.len();
+                    self.much = got >= RX_BATCH_BYTES;
                 }
                 Err(error) => match Errno::from_io_error(&error) {
                     // Cancelled, or nothing after all.
