@@ -35,7 +35,7 @@ fn keeps_to_its_bound(args: &[&str]) -> Result<()> {
     let bound: u64 = told.with_context(|| format!("no memory_bound_bytes in: {ready}"))?.parse()?;
     ensure!(bound < MOST_BYTES, "{args:?}: a device may take {bound} bytes");
     let mut driver = Driver::connect(backend.socket(), 1)?;
-    Load::new(21, 1024).run(&mut driver, 0, 64, 2000, |_| Ok(()))?;
+    Load::new(21, 1024).run(&mut driver, 0, 16, 2000, |_| Ok(()))?;
     for n in 0..16 {
         let at = (8 << 20) + n * LONG as u64;
         let data = pattern::make(n, at, LONG);

@@ -139,7 +139,8 @@ fn with_ring(mut ring: Ring) {
     assert_eq!((u64::from_ne_bytes(count), ring.counts().failed_signals), (1, 0));
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(b"data").unwrap();
-    let received = ring.recv(&Arc::new(ours.into()), vec![0; 8].into());
+    let ours = Arc::new(ours.into());
+    let received = ring.recv(&ours, vec![0; 8].into());
     ring.wait(Some(Duration::from_secs(10))).unwrap();
     assert!(ring.take_recv(received).is_some_and(|(_, result)| matches!(result, Ok(4))));
     refused("make another", call(libc::SYS_io_uring_setup));
