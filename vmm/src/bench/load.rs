@@ -108,7 +108,7 @@ pub(super) fn run(queue: &mut impl LoadQueue, job: &Job) -> Result<Outcome> {
     let mut counted_from = started;
     let mut warm = job.warm_up.is_zero();
     // Whatever is completed is taken and submitted anew; then the backend is told once.
-    while started.elapsed() < job.warm_up + job.time {
+    while !warm || counted_from.elapsed() < job.time {
         let mut done = Some(queue.wait()?);
         if !warm && started.elapsed() >= job.warm_up {
             (warm, counted_from) = (true, Instant::now());
