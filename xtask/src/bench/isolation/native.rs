@@ -16,8 +16,8 @@ use crate::server::Server;
 const CASE: &str = "bare-metal guest, 4k randread qd32";
 const OWN: &str = "VCP, own thread";
 const SHARED: &str = "VCP, vCPU's thread, poll=0";
-/// Who is judged against whom, and by what part of its loss.
-pub(super) const PAIR: (&str, &str, &str, f64) = (CASE, OWN, SHARED, 0.5);
+/// Who is judged against whom.
+pub(super) const PAIR: (&str, &str, &str) = (CASE, OWN, SHARED);
 /// Contender, whether its VCP has the vCPU's thread, and how it looks for work.
 const PLACES: [(&str, bool, &str); 5] = [
     (OWN, false, ""),
