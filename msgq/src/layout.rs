@@ -61,6 +61,24 @@ pub struct Lane {
 /// Word index of the owner's line S (state and statistics for an observer; the peer never looks).
 pub const STATE: usize = 9 * LINE_BYTES / 8;
 
+/// Words of line S, from [`STATE`].
+pub mod observed {
+    /// 0 nothing yet, 1 running, 2 draining, 3 the peer is gone, 4 the peer broke a rule.
+    pub const PHASE: usize = 0;
+    /// How often the line was written.
+    pub const BEAT: usize = 1;
+    /// Own requests without completion.
+    pub const IN_FLIGHT: usize = 2;
+    /// The peer's requests without completion.
+    pub const HELD: usize = 3;
+    /// Sixteen counters.
+    pub const COUNTERS: usize = 4;
+    /// Violations by rule, from rule 1.
+    pub const VIOLATIONS: usize = 20;
+    /// Words of it.
+    pub const WORDS: usize = VIOLATIONS + 11;
+}
+
 /// Where lane `lane` of a control memory with rings of `2^log2_slots` slots lies.
 #[must_use]
 pub const fn lane(lane: u8, log2_slots: u8) -> Lane {
@@ -198,7 +216,8 @@ mod tests {
         }
         words.sort_unstable();
         assert!(words.windows(2).all(|pair| pair[1] - pair[0] >= LINE_BYTES / 8), "{words:?}");
-        assert!((words[words.len() - 1] + LINE_BYTES / 8) * 8 <= SLOTS_OFFSET);
+        assert_eq!(words.last(), Some(&STATE));
+        const { assert!((STATE + observed::WORDS) * 8 <= SLOTS_OFFSET) };
         assert_eq!(lane(0, 10).slots * 8, SLOTS_OFFSET);
         assert_eq!(lane(1, 10).slots * 8, SLOTS_OFFSET + 1024 * SLOT_BYTES);
         assert_eq!(control_bytes(2, 10), 0x1000 + 2 * 1024 * 32);

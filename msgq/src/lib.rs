@@ -76,6 +76,7 @@ pub mod spin;
 mod sync;
 
 pub use channel::{
-    Batch, Channel, Completion, Dormant, Error, Event, Fixed, Head, Incoming, Keepsake, LATENCY_STEPS,
-    OneWay, PeerState, RegionError, Request, RingUse, SendError, Sizer, Stats, Status, Token, wait_any,
+    Batch, COUNTERS, Channel, Completion, Dormant, Error, Event, Fixed, Head, Incoming, Keepsake,
+    LATENCY_STEPS, Observed, OneWay, PeerState, Phase, RegionError, Request, RingUse, SendError, Sizer,
+    Stats, Status, Token, wait_any,
 };

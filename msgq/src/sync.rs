@@ -2,3 +2,5 @@
 //! (`tests/loom.rs`).
 
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+pub(crate) use crate::shm::prefetch_write;

@@ -12,6 +12,9 @@ pub mod layout;
 pub mod ring;
 pub mod sync {
     pub use loom::sync::atomic::{AtomicU64, Ordering, fence};
+
+    /// A hint: not part of the protocol.
+    pub fn prefetch_write(_: &AtomicU64) {}
 }
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -74,12 +74,14 @@ fn turn(channel: &mut Channel, pool: &Pool) -> Result<u64, Error> {
 #[test]
 fn random_words_everywhere_cost_only_that_channel() {
     let config = Config { log2_slots: 6, window: 16, deadline: Duration::from_secs(30), ..Config::default() };
-    let mut random = Random(7);
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let rounds = number("MSGQ_ROUNDS").unwrap_or(300);
+    let mut random = Random(number("MSGQ_SEED").unwrap_or(7));
     let (mut violations, mut survived) = ([0u64; 12], 0);
     let shared = Pool::new(0, 1, 4096, 64, Access::Both).unwrap();
     let (mut honest, mut friend) = pair(&config, std::slice::from_ref(&shared));
     let mut honest_moved = 0;
-    for round in 0..300u64 {
+    for round in 0..rounds {
         let pool = Pool::new(0, 1, 4096, 64, Access::Both).unwrap();
         let (mut victim, mut hostile) = pair(&config, std::slice::from_ref(&pool));
         let memory = hostile.control_words();

@@ -4,7 +4,7 @@
 //! between near and far places, a figure means something only as a ratio to what the line took in the same moment. Samples
 //! whose two controls differ in kind are marked and left out by whoever reads this (`cargo xtask bench msgq`).
 //!
-//! `msgq-bench ROUNDS [FILTER]`
+//! `msgq-bench ROUNDS [FILTER]`; `MSGQ_BENCH_FIFO=1` for a machine that others use at the same time.
 
 mod iox;
 mod ours;

@@ -55,9 +55,13 @@ impl Channel {
         }
         let (message, fd) = match self.link.receive() {
             Ok(Some(received)) => received,
-            Ok(None) => return Ok(None),
+            Ok(None) => {
+                self.show();
+                return Ok(None);
+            }
             Err(LinkError::Gone) => {
                 self.peer = PeerState::Gone;
+                self.show();
                 return Ok(Some(Event::Gone(None)));
             }
             Err(_) => return Err(self.fail(Violation::Link(0))),

@@ -10,6 +10,7 @@ mod dormant;
 mod events;
 mod flight;
 mod held;
+mod observe;
 mod receive;
 mod send;
 mod size;
@@ -23,10 +24,11 @@ use std::time::Instant;
 
 pub use dormant::{Dormant, Keepsake};
 pub use events::{Event, PeerState, RegionError};
+pub use observe::{Observed, Phase};
 pub use receive::{Completion, Incoming, OneWay, Request};
 pub use send::{Batch, Head, SendError, Status, Token};
 pub use size::{Fixed, RingUse, Sizer};
-pub use stats::{LATENCY_STEPS, Stats};
+pub use stats::{COUNTERS, LATENCY_STEPS, Stats};
 pub use wait::wait_any;
 
 use crate::bell::{Ear, Ringer};
@@ -113,6 +115,8 @@ pub struct Channel {
     failed: Option<Violation>,
     /// Something stands before the next message: it failed, or sends again what an earlier epoch left.
     blocked: bool,
+    /// Times that line S was written.
+    beat: u64,
     spin: Spin,
     started: Option<Box<[Instant]>>,
     stats: Stats,
@@ -205,6 +209,7 @@ impl Channel {
             peer: PeerState::Running,
             failed: None,
             blocked: false,
+            beat: 0,
             spin: Spin::default(),
             started: None,
             stats,
@@ -303,6 +308,7 @@ impl Channel {
         if self.failed.is_none() {
             self.failed = Some(violation);
             self.stats.violation(&violation);
+            self.show();
         }
         Error::Violation(violation)
     }

@@ -153,7 +153,7 @@ impl Channel {
             if desc.flags != flags::COMPLETION || staged.first.is_some() {
                 return Err(Violation::CompletionFlags(desc.flags));
             }
-            return self.completion(&desc).map(Some);
+            return self.completion(number, &desc).map(Some);
         }
         // The common case first: a whole message in one slot.
         if staged.first.is_none() && !desc.has(flags::MORE) {
@@ -253,6 +253,8 @@ impl Channel {
             self.stats.replays_merged += 1;
             return Ok(None);
         }
+        // An answer follows, soon if this is a round trip.
+        self.lanes[number].tx.prepare();
         let Some((index, generation)) = self.held.insert(first.cookie, number as u8, segments) else {
             return Err(Violation::Window(self.agreed.window_theirs));
         };
@@ -268,8 +270,10 @@ impl Channel {
     }
 
     #[inline]
-    fn completion(&mut self, desc: &Desc) -> Result<Incoming, Violation> {
+    fn completion(&mut self, number: usize, desc: &Desc) -> Result<Incoming, Violation> {
         let index = self.flight.find(desc.cookie).ok_or(Violation::Cookie(desc.cookie))?;
+        // The next request follows, soon if this is a round trip.
+        self.lanes[number].tx.prepare();
         if let Some(started) = &self.started {
             self.stats.latency(started[index as usize].elapsed().as_nanos() as u64);
         }

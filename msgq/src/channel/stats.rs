@@ -5,6 +5,26 @@ use crate::error::{RULE_NAMES, Violation};
 /// Steps of the latency histogram: powers of two of nanoseconds.
 pub const LATENCY_STEPS: usize = 40;
 
+/// Names of the plain counters, as they are shown and in the order of line S.
+pub const COUNTERS: [&str; 16] = [
+    "tx_messages",
+    "rx_messages",
+    "tx_batches",
+    "full",
+    "window_full",
+    "kicks",
+    "kicks_suppressed",
+    "sleeps",
+    "spurious_wakes",
+    "spin_ns",
+    "in_flight_high",
+    "replays",
+    "replays_merged",
+    "stale_completions",
+    "resizes",
+    "epoch",
+];
+
 /// Counters of a channel over all its epochs.
 #[derive(Clone, Debug)]
 pub struct Stats {
@@ -82,28 +102,33 @@ impl Stats {
         self.latency[step.min(LATENCY_STEPS - 1)] += 1;
     }
 
+    /// Values of the plain counters, in the order of [`COUNTERS`].
+    #[must_use]
+    pub fn plain(&self) -> [u64; COUNTERS.len()] {
+        [
+            self.tx_messages,
+            self.rx_messages,
+            self.tx_batches,
+            self.full,
+            self.window_full,
+            self.kicks,
+            self.kicks_suppressed,
+            self.sleeps,
+            self.spurious_wakes,
+            self.spin_ns,
+            self.in_flight_high.into(),
+            self.replays,
+            self.replays_merged,
+            self.stale_completions,
+            self.resizes,
+            self.epoch,
+        ]
+    }
+
     /// Names and values of everything but the histogram.
     pub fn counters(&self) -> impl Iterator<Item = (String, u64)> + '_ {
-        let plain = [
-            ("tx_messages", self.tx_messages),
-            ("rx_messages", self.rx_messages),
-            ("tx_batches", self.tx_batches),
-            ("full", self.full),
-            ("window_full", self.window_full),
-            ("kicks", self.kicks),
-            ("kicks_suppressed", self.kicks_suppressed),
-            ("sleeps", self.sleeps),
-            ("spurious_wakes", self.spurious_wakes),
-            ("spin_ns", self.spin_ns),
-            ("in_flight_high", self.in_flight_high.into()),
-            ("replays", self.replays),
-            ("replays_merged", self.replays_merged),
-            ("stale_completions", self.stale_completions),
-            ("resizes", self.resizes),
-            ("epoch", self.epoch),
-        ];
+        let plain = COUNTERS.iter().zip(self.plain()).map(|(name, value)| ((*name).to_owned(), value));
         let rules = RULE_NAMES.iter().zip(self.violations);
-        let rules = rules.map(|(name, count)| (format!("violations_{name}"), count));
-        plain.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(rules)
+        plain.chain(rules.map(|(name, count)| (format!("violations_{name}"), count)))
     }
 }

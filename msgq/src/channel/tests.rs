@@ -11,11 +11,11 @@ use crate::sync::Ordering;
 const READ: u16 = 1;
 const WRITE: u16 = 2;
 
-fn small() -> Config {
+pub(super) fn small() -> Config {
     Config { log2_slots: 6, window: 8, chain_max: 4, deadline: Duration::from_secs(20), ..Config::default() }
 }
 
-fn soon() -> Option<Instant> {
+pub(super) fn soon() -> Option<Instant> {
     Some(Instant::now() + Duration::from_secs(20))
 }
 
@@ -23,7 +23,7 @@ fn hello(link: &Link) -> Hello {
     read_hello(link, Instant::now() + Duration::from_secs(20)).unwrap()
 }
 
-fn pair(config: &Config, ours: &[Pool], theirs: &[Pool]) -> (Channel, Channel) {
+pub(super) fn pair(config: &Config, ours: &[Pool], theirs: &[Pool]) -> (Channel, Channel) {
     let (one, two) = Link::pair().unwrap();
     std::thread::scope(|scope| {
         let ours = scope.spawn(|| Channel::connect(one, config, ours).unwrap());

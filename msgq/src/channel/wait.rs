@@ -37,7 +37,11 @@ impl Channel {
         } else {
             super::Rx::fence();
         }
-        Ok(awake | self.has_message())
+        awake |= self.has_message();
+        if !awake {
+            self.show();
+        }
+        Ok(awake)
     }
 
     /// Takes the announcement back: the peer need not kick.
@@ -94,7 +98,7 @@ impl Channel {
             }
             let now = Instant::now();
             if deadline.is_some_and(|deadline| now >= deadline) {
-                self.found(began);
+                self.stats.spin_ns += began.elapsed().as_nanos() as u64;
                 return Ok(false);
             }
             if now - looked > LINK_EVERY {
@@ -127,7 +131,9 @@ impl Channel {
     }
 
     fn found(&mut self, began: Instant) {
-        self.stats.spin_ns += began.elapsed().as_nanos() as u64;
+        let idle = began.elapsed();
+        self.spin.found(idle);
+        self.stats.spin_ns += idle.as_nanos() as u64;
     }
 
     /// Deals with what came on the control socket; what is wrong there shows at the next `receive`.

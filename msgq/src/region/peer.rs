@@ -171,10 +171,8 @@ impl PeerSlice<'_> {
     }
 
     fn range(&self, offset: usize, len: usize) -> Result<usize, Outside> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(self.offset + offset),
-            _ => Err(Outside { offset, len, size: self.len }),
-        }
+        Outside::check(offset, len, self.len)?;
+        Ok(self.offset + offset)
     }
 
     /// Copies bytes out. Check the copy.

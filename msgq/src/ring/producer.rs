@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::{Fences, Full, Shape, Words};
 use crate::error::Violation;
 use crate::layout::{self, CONTROL_RESIZE, Desc, LOG2_SLOTS_MIN, Lane, PARKED, SLOT_WORDS, flags, tag};
-use crate::sync::Ordering;
+use crate::sync::{Ordering, prefetch_write};
 
 /// A change of size that the consumer may not have seen.
 #[derive(Clone, Copy, Debug)]
@@ -159,6 +159,14 @@ impl<O: Words, P: Words, F: Fences> Producer<O, P, F> {
         // Release: whoever sees the tag sees the rest, and all that the sender wrote before (payload, its own head).
         slot[3].store(w3, Ordering::Release);
         self.tail += 1;
+    }
+
+    /// A message follows soon: has the line of its slot brought here, which the consumer, who looks at it, has taken a copy
+    /// of. What the caller does until [`push`](Self::push) then overlaps with it.
+    #[inline(always)]
+    pub fn prepare(&self) {
+        let at = self.lane.slots + (self.tail & (self.used - 1)) as usize * SLOT_WORDS;
+        prefetch_write(&self.own.words()[at]);
     }
 
     /// Whether messages were pushed since it was last decided whether to kick.

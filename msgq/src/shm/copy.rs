@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// From so many bytes on the string instruction wins (`cargo xtask bench msgq --only copy`).
+/// From so many bytes on the string instruction wins.
 #[cfg(target_arch = "x86_64")]
 const LONG: usize = 512;
 
@@ -94,4 +94,21 @@ unsafe fn string_copy(from: *const u8, to: *mut u8, len: usize) {
             options(nostack, preserves_flags),
         );
     }
+}
+
+/// Asks for the line of a word to be brought here to be written, without waiting for it. A hint: nothing is accessed.
+#[inline(always)]
+pub(crate) fn prefetch_write(word: &AtomicU64) {
+    // The intrinsic makes this instruction only where the compiler is told of a processor that has it; others ignore it.
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch neither faults nor changes memory or flags; the address is that of a live word.
+    unsafe {
+        std::arch::asm!(
+            "prefetchw [{}]",
+            in(reg) std::ptr::from_ref(word),
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = word;
 }

@@ -9,6 +9,7 @@
 mod copy;
 pub mod file;
 
+pub(crate) use copy::prefetch_write;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
@@ -27,6 +28,17 @@ pub struct Outside {
     pub len: usize,
     /// Bytes of the mapping.
     pub size: usize,
+}
+
+impl Outside {
+    /// Whether `len` bytes from `offset` lie in `size` bytes.
+    #[inline]
+    pub(crate) fn check(offset: usize, len: usize, size: usize) -> Result<(), Self> {
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Self { offset, len, size }),
+        }
+    }
 }
 
 /// Shared memory mapped into this process, whole pages from the start of a file.
@@ -88,11 +100,9 @@ impl Mapping {
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<NonNull<u8>, Outside> {
-        match offset.checked_add(len) {
-            // SAFETY: the offset is inside the mapping or one past its end.
-            Some(end) if end <= self.len => Ok(unsafe { self.start.add(offset) }),
-            _ => Err(Outside { offset, len, size: self.len }),
-        }
+        Outside::check(offset, len, self.len)?;
+        // SAFETY: the offset is inside the mapping or one past its end.
+        Ok(unsafe { self.start.add(offset) })
     }
 
     /// Copies bytes out. They are a snapshot of memory that may change meanwhile: check the copy, not the memory.
