@@ -8,7 +8,7 @@ use msgq::region::{Access, Pool};
 use msgq::shm::Outside;
 use msgq::shm::file::FileError;
 use msgq::spin::Spin;
-use msgq::{Channel, Completion, Head, Incoming, SendError, Token};
+use msgq::{Channel, Completion, Dormant, Head, Incoming, PeerState, SendError, Token};
 
 use crate::proto::{self, Info, IoError};
 
@@ -28,11 +28,21 @@ pub struct Options {
     pub deadline: Duration,
     /// How it looks for completions before it sleeps.
     pub spin: Spin,
+    /// For so long after the server was gone (an upgrade, a death) [`Disk::wait`] tries to reach its next incarnation before
+    /// it fails. Nothing is lost meanwhile: what is in flight is sent again, with a mark. Zero: the caller sees
+    /// [`msgq::Error::Gone`] and [reconnects](Disk::reconnect) itself. Only for a disk that was opened by its path.
+    pub reattach: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { depth: 64, io_bytes: 128 << 10, deadline: Duration::from_secs(1), spin: Spin::default() }
+        Self {
+            depth: 64,
+            io_bytes: 128 << 10,
+            deadline: Duration::from_secs(1),
+            spin: Spin::default(),
+            reattach: Duration::from_secs(10),
+        }
     }
 }
 
@@ -113,7 +123,11 @@ struct Pending {
 /// A disk.
 #[derive(Debug)]
 pub struct Disk {
+    /// `None` between a failed attempt to connect anew and the next; `rest` is what is left then.
     channel: Option<Channel>,
+    rest: Option<Box<Dormant>>,
+    /// Where the server is, to reach its next incarnation.
+    path: Option<PathBuf>,
     input: Pool,
     output: Pool,
     pending: Vec<Option<Pending>>,
@@ -128,8 +142,7 @@ impl Disk {
     /// # Errors
     /// Nobody serves a disk there, or not to this user.
     pub fn open(path: &Path, options: &Options) -> Result<Self, Error> {
-        let link = Link::dial(path).map_err(|source| Error::Connect { path: path.into(), source })?;
-        Self::on(link, options)
+        Self::start(dial(path)?, Some(path.into()), options)
     }
 
     /// On a connected socket, say one that a monitor gave.
@@ -137,6 +150,10 @@ impl Disk {
     /// # Errors
     /// The other side is no disk.
     pub fn on(link: Link, options: &Options) -> Result<Self, Error> {
+        Self::start(link, None, options)
+    }
+
+    fn start(link: Link, path: Option<PathBuf>, options: &Options) -> Result<Self, Error> {
         let io_bytes = options.io_bytes.max(4096) as usize;
         let buffers = window(options) as usize;
         let input = Pool::new(IN, 1, io_bytes, buffers, Access::Both)?;
@@ -148,6 +165,8 @@ impl Disk {
         let options = options.clone();
         let mut disk = Self {
             channel: Some(channel),
+            rest: None,
+            path,
             input,
             output,
             pending,
@@ -198,6 +217,10 @@ impl Disk {
     }
 
     fn room(&self) -> Result<(), Error> {
+        if self.channel.is_none() && self.reattaches() {
+            // Until `wait` has found the server again.
+            return Err(Error::Full);
+        }
         if self.inflight < self.depth() { Ok(()) } else { Err(Error::Full) }
     }
 
@@ -286,20 +309,31 @@ impl Disk {
         Ok(())
     }
 
+    /// Whether a server that is gone is waited for.
+    fn reattaches(&self) -> bool {
+        self.path.is_some() && !self.options.reattach.is_zero()
+    }
+
     /// The next request that ended. What was submitted before is on its way after this. The data of a read can be read
     /// ([`read_back`](Self::read_back)) until the next call.
     ///
     /// # Errors
     /// The channel does no more.
     pub fn poll(&mut self) -> Result<Option<Done>, Error> {
-        let channel = channel(&mut self.channel)?;
+        let reattaches = self.reattaches();
+        let Some(channel) = &mut self.channel else {
+            return if reattaches { Ok(None) } else { Err(msgq::Error::Gone.into()) };
+        };
         channel.commit();
         loop {
-            let completion = match channel.receive()? {
-                Some(Incoming::Completion(completion)) => completion,
+            let completion = match channel.receive() {
+                Ok(Some(Incoming::Completion(completion))) => completion,
                 // A disk sends neither messages nor requests.
-                Some(_) => continue,
-                None => return Ok(None),
+                Ok(Some(_)) => continue,
+                Ok(None) => return Ok(None),
+                // All that it published was received. `wait` finds the next one.
+                Err(msgq::Error::Gone) if reattaches => return Ok(None),
+                Err(error) => return Err(error.into()),
             };
             let Some(pending) = self.pending[completion.token.slot() as usize].take() else { continue };
             self.inflight -= 1;
@@ -321,13 +355,42 @@ impl Disk {
         Ok(())
     }
 
-    /// Waits until [`poll`](Self::poll) may have something, or until `deadline`.
+    /// Waits until [`poll`](Self::poll) may have something, or until `deadline`. If the server is gone, its next incarnation
+    /// is sought ([`Options::reattach`]); then this may take longer than `deadline` by what setting up takes.
     ///
     /// # Errors
     /// The channel does no more.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        let gone = self.channel.as_ref().is_none_or(|channel| channel.peer_state() == PeerState::Gone);
+        if gone && self.reattaches() && !self.channel.as_ref().is_some_and(Channel::has_message) {
+            return self.reattach(deadline);
+        }
         channel(&mut self.channel)?.wait(deadline)?;
         Ok(())
+    }
+
+    /// Connects anew, trying again while nobody serves there.
+    fn reattach(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        let path = self.path.clone().ok_or(msgq::Error::Gone)?;
+        let by = Instant::now() + self.options.reattach;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let error = match self.reconnect(&path) {
+                Ok(()) => return Ok(()),
+                Err(error @ (Error::Connect { .. } | Error::SetUp(_))) => error,
+                Err(error) => return Err(error),
+            };
+            let now = Instant::now();
+            if now >= by {
+                return Err(error);
+            }
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(());
+            }
+            // There is nothing to wait for but that a socket file is there and somebody listens.
+            std::thread::park_timeout(pause.min(by - now));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 
     /// Waits for one request; others that end meanwhile are lost, so there must be none.
@@ -391,23 +454,37 @@ impl Disk {
     }
 
     /// After [`msgq::Error::Gone`]: connects to the server's next incarnation. Requests in flight are sent again by
-    /// themselves, and end as if nothing had happened.
+    /// themselves, and end as if nothing had happened. [`wait`](Self::wait) does this by itself, if it is to.
     ///
     /// # Errors
-    /// Nobody serves there (yet): try again. After another error this disk is of no use any more.
+    /// Nobody serves there (yet), or setting up failed: try again. Meanwhile nothing can be submitted.
     pub fn reconnect(&mut self, path: &Path) -> Result<(), Error> {
-        let link = Link::dial(path).map_err(|source| Error::Connect { path: path.into(), source })?;
-        let channel = self.channel.take().ok_or(msgq::Error::Gone)?;
-        let config = config(&self.options);
-        match channel.into_dormant().connect(link, &config) {
+        let link = dial(path)?;
+        let rest = match (self.rest.take(), self.channel.take()) {
+            (Some(rest), _) => rest,
+            (None, Some(channel)) => Box::new(channel.into_dormant()),
+            (None, None) => return Err(msgq::Error::Gone.into()),
+        };
+        match rest.connect(link, &config(&self.options)) {
             Ok(mut channel) => {
                 channel.set_spin(self.options.spin);
                 self.channel = Some(channel);
                 Ok(())
             }
-            Err((error, _)) => Err(error.into()),
+            Err((error, rest)) => {
+                self.rest = Some(rest);
+                Err(error.into())
+            }
         }
     }
+}
+
+/// Pauses between attempts to reach a server that is gone.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+fn dial(path: &Path) -> Result<Link, Error> {
+    Link::dial(path).map_err(|source| Error::Connect { path: path.into(), source })
 }
 
 fn channel(channel: &mut Option<Channel>) -> Result<&mut Channel, Error> {

@@ -23,6 +23,7 @@ mod memory;
 mod monitor;
 mod monitor_kill;
 mod msgq;
+mod msgq_upgrade;
 mod multipath;
 mod net;
 mod operate;

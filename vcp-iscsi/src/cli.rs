@@ -137,9 +137,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "socket_path"])]
     pub fd: Option<i32>,
     /// Unix socket where programs of this host reach the unit without a virtual machine, by the msgq-blk crate; it has a
-    /// session of its own, and the data path then makes plain system calls (no io_uring)
+    /// session of its own
     #[arg(long, value_name = "SOCKET", group = "front", conflicts_with = "disk")]
     pub msgq_path: Option<PathBuf>,
+    /// The same on a descriptor that this process was started with: a SOCK_SEQPACKET Unix socket that listens. Whoever
+    /// started it keeps the file, and clients wait there while it is started again
+    #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "msgq_path"])]
+    pub msgq_fd: Option<i32>,
     /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:
     /// `[,limit-iops=N[,limit-iops-burst=N]][,limit-bps=SIZE[,limit-bps-burst=SIZE]]`, and its own paths:
     /// `[,path=URL]...[,paths=all][,sessions=N][,unit-id=ID]`

@@ -64,17 +64,16 @@ impl Protocol for BlkProtocol {
     }
 }
 
-/// A front whose clients connect to `listener`.
+/// A front whose clients connect to `listener`, or, in a process that takes over, to that of the old one.
 ///
 /// # Errors
 /// No thread or descriptor can be had.
 pub fn front<E: Engine + Send + std::fmt::Debug + 'static>(
-    listener: Listener,
+    listener: Option<Listener>,
     engine: E,
     limits: Limits,
 ) -> Result<Box<dyn Side>> {
     let arrivals = Arc::new(Mailbox::new().context("cannot create an event descriptor")?);
-    let stats = Arc::default();
     let options = ListenerOptions {
         config: msgq::handshake::Config {
             log2_slots: LOG2_SLOTS,
@@ -89,11 +88,10 @@ pub fn front<E: Engine + Send + std::fmt::Debug + 'static>(
         },
         users: Vec::new(),
     };
-    let serving = listener
-        .start(options, Arc::clone(&arrivals), Arc::clone(&stats))
-        .context("cannot start the thread for msgq clients")?;
     let device = BlkDevice::new(engine, CLIENTS).limited(limits, Instant::now());
-    Ok(Box::new(Front::new(device, BlkProtocol, arrivals, stats, Some(serving))))
+    let front = Front::new(device, BlkProtocol, arrivals).context("cannot create an epoll instance")?;
+    let front = front.with_listener(listener, options);
+    Ok(Box::new(front.context("cannot start the thread for msgq clients")?))
 }
 
 /// What the ready line says of it.

@@ -36,6 +36,9 @@ use crate::url::Url;
 /// Longest URL file; a URL is far shorter, and a wrong file (a disk image, say) is not read to its end.
 const MAX_URL_BYTES: u64 = 8192;
 
+/// Name of the front for msgq clients in logs and metrics.
+const MSGQ_NAME: &str = "msgq0";
+
 /// A device to be.
 struct Plan {
     socket: SocketFile,
@@ -93,8 +96,6 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
     let metrics = args.metrics.as_ref().map(HttpServer::bind).transpose()?;
     let manager = Manager::find();
     let ring = match args.server {
-        // The ring waits for what devices name only.
-        ServerKind::Poll if msgq.is_some() => None,
         ServerKind::Poll => uring::choose(args.io).context("--io")?,
         ServerKind::Epoll => None,
     };
@@ -130,11 +131,13 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
             DeviceSpec { name: Arc::from(name), socket: plan.socket, device }
         })
         .collect();
-    let mut sides = Vec::new();
+    let (mut sides, mut msgq_offer) = (Vec::new(), None);
     if let Some((plan, engine)) = msgq {
-        ready.push_str(&crate::msgq::describe(plan.listener.path(), &engine));
-        session_line("msgq0", &plan.options.url, engine.negotiated());
-        sides.push((Arc::from("msgq0"), crate::msgq::front(plan.listener, engine, plan.limits)?));
+        let path = plan.listener.path();
+        ready.push_str(&crate::msgq::describe(path, &engine));
+        session_line(MSGQ_NAME, &plan.options.url, engine.negotiated());
+        msgq_offer = Some(DiskOffer::of(MSGQ_NAME, path.to_owned(), crate::msgq::CLIENTS, &engine));
+        sides.push((Arc::from(MSGQ_NAME), crate::msgq::front(Some(plan.listener), engine, plan.limits)?));
     }
     // What a later process would be offered: the same filter for the log, wherever it came from.
     let log = log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok());
@@ -146,6 +149,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         log,
         confine: args.confine,
         disks: offers,
+        msgq: msgq_offer,
     };
     let offer = serde_json::to_value(offer).context("cannot write the offer for a later process")?;
     let io = describe_io(ring.as_ref());
@@ -158,7 +162,7 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         control,
         metrics,
         giving: Some(Giving { program: program(), offer }),
-        sides,
+        sides: sides.into(),
     };
     let extra = confine::status(&report);
     ready.push_str(&format!(" io={io} confined={}", report.summary()));
@@ -226,8 +230,8 @@ fn needs(args: &ServeArgs, plans: &[Plan]) -> Needs {
     }
     let captures = args.recorder_dir.iter().cloned().collect();
     let mut queues: Vec<u16> = plans.iter().map(|plan| plan.queues).collect();
-    if let Some(path) = &args.msgq_path {
-        sockets.push(path.clone());
+    sockets.extend(args.msgq_path.clone());
+    if args.msgq_path.is_some() || args.msgq_fd.is_some() {
         // As many descriptors as a device with a queue for each client.
         queues.push(crate::msgq::CLIENTS);
     }
@@ -281,18 +285,23 @@ fn plans(args: &ServeArgs, disks: Vec<DiskSpec>) -> Result<Vec<Plan>> {
 
 /// The front for msgq clients, if one is wanted. As with a device, the socket comes before the session.
 fn msgq_plan(args: &ServeArgs, url: Option<Url>) -> Result<Option<MsgqPlan>> {
-    let (Some(path), Some(url)) = (&args.msgq_path, url) else { return Ok(None) };
+    let listener = match (&args.msgq_path, args.msgq_fd) {
+        (Some(path), _) => {
+            Listener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?
+        }
+        (None, Some(fd)) => Listener::adopt(fd).context("--msgq-fd")?,
+        (None, None) => return Ok(None),
+    };
+    let Some(url) = url else { return Ok(None) };
     if args.server == ServerKind::Epoll {
-        bail!("--msgq-path needs --server poll");
+        bail!("clients by msgq need --server poll");
     }
-    let failed = || format!("cannot listen on {}", path.display());
-    let listener = Listener::bind(path).with_context(failed)?;
     let mut options = args.session.options(url)?;
     options.timeouts.give_up = args.give_up_s.map(std::time::Duration::from_secs);
     options.read_only = args.read_only;
     options.instance = match &args.instance {
         Some(instance) => format!("{instance}-msgq"),
-        None => path.display().to_string(),
+        None => listener.path().display().to_string(),
     };
     let all_paths = args.paths.apply(args.paths.spec().map_err(anyhow::Error::msg)?, &mut options);
     let limits = Limits { iops: args.limit_iops, bps: args.limit_bps };

@@ -87,6 +87,9 @@ pub struct ServerState {
     pub page: Option<PageState>,
     /// The devices, in the order of the offer.
     pub devices: Vec<DeviceState>,
+    /// What else the data thread drives, in the order of the offer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sides: Vec<Value>,
     /// What joins them, if anything does.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub fabric: Value,

@@ -1,9 +1,11 @@
 //! One client: its channel, its regions as guest memory, and its requests under way.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use msgq::{Channel, Incoming, PeerState, Request, Status};
+use rustix::event::epoll;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::front::{Direction, Plan, Protocol};
@@ -100,15 +102,22 @@ impl Client {
     }
 
     /// Deals with the control socket; true if something came.
-    pub(super) fn attend(&mut self) -> bool {
+    /// A connection that ended would wake whoever waits in `epoll` for ever.
+    pub(super) fn attend(&mut self, epoll: &OwnedFd) -> bool {
         let mut moved = false;
+        let was = self.channel.peer_state();
         loop {
             match self.channel.attend() {
                 Ok(Some(_)) => {
                     moved = true;
                     self.map_regions();
                 }
-                Ok(None) => return moved,
+                Ok(None) => {
+                    if was != PeerState::Gone && self.channel.peer_state() == PeerState::Gone {
+                        let _ = epoll::delete(epoll, self.channel.link());
+                    }
+                    return moved;
+                }
                 Err(_) => {
                     self.over = true;
                     return true;

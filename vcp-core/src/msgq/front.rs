@@ -1,21 +1,27 @@
 //! [`Front`]: the clients of one device model, on the data thread.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use msgq::Channel;
-use rustix::event::{PollFd, PollFlags};
-use serde_json::json;
+use rustix::event::epoll;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::client::{Client, Taken};
-use super::listen::{ListenerStats, Serving};
+use super::listen::{Identity, Listener, ListenerOptions, ListenerStats, Serving};
+use super::metrics;
 use crate::ask::{Ask, Told, tell};
-use crate::device::{RingDevice, Rings};
+use crate::device::{RingDevice, Rings, Wait};
+use crate::handover::Fds;
+use crate::handover::state::{BadState, NotNow, SocketState};
 use crate::mailbox::Mailbox;
 use crate::metrics::DeviceMetrics;
 use crate::poll::Side;
 use crate::queue::{Chain, ChainId, RingError};
+use crate::uring::Ring;
 
 /// Passes between two looks at the control sockets of a thread that does not sleep.
 const PASSES_PER_LOOK: u64 = 1024;
@@ -81,9 +87,27 @@ struct Clients<P> {
     places: Vec<Option<Client>>,
     ghosts: Vec<Ghost>,
     life: u32,
-    stopped: bool,
+    held: bool,
     features: u64,
     config: Vec<u8>,
+}
+
+/// How clients come in.
+#[derive(Debug)]
+enum Entrance {
+    /// By the mailbox only.
+    None,
+    /// It opens once this process is the owner.
+    Closed(Box<ListenerOptions>, Option<(Listener, Identity)>),
+    Open(Serving),
+}
+
+/// The state of a front for another process: its clients connect anew, and what they sent that nobody took is sent again.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FrontState {
+    socket: SocketState,
+    device: Value,
 }
 
 /// A device model without a guest, and its clients.
@@ -92,36 +116,60 @@ pub struct Front<D, P> {
     device: D,
     clients: Clients<P>,
     arrivals: Arc<Mailbox<Channel>>,
+    /// Mailbox, bells and control sockets: what wakes it besides the device.
+    epoll: OwnedFd,
     stats: Arc<ListenerStats>,
+    entrance: Entrance,
     /// Clients for whom there was no place.
     turned_away: u64,
     passes: u64,
-    _serving: Option<Serving>,
 }
 
 impl<D: RingDevice, P: Protocol> Front<D, P> {
-    /// A front for `device`, which has a queue for each client that there can be at a time. Channels come through `arrivals`.
-    pub fn new(
-        mut device: D,
-        protocol: P,
-        arrivals: Arc<Mailbox<Channel>>,
-        stats: Arc<ListenerStats>,
-        serving: Option<Serving>,
-    ) -> Self {
+    /// A front for `device`, which has a queue for each client that there can be at a time, and whose clients come through
+    /// `arrivals`.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn new(mut device: D, protocol: P, arrivals: Arc<Mailbox<Channel>>) -> rustix::io::Result<Self> {
         let features = protocol.features(device.features());
         device.set_features(features);
         let mut config = vec![0; 248];
         device.read_config(0, &mut config);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        watch(&epoll, &*arrivals)?;
         let clients = Clients {
             protocol,
             places: (0..device.queues()).map(|_| None).collect(),
             ghosts: Vec::new(),
             life: 0,
-            stopped: false,
+            held: false,
             features,
             config,
         };
-        Self { device, clients, arrivals, stats, turned_away: 0, passes: 0, _serving: serving }
+        let (stats, entrance) = (Arc::default(), Entrance::None);
+        Ok(Self { device, clients, arrivals, epoll, stats, entrance, turned_away: 0, passes: 0 })
+    }
+
+    /// The same, with a socket where clients connect: `listener`, or (`None`) that of the process which this one
+    /// [takes over from](Side::import), from when it is the owner.
+    ///
+    /// # Errors
+    /// It cannot accept.
+    pub fn with_listener(
+        mut self,
+        listener: Option<Listener>,
+        options: ListenerOptions,
+    ) -> std::io::Result<Self> {
+        self.entrance = match listener {
+            Some(listener) => Entrance::Open(self.open(listener, options)?),
+            None => Entrance::Closed(Box::new(options), None),
+        };
+        Ok(self)
+    }
+
+    fn open(&self, listener: Listener, options: ListenerOptions) -> std::io::Result<Serving> {
+        listener.start(options, Arc::clone(&self.arrivals), Arc::clone(&self.stats))
     }
 
     fn arrive(&mut self) {
@@ -139,6 +187,12 @@ impl<D: RingDevice, P: Protocol> Front<D, P> {
                 channel.close(1);
                 continue;
             };
+            let watched =
+                watch(&self.epoll, channel.bell()).and_then(|()| watch(&self.epoll, channel.link()));
+            if let Err(error) = watched {
+                tracing::warn!(%error, "a msgq client cannot be waited for");
+                continue;
+            }
             self.clients.life = self.clients.life.wrapping_add(1);
             *place = Client::new(channel, self.clients.life);
         }
@@ -175,7 +229,7 @@ impl<P: Protocol> Clients<P> {
 
 impl<P: Protocol> Rings for Clients<P> {
     fn take(&mut self, queue: u16, chain: &mut Chain) -> bool {
-        if self.stopped {
+        if self.held {
             return false;
         }
         let Self { protocol, places, ghosts, features, config, .. } = self;
@@ -223,7 +277,7 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
         if self.passes.is_multiple_of(PASSES_PER_LOOK) {
             // A thread that is never idle would not hear of regions and deaths otherwise.
             for client in self.clients.places.iter_mut().flatten() {
-                moved |= client.attend();
+                moved |= client.attend(&self.epoll);
             }
         }
         moved |= self.device.poll(&mut self.clients, now);
@@ -249,7 +303,7 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
         let room = self.device.has_room();
         for client in self.clients.places.iter_mut().flatten() {
             // What came over the control socket first: a region that a message names must be there.
-            awake |= client.attend();
+            awake |= client.attend(&self.epoll);
             match client.channel.arm() {
                 // A device without room takes nothing before its engine moved.
                 Ok(more) => awake |= more && room,
@@ -272,19 +326,11 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
         }
     }
 
-    fn fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        fds.push(PollFd::new(&*self.arrivals, PollFlags::IN));
-        for client in self.clients.places.iter().flatten() {
-            fds.push(PollFd::from_borrowed_fd(client.channel.bell(), PollFlags::IN));
-            if client.channel.peer_state() != msgq::PeerState::Gone {
-                fds.push(PollFd::from_borrowed_fd(client.channel.link(), PollFlags::IN));
-            }
+    fn waits<'a>(&'a self, waits: &mut Vec<Wait<'a>>) {
+        if !self.clients.held {
+            waits.push(Wait { fd: Some(self.epoll.as_fd()), writable: false, deadline: None });
         }
-        let wait = self.device.wait();
-        if let Some(fd) = wait.fd {
-            let writable = if wait.writable { PollFlags::OUT } else { PollFlags::empty() };
-            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::IN | writable));
-        }
+        waits.push(self.device.wait());
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -304,8 +350,73 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
         self.clients.places.iter().flatten().map(Client::inflight).sum::<u32>() + ghosts
     }
 
-    fn stop(&mut self) {
-        self.clients.stopped = true;
+    fn submit_to(&mut self, ring: &mut Ring) -> bool {
+        self.device.submit_to(ring)
+    }
+
+    fn reap_from(&mut self, ring: &mut Ring) {
+        self.device.reap_from(ring);
+    }
+
+    fn leave_ring(&mut self) {
+        self.device.leave_ring();
+    }
+
+    fn hold(&mut self, hold: bool) {
+        self.clients.held = hold;
+        if let Entrance::Open(serving) = &self.entrance {
+            serving.hold(hold);
+        }
+    }
+
+    fn export(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
+        let Entrance::Open(serving) = &self.entrance else {
+            return Err(NotNow::Never("its msgq clients cannot connect anew".into()));
+        };
+        if self.inflight() != 0 {
+            return Err(NotNow::Busy(format!("{} requests of msgq clients are under way", self.inflight())));
+        }
+        if !serving.is_quiet() || self.arrivals.has_mail() {
+            return Err(NotNow::Busy("a msgq client is being set up".into()));
+        }
+        let state = FrontState { socket: serving.export(fds)?, device: self.device.export(fds, now)? };
+        serde_json::to_value(state).map_err(|error| NotNow::Never(error.to_string()))
+    }
+
+    fn import(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+        let state: FrontState = serde_json::from_value(state)
+            .map_err(|source| BadState::Json { what: "the front for msgq clients", source })?;
+        let Entrance::Closed(_, listener) = &mut self.entrance else {
+            return Err(BadState::Text("a front that is open already takes over from no other".into()));
+        };
+        let mut theirs = Listener::import(state.socket, fds)?;
+        self.device.import(state.device, fds, now)?;
+        self.device.set_features(self.clients.features);
+        self.device.read_config(0, &mut self.clients.config);
+        // Until this process is the owner, the file is the other one's.
+        let identity = theirs.release();
+        *listener = Some((theirs, identity));
+        Ok(())
+    }
+
+    fn own(&mut self) -> std::io::Result<()> {
+        let Entrance::Closed(options, listener) = std::mem::replace(&mut self.entrance, Entrance::None)
+        else {
+            return Ok(());
+        };
+        let Some((mut listener, identity)) = listener else { return Ok(()) };
+        listener.own(identity);
+        self.entrance = Entrance::Open(self.open(listener, *options)?);
+        Ok(())
+    }
+
+    fn given(&mut self) {
+        if let Entrance::Open(serving) = &mut self.entrance {
+            serving.release();
+        }
+        self.entrance = Entrance::None;
+        // They see the connection end, after all that was completed.
+        self.clients.places.iter_mut().for_each(|place| *place = None);
     }
 
     fn close(&mut self, limit: Duration) {
@@ -320,9 +431,12 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
     }
 
     fn tell(&mut self, ask: Ask, now: Instant) -> Told {
-        let status = matches!(ask, Ask::Status);
         let mut told = tell(&mut self.device, ask, now);
-        if status && let Told::Status(value) = &mut told {
+        if let Told::Samples(samples) = &mut told {
+            let channels = self.clients.places.iter().flatten().map(|client| &client.channel);
+            metrics::collect(samples, channels, &self.stats);
+        }
+        if let Told::Status(value) = &mut told {
             let clients: Vec<_> = self.clients.places.iter().flatten().map(describe).collect();
             let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
             let msgq = json!({
@@ -333,7 +447,7 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
                 "turned_away": self.turned_away,
                 "waiting_for_predecessors": self.clients.ghosts.len(),
             });
-            if let serde_json::Value::Object(fields) = value {
+            if let Value::Object(fields) = value {
                 fields.insert("msgq".into(), msgq);
             }
         }
@@ -341,7 +455,11 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
     }
 }
 
-fn describe(client: &Client) -> serde_json::Value {
+fn watch(epoll: &OwnedFd, fd: impl AsFd) -> rustix::io::Result<()> {
+    epoll::add(epoll, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+}
+
+fn describe(client: &Client) -> Value {
     let counters: serde_json::Map<_, _> =
         client.channel.stats().counters().map(|(name, count)| (name, count.into())).collect();
     json!({

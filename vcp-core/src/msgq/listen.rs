@@ -4,8 +4,11 @@
 //! nothing keeps nobody waiting. Only those with the right user (by the kernel's word, `SO_PEERCRED`) get an answer. A
 //! finished channel goes to the data thread through a mailbox.
 
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -13,12 +16,17 @@ use std::time::{Duration, Instant};
 
 use msgq::Channel;
 use msgq::handshake::{Config, HandshakeError, Link, read_hello};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
+    sockopt,
 };
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
+use crate::handover::Fds;
+use crate::handover::state::{BadState, SocketState};
 use crate::mailbox::Mailbox;
 
 /// Set-ups at a time; more wait in the socket's backlog.
@@ -46,11 +54,20 @@ pub struct ListenerStats {
     pub failed: AtomicU64,
 }
 
-/// A socket file that listens. Removed when this is dropped.
+/// Which socket file is a listener's to remove: device and inode.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Identity(Option<(u64, u64)>);
+
+/// A socket that listens. Its file is removed when this is dropped, if it was made here.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// Device and inode of the file; none if it is not this process's to remove.
+    identity: Option<(u64, u64)>,
+    /// Whoever gave the socket sees to who may connect: by the file's mode. (In a user namespace of its own, a process does not
+    /// know the users outside.)
+    vouched: bool,
 }
 
 impl Listener {
@@ -59,10 +76,27 @@ impl Listener {
     /// # Errors
     /// The file cannot be made, or somebody listens there.
     pub fn bind(path: &Path) -> io::Result<Self> {
+        Self::bind_with(path, None)
+    }
+
+    /// As [`bind`](Self::bind), with a file that only its owner (and root) may connect to, from the moment it is there: for
+    /// a socket that is given to a process which cannot tell who connects ([`adopt`](Self::adopt)).
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub fn bind_for_owner(path: &Path) -> io::Result<Self> {
+        Self::bind_with(path, Some(Mode::RUSR | Mode::WUSR))
+    }
+
+    fn bind_with(path: &Path, mode: Option<Mode>) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let address = SocketAddrUnix::new(path)?;
         let new = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
         let socket = new()?;
+        if let Some(mode) = mode {
+            // The file gets the mode of the socket.
+            rustix::fs::fchmod(&socket, mode)?;
+        }
         if let Err(error) = bind(&socket, &address) {
             let in_use = error == Errno::ADDRINUSE;
             if !in_use || connect(new()?, &address) != Err(Errno::CONNREFUSED) {
@@ -72,7 +106,56 @@ impl Listener {
             bind(&socket, &address)?;
         }
         listen(&socket, BACKLOG)?;
-        Ok(Self { socket, path: path.into() })
+        let meta = std::fs::symlink_metadata(path)?;
+        let path = std::path::absolute(path)?;
+        Ok(Self { socket, path, identity: Some((meta.dev(), meta.ino())), vouched: false })
+    }
+
+    /// The socket that this process was started with as descriptor `fd`, which whoever started it listens on: a monitor
+    /// keeps the file, and clients wait there while a VCP that died is started again.
+    ///
+    /// # Errors
+    /// It is no Unix socket of whole messages that listens.
+    pub fn adopt(fd: i32) -> io::Result<Self> {
+        let wrong =
+            |why: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {fd}: {why}"));
+        if fd < 0 {
+            return Err(wrong("numbers start at 0"));
+        }
+        let this = pidfd_open(getpid(), PidfdFlags::empty())?;
+        // A copy of it under a number that nothing else owns.
+        Self::listening(pidfd_getfd(&this, fd, PidfdGetfdFlags::empty())?, format!("fd:{fd}").into())
+            .map_err(wrong)
+    }
+
+    fn listening(socket: OwnedFd, otherwise: PathBuf) -> Result<Self, &'static str> {
+        if sockopt::socket_domain(&socket) != Ok(AddressFamily::UNIX) {
+            return Err("it is no Unix socket");
+        }
+        if sockopt::socket_type(&socket) != Ok(SocketType::SEQPACKET) {
+            return Err("it is no socket of whole messages (SOCK_SEQPACKET)");
+        }
+        if sockopt::socket_acceptconn(&socket) != Ok(true) {
+            return Err("it does not listen");
+        }
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|_| "it cannot be set up")?;
+        let name = rustix::net::getsockname(&socket).ok();
+        let name = name.and_then(|name| SocketAddrUnix::try_from(name).ok());
+        let name = name.and_then(|name| Some(PathBuf::from(OsStr::from_bytes(name.path()?.to_bytes()))));
+        Ok(Self { socket, path: name.unwrap_or(otherwise), identity: None, vouched: true })
+    }
+
+    /// From another process ([`Serving::export`]).
+    ///
+    /// # Errors
+    /// The state or its descriptor is not what it should be.
+    pub(super) fn import(state: SocketState, fds: &mut Fds) -> Result<Self, BadState> {
+        let SocketState { path, identity, fd, .. } = state;
+        let listener = Self::listening(fds.take(fd)?, path.clone());
+        let mut listener = listener.map_err(|why| BadState::Text(format!("{}: {why}", path.display())))?;
+        (listener.path, listener.identity) = (path, (identity != (0, 0)).then_some(identity));
+        listener.vouched = listener.identity.is_none();
+        Ok(listener)
     }
 
     /// Where it listens.
@@ -81,83 +164,205 @@ impl Listener {
         &self.path
     }
 
-    /// Accepts from here on, until the process ends. Channels arrive in the mailbox.
+    /// The file stays when this is dropped. Gives back what [`own`](Self::own) needs to undo that.
+    pub(super) fn release(&mut self) -> Identity {
+        Identity(self.identity.take())
+    }
+
+    /// The file goes when this is dropped, if it ever was to.
+    pub(super) fn own(&mut self, identity: Identity) {
+        self.identity = identity.0;
+    }
+
+    /// Accepts from here on, until the returned value is dropped. Channels arrive in the mailbox.
     ///
     /// # Errors
-    /// No thread can be had.
+    /// No thread or descriptor can be had.
     pub fn start(
         self,
         options: ListenerOptions,
         mailbox: Arc<Mailbox<Channel>>,
         stats: Arc<ListenerStats>,
     ) -> io::Result<Serving> {
-        let path = self.path.clone();
-        std::thread::Builder::new().name("msgq-accept".into()).spawn(move || {
-            let running = Arc::new(AtomicU32::new(0));
-            loop {
-                let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-                match rustix::event::poll(&mut fds, None) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(error) => {
-                        tracing::error!(%error, "cannot wait for msgq clients any more");
-                        return;
-                    }
-                }
-                while running.load(Ordering::Acquire) >= SETUPS {
-                    // Each of them ends at its deadline.
-                    std::thread::park_timeout(Duration::from_millis(10));
-                }
-                let socket = match accept_with(&self.socket, SocketFlags::CLOEXEC) {
-                    Ok(socket) => socket,
-                    Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => continue,
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a msgq client");
-                        std::thread::park_timeout(Duration::from_millis(10));
-                        continue;
-                    }
-                };
-                if !may_connect(&socket, &options.users) {
-                    stats.refused.fetch_add(1, Ordering::Relaxed);
-                    continue;
-                }
-                let (mailbox, counters) = (Arc::clone(&mailbox), Arc::clone(&stats));
-                let (config, count) = (options.config.clone(), Arc::clone(&running));
-                count.fetch_add(1, Ordering::AcqRel);
-                let one = std::thread::Builder::new().name("msgq-setup".into()).spawn(move || {
-                    match set_up(socket, &config) {
-                        Ok(channel) => {
-                            counters.accepted.fetch_add(1, Ordering::Relaxed);
-                            mailbox.send(channel);
-                        }
-                        Err(error) => {
-                            counters.failed.fetch_add(1, Ordering::Relaxed);
-                            tracing::warn!(
-                                error = crate::process::chain(&error),
-                                "a msgq client was not set up"
-                            );
-                        }
-                    }
-                    count.fetch_sub(1, Ordering::AcqRel);
-                });
-                if one.is_err() {
-                    running.fetch_sub(1, Ordering::AcqRel);
-                    stats.failed.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        })?;
-        Ok(Serving { path })
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let door = Arc::new(Door {
+            socket: self.socket.try_clone()?,
+            vouched: self.vouched,
+            wake,
+            state: AtomicU32::new(OPEN),
+            guests: AtomicU32::new(0),
+        });
+        let at = Arc::clone(&door);
+        std::thread::Builder::new()
+            .name("msgq-accept".into())
+            .spawn(move || at.accept(&options, &mailbox, &stats))?;
+        Ok(Serving { listener: self, door })
     }
 }
 
-/// A listener that accepts. Dropping it removes the socket file.
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let Some(identity) = self.identity else { return };
+        let ours =
+            std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == identity);
+        if ours {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+const OPEN: u32 = 0;
+const HELD: u32 = 1;
+const SHUT: u32 = 2;
+
+/// What the accepting thread and its owner share.
+#[derive(Debug)]
+struct Door {
+    socket: OwnedFd,
+    vouched: bool,
+    /// Readable once the state has changed.
+    wake: OwnedFd,
+    state: AtomicU32,
+    /// Connections that were accepted and are being set up.
+    guests: AtomicU32,
+}
+
+impl Door {
+    fn set(&self, state: u32) {
+        self.state.store(state, Ordering::SeqCst);
+        self.nudge();
+    }
+
+    /// The accepting thread looks again.
+    fn nudge(&self) {
+        // Full: it is readable already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    fn accept(
+        self: &Arc<Self>,
+        options: &ListenerOptions,
+        mailbox: &Arc<Mailbox<Channel>>,
+        stats: &Arc<ListenerStats>,
+    ) {
+        loop {
+            let open = match self.state.load(Ordering::SeqCst) {
+                SHUT => return,
+                state => state == OPEN && self.guests.load(Ordering::SeqCst) < SETUPS,
+            };
+            let mut fds = [PollFd::new(&self.wake, PollFlags::IN), PollFd::new(&self.socket, PollFlags::IN)];
+            // Those who do not fit wait in the backlog: each of the others ends at its deadline and wakes this thread.
+            match rustix::event::poll(&mut fds[..1 + usize::from(open)], None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot wait for msgq clients any more");
+                    return;
+                }
+            }
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+            if !open {
+                continue;
+            }
+            // Counted before the state is looked at: whoever holds the door and finds nobody counted knows that nobody
+            // will be.
+            let guest = Guest::enter(self);
+            if self.state.load(Ordering::SeqCst) != OPEN {
+                continue;
+            }
+            let socket = match accept_with(&self.socket, SocketFlags::CLOEXEC) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a msgq client");
+                    std::thread::park_timeout(Duration::from_millis(10));
+                    continue;
+                }
+            };
+            if !self.vouched && !may_connect(&socket, &options.users) {
+                stats.refused.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            let (mailbox, counters) = (Arc::clone(mailbox), Arc::clone(stats));
+            let config = options.config.clone();
+            let one = std::thread::Builder::new().name("msgq-setup".into()).spawn(move || {
+                match set_up(socket, &config) {
+                    Ok(channel) => {
+                        counters.accepted.fetch_add(1, Ordering::Relaxed);
+                        mailbox.send(channel);
+                    }
+                    Err(error) => {
+                        counters.failed.fetch_add(1, Ordering::Relaxed);
+                        tracing::warn!(error = crate::process::chain(&error), "a msgq client was not set up");
+                    }
+                }
+                let door = Arc::clone(&guest.0);
+                drop(guest);
+                // It may wait for a place.
+                door.nudge();
+            });
+            if one.is_err() {
+                stats.failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// A connection that is being set up.
+struct Guest(Arc<Door>);
+
+impl Guest {
+    fn enter(door: &Arc<Door>) -> Self {
+        door.guests.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(door))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.0.guests.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A listener that accepts. Dropping it ends that, and removes the socket file if it is this process's.
 #[derive(Debug)]
 pub struct Serving {
-    path: PathBuf,
+    listener: Listener,
+    door: Arc<Door>,
+}
+
+impl Serving {
+    /// Nobody is accepted any more (they wait in the backlog), or again.
+    pub(super) fn hold(&self, hold: bool) {
+        self.door.set(if hold { HELD } else { OPEN });
+    }
+
+    /// Whether nobody is being set up.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.door.guests.load(Ordering::SeqCst) == 0
+    }
+
+    /// For another process.
+    pub(super) fn export(&self, fds: &mut Fds) -> io::Result<SocketState> {
+        let Listener { path, identity, socket, .. } = &self.listener;
+        let fd = fds.put_copy(socket)?;
+        Ok(SocketState { path: path.clone(), identity: identity.unwrap_or_default(), fd, dials: false })
+    }
+
+    /// Another process listens on: the file stays.
+    pub(super) fn release(&mut self) {
+        let _ = self.listener.release();
+    }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        self.door.set(SHUT);
     }
 }
 
@@ -173,3 +378,7 @@ fn may_connect(socket: impl AsFd, users: &[u32]) -> bool {
     let user = peer.uid.as_raw();
     user == 0 || peer.uid == rustix::process::geteuid() || users.contains(&user)
 }
+
+#[cfg(test)]
+#[path = "listen_tests.rs"]
+mod tests;

@@ -12,6 +12,7 @@ pub mod broker;
 mod client;
 pub mod front;
 pub mod listen;
+mod metrics;
 
 pub use broker::Broker;
 pub use front::{Front, Plan, Protocol};

@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-
 use super::{DataLoop, timespec, wait_for};
 use crate::device::RingDevice;
 use crate::fabric::Fabric;
@@ -27,22 +25,26 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
     /// Stops as ordered; true if another process is the owner now. The mailbox is not looked into meanwhile: the
     /// connections stand still as well.
     pub(super) fn hand_over(&mut self, order: &StopOrder) -> rustix::io::Result<bool> {
-        self.ports.iter_mut().for_each(|port| port.rings.hold(true));
+        self.hold(true);
         let stopped = self.stop_and_export(order.limit)?;
         let given = stopped.is_ok();
         let asked = order.answer.send(stopped).is_ok();
         // The asker says something in the end, or is gone, which says the same as `Stay`.
         let gone = given && asked && order.verdict.recv() == Ok(Verdict::Gone);
-        if !gone {
-            self.ports.iter_mut().for_each(|port| port.rings.hold(false));
+        if gone {
+            self.sides.iter_mut().for_each(|side| side.given());
+        } else {
+            self.hold(false);
         }
         Ok(gone)
     }
 
+    fn hold(&mut self, hold: bool) {
+        self.ports.iter_mut().for_each(|port| port.rings.hold(hold));
+        self.sides.iter_mut().for_each(|side| side.hold(hold));
+    }
+
     fn stop_and_export(&mut self, limit: Duration) -> rustix::io::Result<Result<Stopped, NotNow>> {
-        if !self.sides.is_empty() {
-            return Ok(Err(NotNow::Never("it serves msgq clients, who would have to connect anew".into())));
-        }
         let stopped_ns = monotonic_ns();
         let mut completed_ns = stopped_ns;
         let mut completions = self.completions();
@@ -51,7 +53,10 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         loop {
             let now = Instant::now();
             self.readiness(true);
-            let moved = self.move_ports(now);
+            let mut moved = self.move_ports(now);
+            for side in &mut self.sides {
+                moved |= side.pass(now);
+            }
             self.metrics.passes.add(1);
             self.signal_by_ring()?;
             if std::mem::replace(&mut completions, self.completions()) != completions {
@@ -60,18 +65,23 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             let mut fds = Fds::default();
             let ports: Result<Vec<PortState>, NotNow> =
                 self.ports.iter().map(|port| port.export(&mut fds, now)).collect();
-            let ports = ports.and_then(|ports| Ok((ports, self.fabric.export(&mut fds, now)?)));
-            match ports {
-                Ok((ports, fabric)) => {
+            let all = ports.and_then(|ports| {
+                let sides = self.sides.iter().map(|side| side.export(&mut fds, now));
+                let sides = sides.collect::<Result<Vec<_>, _>>()?;
+                Ok((ports, sides, self.fabric.export(&mut fds, now)?))
+            });
+            match all {
+                Ok((ports, sides, fabric)) => {
                     let metrics = serde_json::to_value(&*self.metrics).unwrap_or_default();
-                    return Ok(Ok(Stopped { ports, fabric, fds, stopped_ns, completed_ns, metrics }));
+                    return Ok(Ok(Stopped { ports, sides, fabric, fds, stopped_ns, completed_ns, metrics }));
                 }
                 Err(why) if !why.passes() || now >= deadline => return Ok(Err(why)),
                 Err(_) if moved => {}
                 Err(_) => {
                     let timeout = timespec(Duration::from_millis(1).min(deadline - now));
-                    let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
-                    let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+                    let mut waits: Vec<_> = self.ports.iter().map(|port| port.device.wait()).collect();
+                    self.sides.iter().for_each(|side| side.waits(&mut waits));
+                    let mut fds: Vec<_> = waits.iter().filter_map(super::poll_fd).collect();
                     wait_for(&mut fds, Some(&timeout)).0?;
                 }
             }
@@ -105,6 +115,30 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         now: Instant,
     ) -> Result<(), BadState> {
         self.fabric.import(state, fds, now)
+    }
+
+    /// Brings the states of another process's sides into those here.
+    pub(crate) fn import_sides(
+        &mut self,
+        states: Vec<serde_json::Value>,
+        fds: &mut Fds,
+        now: Instant,
+    ) -> Result<(), BadState> {
+        let (theirs, ours) = (states.len(), self.sides.len());
+        if theirs != ours {
+            return Err(BadState::Text(format!("a state of {theirs} fronts for msgq clients, not {ours}")));
+        }
+        self.sides.iter_mut().zip(states).try_for_each(|(side, state)| side.import(state, fds, now))
+    }
+
+    /// Counters of the sides, in order.
+    pub(crate) fn side_metrics(&self) -> Vec<Arc<crate::metrics::DeviceMetrics>> {
+        self.sides.iter().map(|side| side.metrics()).collect()
+    }
+
+    /// This process is the owner of what its sides brought in.
+    pub(crate) fn own_sides(&mut self) -> std::io::Result<()> {
+        self.sides.iter_mut().try_for_each(|side| side.own())
     }
 
     /// Appends a device.

@@ -358,10 +358,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         if let Some(pulse) = &self.pulse {
             pulse.set(Field::Sleeping, 1);
         }
-        let fds = waits().filter_map(|wait| {
-            let writable = if wait.writable { PollFlags::OUT } else { PollFlags::empty() };
-            wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
-        });
+        let fds = waits().filter_map(|wait| poll_fd(&wait));
         let own = || PollFd::new(&self.epoll, PollFlags::IN);
         let (result, ready) = if self.ports.len() + joint.len() <= INLINE_FDS && self.sides.is_empty() {
             let mut inline: [PollFd<'_>; INLINE_FDS + 1] = std::array::from_fn(|_| own());
@@ -369,7 +366,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             wait_for(&mut inline[..used], timeout.as_ref())
         } else {
             let mut all: Vec<PollFd<'_>> = std::iter::once(own()).chain(fds).collect();
-            self.sides.iter().for_each(|side| side.fds(&mut all));
+            let mut waits = Vec::new();
+            self.sides.iter().for_each(|side| side.waits(&mut waits));
+            all.extend(waits.iter().filter_map(poll_fd));
             wait_for(&mut all, timeout.as_ref())
         };
         self.metrics.sleeping.set(0);
@@ -395,7 +394,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let deadline = Instant::now() + DRAIN_AT_EXIT;
         self.ports.iter_mut().for_each(|port| port.rings.close());
         self.leave_ring()?;
-        self.sides.iter_mut().for_each(|side| side.stop());
+        self.sides.iter_mut().for_each(|side| side.hold(true));
         loop {
             let now = Instant::now();
             self.readiness(true);
@@ -416,11 +415,18 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
                 let timeout = timespec(Duration::from_millis(10).min(deadline - now));
                 let fds = self.ports.iter().filter_map(|port| port.device.wait().fd);
                 let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-                self.sides.iter().for_each(|side| side.fds(&mut fds));
+                let mut waits = Vec::new();
+                self.sides.iter().for_each(|side| side.waits(&mut waits));
+                fds.extend(waits.iter().filter_map(poll_fd));
                 wait_for(&mut fds, Some(&timeout)).0?;
             }
         }
     }
+}
+
+fn poll_fd<'a>(wait: &Wait<'a>) -> Option<PollFd<'a>> {
+    let writable = if wait.writable { PollFlags::OUT } else { PollFlags::empty() };
+    wait.fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN | writable))
 }
 
 /// Polls; whether the first descriptor is ready, and whether any other is.

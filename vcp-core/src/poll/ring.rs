@@ -43,12 +43,16 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
             port.rings.hand_to(ring);
             again |= port.device.submit_to(ring);
         }
+        for side in &mut self.sides {
+            again |= side.submit_to(ring);
+        }
         again
     }
 
     fn reap_ring(&mut self) {
         let Some(ring) = &mut self.ring else { return };
         self.ports.iter_mut().for_each(|port| port.device.reap_from(ring));
+        self.sides.iter_mut().for_each(|side| side.reap_from(ring));
         self.metrics.ring_enters.set(ring.counts().enters);
     }
 
@@ -82,7 +86,9 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         let mut waits: Vec<Wait<'_>> = Vec::new();
         if !again {
             self.fabric.waits(&mut |wait| waits.push(wait));
-            waits.extend(self.ports.iter().map(|port| port.device.wait()).filter(|wait| wait.fd.is_some()));
+            waits.extend(self.ports.iter().map(|port| port.device.wait()));
+            self.sides.iter().for_each(|side| side.waits(&mut waits));
+            waits.retain(|wait| wait.fd.is_some());
         }
         for wait in &waits {
             let Some(fd) = wait.fd else { continue };
@@ -102,7 +108,8 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         for fd in waits.iter().filter_map(|wait| wait.fd) {
             epoll::delete(&self.epoll, fd)?;
         }
-        let waited = !waits.is_empty();
+        // Each side waits for its clients besides, which says nothing of a device.
+        let waited = waits.len() > self.sides.len();
         drop(waits);
         result.map_err(|error| errno(&error))?;
         self.reap_ring();
@@ -118,6 +125,7 @@ impl<D: RingDevice, F: Fabric<D>> DataLoop<D, F> {
         }
         self.reap_ring();
         self.ports.iter_mut().for_each(|port| port.device.leave_ring());
+        self.sides.iter_mut().for_each(|side| side.leave_ring());
         Ok(())
     }
 

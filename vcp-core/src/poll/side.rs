@@ -4,10 +4,14 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFd;
+use serde_json::Value;
 
 use crate::ask::{Ask, Told};
+use crate::device::Wait;
+use crate::handover::Fds;
+use crate::handover::state::{BadState, NotNow};
 use crate::metrics::DeviceMetrics;
+use crate::uring::Ring;
 
 /// Driven by the data thread between its devices, under the same rules: never blocks, bounded work in each pass.
 pub trait Side: Send + Debug {
@@ -20,11 +24,20 @@ pub trait Side: Send + Debug {
     /// The thread is awake: no notifications are needed.
     fn disarm(&mut self);
 
-    /// Appends what to wait for.
-    fn fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>);
+    /// Appends what to wait for. While it is [held](Self::hold), only what its engine waits for.
+    fn waits<'a>(&'a self, waits: &mut Vec<Wait<'a>>);
 
     /// When it must be called even if nothing happens.
     fn deadline(&self) -> Option<Instant>;
+
+    /// As [`RingDevice::submit_to`](crate::device::RingDevice::submit_to).
+    fn submit_to(&mut self, ring: &mut Ring) -> bool;
+
+    /// As [`RingDevice::reap_from`](crate::device::RingDevice::reap_from).
+    fn reap_from(&mut self, ring: &mut Ring);
+
+    /// As [`RingDevice::leave_ring`](crate::device::RingDevice::leave_ring).
+    fn leave_ring(&mut self);
 
     /// What is known of its engine's descriptor; see [`RingDevice::readiness`](crate::device::RingDevice::readiness).
     fn readiness(&mut self, ready: bool);
@@ -35,8 +48,30 @@ pub trait Side: Send + Debug {
     /// Requests under way.
     fn inflight(&self) -> u32;
 
-    /// The process ends: no new requests are taken.
-    fn stop(&mut self);
+    /// No new requests are taken (a hand-over, or the process ends), or they are again.
+    fn hold(&mut self, hold: bool);
+
+    /// Its state for another process, if it is held and nothing is under way. Changes nothing.
+    ///
+    /// # Errors
+    /// Something is under way, or it cannot be handed over at all.
+    fn export(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow>;
+
+    /// Goes on where that of another process stopped, which may still be the owner: nothing outside is touched before
+    /// [`own`](Self::own).
+    ///
+    /// # Errors
+    /// The state is not understood.
+    fn import(&mut self, state: Value, fds: &mut Fds, now: Instant) -> Result<(), BadState>;
+
+    /// This process is the owner now.
+    ///
+    /// # Errors
+    /// It cannot serve.
+    fn own(&mut self) -> std::io::Result<()>;
+
+    /// Another process is the owner now: clients are left to it, and nothing outside is touched any more.
+    fn given(&mut self);
 
     /// The process ends: ends what it holds outside, within `limit` at most.
     fn close(&mut self, limit: Duration);

@@ -60,6 +60,8 @@ pub enum Verdict {
 pub struct Stopped {
     /// The devices.
     pub ports: Vec<PortState>,
+    /// What else the data thread drives.
+    pub sides: Vec<serde_json::Value>,
     /// What joins them.
     pub fabric: serde_json::Value,
     /// Their descriptors.
@@ -201,7 +203,7 @@ fn attempt(
     // The thread answers within the limit, or is held up by something outside; then it goes on once it is told nothing.
     let stopped = answer.recv_timeout(DRAIN_LIMIT + Duration::from_secs(1));
     let stopped = stopped.unwrap_or_else(|_| Err(NotNow::Busy("the data thread does not answer".into())))?;
-    let Stopped { ports, fabric, mut fds, stopped_ns, completed_ns, metrics } = stopped;
+    let Stopped { ports, sides, fabric, mut fds, stopped_ns, completed_ns, metrics } = stopped;
     let devices = entries.iter().zip(ports).map(|(entry, port)| device(entry, port, &mut fds));
     let devices = devices.collect::<io::Result<Vec<_>>>()?;
     let mut anchor = None;
@@ -217,8 +219,18 @@ fn attempt(
     // Whoever reads the log of this process reads that of the next one, if that takes its place.
     let log = if lifeline.is_some() { Some(fds.put_copy(std::io::stderr())?) } else { None };
     let (control, page) = control.export(&mut fds)?;
-    let state =
-        ServerState { stopped_ns, completed_ns, metrics, control, page, devices, fabric, lifeline, log };
+    let state = ServerState {
+        stopped_ns,
+        completed_ns,
+        metrics,
+        control,
+        page,
+        devices,
+        sides,
+        fabric,
+        lifeline,
+        log,
+    };
     successor.give(state, &fds).map_err(Failed::Give)?;
     // From here on it is the other one's. The thread ends; it cannot be told otherwise any more.
     let _ = verdict.send(Verdict::Gone);

@@ -75,10 +75,18 @@ pub struct ServeOptions {
     /// For the data thread, instead of plain system calls.
     pub ring: Mutex<Option<Ring>>,
     /// What else the data thread drives: names and fronts. Only for the poll loop.
-    pub sides: Vec<(Arc<str>, Box<dyn Side>)>,
+    pub sides: Mutex<Vec<NamedSide>>,
 }
 
+/// A side and its name in logs and metrics.
+pub type NamedSide = (Arc<str>, Box<dyn Side>);
+
 impl ServeOptions {
+    /// The sides, for the one data thread.
+    pub(super) fn take_sides(&self) -> Vec<NamedSide> {
+        std::mem::take(&mut *self.sides.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The ring, for the one data thread.
     pub(super) fn take_ring(&self) -> Option<Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -180,7 +188,7 @@ pub fn serve_joined<D: RingDevice, F: Fabric<D>>(
     let mut parts: Vec<_> =
         entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
     let mut sides = Vec::new();
-    for (name, side) in std::mem::take(&mut options.sides) {
+    for (name, side) in options.take_sides() {
         parts.push((name, side.metrics()));
         sides.push(side);
     }

@@ -115,6 +115,7 @@ impl Parts {
             let (theirs, ours) = (state.devices.len(), devices.len());
             return Err(BadState::Text(format!("a state of {theirs} devices for an offer of {ours}")));
         }
+        let (side_names, sides): (Vec<_>, Vec<_>) = options.take_sides().into_iter().unzip();
         let metrics = serde_json::from_value(state.metrics)
             .map_err(|source| BadState::Json { what: "the counters", source })?;
         let metrics = Arc::new(metrics);
@@ -131,6 +132,7 @@ impl Parts {
             Arc::clone(&metrics),
         )
         .map_err(failed)?
+        .with_sides(sides)
         .with_ring(options.take_ring())
         .supervised(options.pulse.clone(), options.poll_share);
         let (mut entries, mut front_ends) = (Vec::new(), Vec::new());
@@ -169,10 +171,11 @@ impl Parts {
             entries.push(Entry { name, socket, facts, metrics, connection: None });
             data.add(port);
         }
+        data.import_sides(state.sides, &mut fds, now)?;
         data.import_fabric(state.fabric, &mut fds, now)?;
         data.resume_from(state.stopped_ns, state.completed_ns);
-        let names =
-            entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics))).collect();
+        let names = entries.iter().map(|entry| (Arc::clone(&entry.name), Arc::clone(&entry.metrics)));
+        let names = names.chain(side_names.into_iter().zip(data.side_metrics())).collect();
         let ask = ask_device(Arc::clone(&self.mailbox));
         let control = Control::import((state.control, state.page), &mut fds, metrics, names, ask, extra)?;
         let lifeline = fds.take_if(state.lifeline)?;
@@ -188,6 +191,7 @@ impl<D: RingDevice, F: Fabric<D>> Built<D, F> {
         let lifeline = self.lifeline.map(Lifeline::new).transpose().map_err(system("follow the anchor"))?;
         self.entries.iter_mut().for_each(|entry| entry.socket.own());
         self.control.own();
+        self.data.own_sides().map_err(system("accept msgq clients"))?;
         let mut server = Server::start(self.entries, self.control, self.data, self.mailbox, options)?;
         server.lifeline = lifeline;
         if let Some(log) = self.log {

@@ -34,6 +34,9 @@ pub struct Offer {
     pub confine: ConfineMode,
     /// The devices, in order.
     pub disks: Vec<DiskOffer>,
+    /// The device for msgq clients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub msgq: Option<DiskOffer>,
 }
 
 fn whole() -> String {

@@ -21,7 +21,7 @@ use super::program;
 use crate::blk::BlkDevice;
 use crate::confine::{self, Needs};
 use crate::engine::Engine;
-
+use crate::limit::Limits;
 use crate::portal::IscsiEngine;
 use crate::serve::{adopt_pulse, announce, describe, describe_io};
 
@@ -72,9 +72,10 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
         tracing::warn!(error, "the old process's log filter is not understood");
     }
     let manager = Manager::find();
-    let sockets = offer.disks.iter().map(|disk| disk.socket.clone()).chain([args.control.clone()]);
+    let all = || offer.disks.iter().chain(&offer.msgq);
+    let sockets = all().map(|disk| disk.socket.clone()).chain([args.control.clone()]);
     let needs = Needs {
-        queues: offer.disks.iter().map(|disk| disk.queues).collect(),
+        queues: all().map(|disk| disk.queues).collect(),
         sockets: sockets.collect(),
         captures: offer.disks.iter().filter_map(DiskOffer::capture_dir).collect(),
     };
@@ -114,16 +115,28 @@ fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
         ServeOptions { cpu: offer.cpu, poll, poll_share, ring: ring.into(), ..ServeOptions::default() };
     let mut ready = "ready:".to_owned();
     let mut devices = Vec::new();
-    for disk in offer.disks {
-        let (name, lun) = (Arc::<str>::from(disk.name.as_str()), disk.lun());
+    let engine = |disk: DiskOffer| -> Result<IscsiEngine> {
+        let lun = disk.lun();
         let options = Arc::new(disk.options.options().map_err(anyhow::Error::msg)?);
-        let engine = IscsiEngine::detached(options, lun, disk.found, now);
+        Ok(IscsiEngine::detached(options, lun, disk.found, now))
+    };
+    for disk in offer.disks {
+        let (name, socket, queues) = (Arc::<str>::from(disk.name.as_str()), disk.socket.clone(), disk.queues);
+        let engine = engine(disk)?;
         let (engine_bytes, lun) = (engine.memory_bound_bytes(), engine.lun().clone());
-        let device = BlkDevice::new(engine, disk.queues);
+        let device = BlkDevice::new(engine, queues);
         let bytes = engine_bytes + device.memory_bound_bytes();
-        ready.push_str(&describe(&disk.socket, disk.queues, &lun, bytes));
+        ready.push_str(&describe(&socket, queues, &lun, bytes));
         devices.push((name, device));
     }
+    let mut sides: Vec<(Arc<str>, _)> = Vec::new();
+    if let Some(disk) = offer.msgq {
+        let (name, socket) = (Arc::from(disk.name.as_str()), disk.socket.clone());
+        let engine = engine(disk)?;
+        ready.push_str(&crate::msgq::describe(&socket, &engine));
+        sides.push((name, crate::msgq::front(None, engine, Limits::default())?));
+    }
+    let options = ServeOptions { sides: sides.into(), ..options };
     ready.push_str(&format!(" io={io} confined={}", confined.summary()));
     Ok(Built { devices, options, ready })
 }

@@ -1,0 +1,118 @@
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+
+use msgq::handshake::LinkError;
+
+use super::*;
+
+const LONG: Duration = Duration::from_secs(20);
+
+fn config(deadline: Duration) -> Config {
+    Config { deadline, ..Config::default() }
+}
+
+struct Bed {
+    arrivals: Arc<Mailbox<Channel>>,
+    stats: Arc<ListenerStats>,
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("msgq");
+        Self { arrivals: Arc::new(Mailbox::new().unwrap()), stats: Arc::default(), path, _dir: dir }
+    }
+
+    fn serve(&self, listener: Listener) -> Serving {
+        let options = ListenerOptions { config: config(LONG), users: Vec::new() };
+        listener.start(options, Arc::clone(&self.arrivals), Arc::clone(&self.stats)).unwrap()
+    }
+
+    fn client(&self, within: Duration) -> Result<Channel, HandshakeError> {
+        Channel::connect(Link::dial(&self.path).unwrap(), &config(within), &[])
+    }
+
+    fn arrived(&self) -> Channel {
+        let mut fds = [PollFd::new(&*self.arrivals, PollFlags::IN)];
+        let limit = rustix::time::Timespec { tv_sec: 20, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut fds, Some(&limit)), Ok(1), "nobody arrived");
+        self.arrivals.clear_wake();
+        self.arrivals.take().expect("one that arrived")
+    }
+}
+
+#[test]
+fn a_door_that_is_held_keeps_clients_waiting_and_loses_none() {
+    let bed = Bed::new();
+    let serving = bed.serve(Listener::bind(&bed.path).unwrap());
+    let first = bed.client(LONG).unwrap();
+    bed.arrived();
+    assert!(serving.is_quiet());
+    serving.hold(true);
+    // Nobody answers it: its own deadline ends it.
+    let late = bed.client(Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(late, HandshakeError::Link(LinkError::Late)), "{late:?}");
+    assert!(serving.is_quiet() && !bed.arrivals.has_mail());
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| bed.client(LONG).unwrap());
+        serving.hold(false);
+        bed.arrived();
+        waits.join().unwrap();
+    });
+    drop((first, serving));
+    assert!(!bed.path.exists(), "the socket file stays");
+}
+
+#[test]
+fn a_socket_that_was_given_is_not_removed_and_its_file_says_who_may_connect() {
+    let bed = Bed::new();
+    let made = Listener::bind_for_owner(&bed.path).unwrap();
+    assert_eq!(std::fs::metadata(&bed.path).unwrap().permissions().mode() & 0o777, 0o600);
+    let adopted = Listener::adopt(made.as_fd().as_raw_fd()).unwrap();
+    assert_eq!(adopted.path(), bed.path);
+    let serving = bed.serve(adopted);
+    bed.client(LONG).unwrap();
+    bed.arrived();
+    drop(serving);
+    assert!(bed.path.exists(), "the file is its maker's");
+    drop(made);
+    assert!(!bed.path.exists());
+}
+
+#[test]
+fn a_socket_goes_on_in_another_process() {
+    let bed = Bed::new();
+    let mut old = bed.serve(Listener::bind(&bed.path).unwrap());
+    let mut fds = Fds::default();
+    let state = old.export(&mut fds).unwrap();
+    // One that comes to nothing leaves the file.
+    let mut copy = Listener::import(state, &mut fds).unwrap();
+    let _ = copy.release();
+    drop(copy);
+    assert!(bed.path.exists());
+    let mut fds = Fds::default();
+    let mut new = Listener::import(old.export(&mut fds).unwrap(), &mut fds).unwrap();
+    let identity = new.release();
+    old.release();
+    drop(old);
+    new.own(identity);
+    let new = bed.serve(new);
+    bed.client(LONG).unwrap();
+    bed.arrived();
+    drop(new);
+    assert!(!bed.path.exists());
+}
+
+#[test]
+fn other_descriptors_are_refused() {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let (one, _two) = std::os::unix::net::UnixStream::pair().unwrap();
+    let bed = Bed::new();
+    let stream = std::os::unix::net::UnixListener::bind(&bed.path).unwrap();
+    for fd in [-1, file.as_raw_fd(), one.as_raw_fd(), stream.as_raw_fd()] {
+        let error = Listener::adopt(fd).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{fd}: {error}");
+    }
+}
