@@ -92,6 +92,11 @@ pub struct DiskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 3600)]
     pub watchdog: Option<u16>,
+    /// Unix socket where programs of this user reach the same unit beside the guest, by `msgq` (with `url`): the monitor
+    /// listens there and the disk's VCP serves them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub msgq: Option<PathBuf>,
     /// Offer packed rings to the guest; the backend must have them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub packed: bool,
@@ -127,6 +132,7 @@ const KEYS: &[&str] = &[
     "poll-share",
     "standby",
     "watchdog",
+    "msgq",
     "packed",
     "reconnect",
 ];
@@ -152,6 +158,7 @@ impl DiskSpec {
                 }
                 (key @ "standby", Some(v)) => spec.standby = Some(switch(key, v)?),
                 (key @ "watchdog", Some(v)) => spec.watchdog = Some(number(key, v)?),
+                ("msgq", Some(v)) if !v.is_empty() => spec.msgq = Some(v.into()),
                 (key @ "packed", Some(v)) => spec.packed = switch(key, v)?,
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("disk", part, KEYS)),
@@ -225,6 +232,7 @@ impl DiskSpec {
             ("poll-share", self.poll_share.is_some()),
             ("standby", self.standby.is_some()),
             ("watchdog", self.watchdog.is_some()),
+            ("msgq", self.msgq.is_some()),
         ]
         .into_iter()
         .find_map(|(key, given)| given.then_some(key))
@@ -248,8 +256,8 @@ mod tests {
         assert_eq!((spec.cpu, spec.weight), (Some(Policy::Shared("a".into())), Some(50)));
         assert_eq!((spec.poll_us.as_deref(), spec.poll_share), (Some("20"), Some(25)));
         assert_eq!((spec.standby, spec.watchdog), (Some(false), Some(2)));
-        let spec = DiskSpec::parse("url=iscsi://h/iqn.x:y/0,read-only").unwrap();
-        assert!(spec.read_only);
+        let spec = DiskSpec::parse("url=iscsi://h/iqn.x:y/0,read-only,msgq=/run/a").unwrap();
+        assert!(spec.read_only && spec.msgq == Some("/run/a".into()));
     }
 
     #[test]
@@ -279,6 +287,8 @@ mod tests {
             "socket=a,queues=x",
             "socket=a,cpu=1",
             "socket=a,standby=off",
+            "socket=a,msgq=b",
+            "url=iscsi://h/i/0,msgq=",
             "url=iscsi://h/i/0,weight=0",
             "url=iscsi://h/i/0,poll-share=101",
             "url=iscsi://h/i/0,poll-us=soon",

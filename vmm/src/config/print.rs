@@ -68,7 +68,7 @@ mod tests {
     fn what_is_printed_gives_the_same_machine() {
         let text = "name='a b'\nkernel='/k'\ninitrd='/i'\ncmdline='root=\"x\" \\y'\ncpus=3\nmemory='1G'\nhugepages=true\nmemory-node=0\ntransport='mmio'\n\
             vcpu-cpus='0,2-3'\napi-socket='/a'\nmetrics='127.0.0.1:9100'\nlog='info'\nlog-json=true\nvcp-iscsi='/p'\nvcp-net='/q'\n\
-            [[disk]]\nurl='iscsi://u%p@h/iqn.a:b/0'\nread-only=true\nqueues=2\ncpu=1\npacked=true\nreconnect=false\n\
+            [[disk]]\nurl='iscsi://u%p@h/iqn.a:b/0'\nread-only=true\nqueues=2\ncpu=1\nmsgq='/q'\npacked=true\nreconnect=false\n\
             [[disk]]\nsocket='/s'\n\
             [[net]]\nuser=true\nhostfwd=['tcp:127.0.0.1:2222-22','udp::5-6']\nmac='52:54:00:12:34:56'\ncpu=0\n\
             [[net]]\ntap='tap0'\n[[net]]\nswitch='lan'\n[[net]]\nsocket='/n'\nreconnect=false\n";

@@ -3,7 +3,10 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
+
+use vcp_core::msgq::Listener;
 
 use super::status::DeviceKind;
 use super::switch;
@@ -143,6 +146,13 @@ fn start_disk(program: &Path, name: &str, disk: &DiskSpec, number: u32, place: V
         sessions: disk.sessions,
     };
     vcp.standby = disk.standby.unwrap_or(true);
+    if let Some(path) = &disk.msgq {
+        let listener = Listener::bind_for_owner(path).map_err(|error| Error::Vcp {
+            device: name.to_owned(),
+            reason: format!("cannot listen on {}: {error}", path.display()),
+        })?;
+        vcp.msgq = Some(Arc::new(listener));
+    }
     if let Some(seconds) = disk.watchdog {
         vcp.patience = Duration::from_secs(seconds.into());
     }

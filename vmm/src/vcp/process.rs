@@ -26,6 +26,8 @@ use crate::virtio::vhost_user::link::Link;
 pub const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a VCP may take to end after SIGTERM.
 pub const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Number of the first descriptor after the standard ones.
+const FIRST_FD: usize = 3;
 /// Longest line that is read from a VCP's standard output.
 const MAX_LINE_BYTES: usize = 4096;
 /// What of the monitor's environment a VCP is given.
@@ -76,6 +78,9 @@ pub struct VcpSpec {
     pub cgroup: Option<PathBuf>,
     /// Further ways to the unit.
     pub paths: VcpPaths,
+    /// Where programs of this host reach the disk beside the guest. The socket is the monitor's, and every process that
+    /// serves the disk in turn is given it: a program that connects while one is started anew waits in its backlog.
+    pub msgq: Option<Arc<vcp_core::msgq::Listener>>,
 }
 
 /// What the `vcp-net` of a network device is started with.
@@ -123,6 +128,7 @@ impl VcpSpec {
             patience: super::watchdog::PATIENCE,
             cgroup: None,
             paths: VcpPaths::default(),
+            msgq: None,
         })
     }
 }
@@ -274,6 +280,10 @@ impl VcpProcess {
                 .map_err(Error::os("create a pipe"))?;
             fds.push(theirs);
             go = Some(ours);
+        }
+        if let Some(msgq) = &vcp.msgq {
+            args.extend(["--msgq-fd".into(), (FIRST_FD + fds.len()).to_string().into()]);
+            fds.push(dup(&**msgq)?);
         }
         Self::spawn(program, vcp, url.into(), args, fds, (front, control, pulse, go))
     }
