@@ -37,6 +37,7 @@ const METRICS: &[Metric] = &[
     Metric { title: "CPU us/IO", more_is_better: false, digits: 2 },
     Metric { title: "target CPU us/IO", more_is_better: false, digits: 2 },
     Metric { title: "syscalls/IO", more_is_better: false, digits: 2 },
+    Metric { title: "load CPU us/IO", more_is_better: false, digits: 2 },
 ];
 
 /// What `vcp bench blk --json` prints, as far as it is used.
@@ -157,7 +158,7 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
         without_guest(bin, scratch.path(), &url(5), &layout)?,
         peer(scratch.path(), portal, 4, &layout)?,
     ];
-    let bench = Bench { bin, layout: &layout, target: target.pid() };
+    let bench = Bench { bin, layout: &layout, target: target.pid(), library: url(5) };
     // A block that was never written is a hole; reads would measure those.
     let fill = Case { rw: "write", kib: 128, depth: 16, queues: 1 };
     for contender in &contenders {
@@ -174,9 +175,10 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
     let cases = if extent.full { matrix::full() } else { matrix::quick() };
     let mut rows = Vec::new();
     for case in &cases {
-        let measured = bench.case(&contenders, case, extent)?;
-        for (contender, rounds) in contenders.iter().zip(measured) {
-            let contender = contender.name.clone();
+        let (measured, library) = bench.case(&contenders, case, extent)?;
+        let names = contenders.iter().map(|contender| contender.name.clone());
+        let library = library.map(|rounds| (goals::LIBRARY.to_owned(), rounds));
+        for (contender, rounds) in names.zip(measured).chain(library) {
             rows.push(Row { case: case.name(), contender, rounds, summary: Vec::new() });
         }
         eprintln!("measured after {} s: {}", started.elapsed().as_secs(), case.name());
@@ -189,6 +191,10 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
         layout.describe(),
         "vcp-iscsi: default polling; poll=N: --poll-us N; crc32c: header and data digests; \
          msgq: default polling, loaded by a program without a guest"
+            .into(),
+        "libiscsi: its iscsi-perf, load and initiator in one process on the backend's hardware thread, reading only; \
+         CPU us/IO is all that this process takes; of the others it is the backend's, to which the load's comes (that of a \
+         program without a guest is the program's own part of each request)"
             .into(),
         "load: vcp bench blk, waiting for calls; qdN: requests in flight on each queue, xN: queues".into(),
         format!(
@@ -204,16 +210,30 @@ struct Bench<'a> {
     bin: &'a Path,
     layout: &'a Layout,
     target: u32,
+    /// The URL for the library's own program, which only reads: the unit of a contender, which is larger than any cache.
+    library: String,
 }
 
+/// For each metric, the values of all rounds.
+type Rounds = Vec<Vec<f64>>;
+
 impl Bench<'_> {
-    /// All rounds of a case: for each contender, for each metric, its values.
-    fn case(&self, contenders: &[Contender], case: &Case, extent: &Extent) -> Result<Vec<Vec<Vec<f64>>>> {
+    /// All rounds of a case: of each contender, and of libiscsi's program if it knows this load.
+    fn case(
+        &self,
+        contenders: &[Contender],
+        case: &Case,
+        extent: &Extent,
+    ) -> Result<(Vec<Rounds>, Option<Rounds>)> {
+        let mut library =
+            (case.rw == "randread" && case.queues == 1).then(|| vec![Vec::new(); METRICS.len()]);
         let mut measured = vec![vec![Vec::new(); METRICS.len()]; contenders.len()];
         for _ in 0..extent.rounds {
             for (contender, values) in contenders.iter().zip(&mut measured) {
-                let before = procfs::cpu_time(self.target)?;
+                let (before, own) = (procfs::cpu_time(self.target)?, children_cpu());
                 let run = self.load(contender, case, extent.secs)?;
+                let own = children_cpu().saturating_sub(own);
+                values[goals::LOAD].push(own.as_secs_f64() * 1e6 / run.ios.max(1) as f64);
                 let target = procfs::cpu_time(self.target)?.saturating_sub(before);
                 let figures = [
                     run.iops,
@@ -225,6 +245,11 @@ impl Bench<'_> {
                 ];
                 values.iter_mut().zip(figures).for_each(|(all, figure)| all.push(figure));
             }
+            if let Some(values) = &mut library {
+                let (iops, cpu_us) = self.perf(case, extent.secs.ceil() as u32)?;
+                values[goals::IOPS].push(iops);
+                values[goals::CPU].push(cpu_us);
+            }
         }
         for (contender, values) in contenders.iter().zip(&mut measured) {
             // Counted in a run of its own: being traced costs time.
@@ -233,7 +258,21 @@ impl Bench<'_> {
             let calls = strace.finish(&(run.counted_from..run.counted_to))?;
             values[goals::SYSCALLS].push(calls as f64 / run.ios.max(1) as f64);
         }
-        Ok(measured)
+        Ok((measured, library))
+    }
+
+    /// libiscsi's `iscsi-perf`: mean IOPS, and its processor time for each request.
+    fn perf(&self, case: &Case, secs: u32) -> Result<(f64, f64)> {
+        let (depth, blocks) = (case.depth.to_string(), (case.kib * 2).to_string());
+        let before = children_cpu();
+        let text = Cmd::new("taskset")
+            .args(["-c", &self.layout.backend, "iscsi-perf", "-m", &depth, "-r", "-b", &blocks])
+            .args(["-t", &secs.to_string(), &self.library])
+            .output(Duration::from_secs(u64::from(secs) + 30))?;
+        let cpu = children_cpu().saturating_sub(before);
+        let iops = super::target::iops(&text)
+            .with_context(|| format!("no figure in iscsi-perf's output: {text}"))?;
+        Ok((iops, cpu.as_secs_f64() * 1e6 / (iops * f64::from(secs)).max(1.0)))
     }
 
     fn load(&self, contender: &Contender, case: &Case, secs: f64) -> Result<Run> {
@@ -251,6 +290,16 @@ impl Bench<'_> {
             .with_context(|| format!("load {} on {}", case.name(), contender.name))?;
         serde_json::from_str(&text).with_context(|| format!("`vcp bench blk` printed `{text}`"))
     }
+}
+
+/// Processor time of all programs that were started here and have ended. Those that are still there do not count.
+fn children_cpu() -> Duration {
+    let ticks = rustix::param::clock_ticks_per_second();
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // After the name: state is field 3; cutime and cstime are fields 16 and 17.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let spent: u64 = fields.skip(13).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_nanos(spent * 1_000_000_000 / ticks.max(1))
 }
 
 fn ours(

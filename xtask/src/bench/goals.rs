@@ -11,6 +11,7 @@ pub(super) const POLL_0: &str = "vcp-iscsi poll=0";
 pub(super) const POLL_100: &str = "vcp-iscsi poll=100";
 pub(super) const DIGESTS: &str = "vcp-iscsi poll=0 crc32c";
 pub(super) const MSGQ: &str = "vcp-iscsi msgq";
+pub(super) const LIBRARY: &str = "libiscsi iscsi-perf";
 pub(super) const PEER: &str = "qemu-storage-daemon";
 
 /// Columns of the rows, in the order of `blk`'s metrics.
@@ -18,6 +19,7 @@ pub(super) const IOPS: usize = 0;
 pub(super) const P50: usize = 2;
 pub(super) const CPU: usize = 4;
 pub(super) const SYSCALLS: usize = 6;
+pub(super) const LOAD: usize = 7;
 
 /// One goal and what came of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]

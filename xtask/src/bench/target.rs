@@ -99,7 +99,7 @@ fn perf(contender: &Contender, blocks: u32, secs: u32) -> Result<(f64, f64)> {
 }
 
 /// The last `iops average N` that it printed; the line is rewritten with carriage returns.
-fn iops(text: &str) -> Option<f64> {
+pub(super) fn iops(text: &str) -> Option<f64> {
     let tail = &text[text.rfind("iops average ")? + "iops average ".len()..];
     tail.split_whitespace().next()?.parse().ok()
 }
