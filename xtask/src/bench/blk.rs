@@ -233,7 +233,8 @@ impl Bench<'_> {
                 let (before, own) = (procfs::cpu_time(self.target)?, children_cpu());
                 let run = self.load(contender, case, extent.secs)?;
                 let own = children_cpu().saturating_sub(own);
-                values[goals::LOAD].push(own.as_secs_f64() * 1e6 / run.ios.max(1) as f64);
+                let all = (run.warm_up_ios + run.ios).max(1) as f64;
+                values[goals::LOAD].push(own.as_secs_f64() * 1e6 / all);
                 let target = procfs::cpu_time(self.target)?.saturating_sub(before);
                 let figures = [
                     run.iops,
@@ -241,7 +242,7 @@ impl Bench<'_> {
                     run.latency_us.p50,
                     run.latency_us.p99,
                     run.backend_cpu_us_per_io,
-                    target.as_secs_f64() * 1e6 / (run.warm_up_ios + run.ios).max(1) as f64,
+                    target.as_secs_f64() * 1e6 / all,
                 ];
                 values.iter_mut().zip(figures).for_each(|(all, figure)| all.push(figure));
             }
