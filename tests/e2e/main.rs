@@ -26,6 +26,8 @@ mod msgq;
 mod msgq_upgrade;
 mod multipath;
 mod net;
+mod net_front;
+mod net_guest;
 mod operate;
 mod ops;
 mod recovery;

@@ -31,6 +31,11 @@ fn both_ways(switch: &Switch, more: u64) -> Result<()> {
     Ok(())
 }
 
+/// How often something is done that is done more often in a soak.
+fn soak(name: &str, few: u32) -> u32 {
+    std::env::var(name).ok().and_then(|count| count.parse().ok()).unwrap_or(few)
+}
+
 fn no_broken_queue(switch: &Switch) -> Result<()> {
     let metrics = switch.ask(&json!({"cmd": "metrics"}))?;
     for device in metrics["devices"].as_array().context("no devices")? {
@@ -102,10 +107,15 @@ fn dpdk_that_listens_survives_the_switch() -> Result<()> {
     if !have_dpdk() {
         return Ok(());
     }
-    let switch = Switch::start_dialing(["", ""], &[])?;
+    let mut switch = Switch::start_dialing(["", ""], &[])?;
     let options = Options { port: ",server=1".into(), ..Options::default() };
     let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
     both_ways(&switch, MANY)?;
+    for _ in 0..soak("VCP_SOAK_NET_KILLS", 2) {
+        switch.kill_and_restart()?;
+        both_ways(&switch, MANY / 4)?;
+        no_broken_queue(&switch)?;
+    }
     testpmd.end(TRAFFIC)?;
     Ok(())
 }
@@ -224,7 +234,7 @@ fn a_killed_front_end_disturbs_nobody() -> Result<()> {
         return Ok(());
     }
     let switch = Switch::start(["", ""], &[])?;
-    for _ in 0..3 {
+    for _ in 0..soak("VCP_SOAK_NET_KILLS", 3) {
         let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &Options::default())?;
         both_ways(&switch, MANY / 4)?;
         testpmd.proc().kill()?;

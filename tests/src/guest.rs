@@ -1,5 +1,5 @@
-//! Stock QEMU (TCG) with Debian's stock cloud kernel, whose disks are vhost-user sockets: real drivers on our device
-//! model, on any machine. A job script runs in its initramfs; values come back as `@NAME=VALUE` lines.
+//! Stock QEMU (TCG) with Debian's stock cloud kernel, whose disks and networks are vhost-user sockets: real drivers on our
+//! device models, on any machine. A job script runs in its initramfs; values come back as `@NAME=VALUE` lines.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,8 +20,18 @@ const VALUE: char = '@';
 #[derive(Clone, Debug)]
 pub struct QemuGuest {
     disks: Vec<Disk>,
+    nets: Vec<Net>,
     programs: Vec<String>,
+    modules: Vec<String>,
     deadline: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Net {
+    socket: PathBuf,
+    mac: String,
+    /// Further properties of the device, each with a comma before it.
+    properties: String,
 }
 
 #[derive(Clone, Debug)]
@@ -67,7 +77,28 @@ impl Default for QemuGuest {
 impl QemuGuest {
     /// A machine without disks and with 180 s to live.
     pub fn new() -> Self {
-        Self { disks: Vec::new(), programs: Vec::new(), deadline: Duration::from_secs(180) }
+        Self {
+            disks: Vec::new(),
+            nets: Vec::new(),
+            programs: Vec::new(),
+            modules: Vec::new(),
+            deadline: Duration::from_secs(180),
+        }
+    }
+
+    /// Adds the next network (`eth0`, ...), with further properties of the device (`packed=on`), each with a comma before
+    /// it. QEMU connects again, every second, when its backend is gone.
+    #[must_use]
+    pub fn net(mut self, socket: &Path, mac: &str, properties: &str) -> Self {
+        self.nets.push(Net { socket: socket.to_owned(), mac: mac.into(), properties: properties.into() });
+        self
+    }
+
+    /// Inserts a module of the kernel's, with those that it needs.
+    #[must_use]
+    pub fn module(mut self, name: &str) -> Self {
+        self.modules.push(name.to_owned());
+        self
     }
 
     /// Adds the next disk (`/dev/vda`, ...), with this many queues.
@@ -120,7 +151,11 @@ impl QemuGuest {
             tree.program(program, Path::new(program))?;
         }
         let kernel = Kernel::find()?;
-        let initrd = Initramfs::new().tree(&tree).job(&format!("{PRELUDE}{script}"))?.build(&kernel)?;
+        let mut initramfs = Initramfs::new().tree(&tree).job(&format!("{PRELUDE}{script}"))?;
+        for module in &self.modules {
+            initramfs = initramfs.module(module);
+        }
+        let initrd = initramfs.build(&kernel)?;
         let mut args: Vec<String> = [
             "-accel",
             "tcg,thread=multi",
@@ -153,6 +188,16 @@ impl QemuGuest {
             let place = format!("num-queues={queues},addr={:#x}", n + 4);
             let device = format!("vhost-user-blk-pci,chardev=c{n},{place}{properties}");
             args.extend(["-device".into(), device]);
+        }
+        for (n, Net { socket, mac, properties }) in self.nets.iter().enumerate() {
+            args.extend(["-chardev".into(), format!("socket,id=n{n},path={},reconnect=1", socket.display())]);
+            args.extend(["-netdev".into(), format!("vhost-user,id=v{n},chardev=n{n}")]);
+            // Without vectors: this QEMU dies of MSI-X with vhost-user networks where there is no KVM.
+            let place = format!("vectors=0,romfile=,addr={:#x}", n + 0x10);
+            args.extend([
+                "-device".into(),
+                format!("virtio-net-pci,netdev=v{n},mac={mac},{place}{properties}"),
+            ]);
         }
         let permit = gate::shared();
         Ok(Running { qemu: Qemu::start("the QEMU guest", &args, self.deadline, false)?, _permit: permit })
@@ -189,4 +234,12 @@ queue() { value \"$1.$2\" \"$(cat /sys/block/$1/queue/$2)\"; }
 die() { echo \"FAILED: $*\"; exit 1; }
 wait_disk() { n=100; until [ -b /dev/$1 ]; do n=$((n-1)); [ $n -gt 0 ] || die no /dev/$1; sleep 0.1; done; }
 drop_caches() { sync; echo 3 >/proc/sys/vm/drop_caches; }
+replies() { ping -q -c $2 -i 0.1 -W 2 $3 $1 | grep -o '[0-9]* packets received' | cut -d' ' -f1; }
+lease() {
+    printf '%s\\n' '#!/bin/busybox sh' '[ \"$1\" = bound ] || exit 0' 'ip addr add $ip/$mask dev $interface' \\
+        'ip route add default via $router' 'echo \"nameserver $dns\" >/etc/resolv.conf' \\
+        'echo \"$ip $router $dns\" >/tmp/lease' >/tmp/lease.sh
+    chmod 755 /tmp/lease.sh; mkdir -p /etc; ip link set lo up; ip link set eth0 up
+    udhcpc -i eth0 -n -q -t 20 -T 1 -x hostname:$1 -s /tmp/lease.sh >/tmp/udhcpc 2>&1 || { cat /tmp/udhcpc; die no lease; }
+}
 ";

@@ -1,5 +1,6 @@
 //! `vcp-net serve` with two ports, as a process, and what its control socket says.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 pub struct Switch {
     proc: Proc,
     dir: TempDir,
+    args: Vec<OsString>,
 }
 
 impl Switch {
@@ -37,14 +39,22 @@ impl Switch {
 
     fn start_with(key: &str, ports: [&str; 2], args: &[&str]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vcp-net-").tempdir()?;
-        let mut command = Cmd::new(tool::ours("vcp-net")?).arg("serve").env("RUST_LOG", "info");
+        let mut all: Vec<OsString> = vec!["serve".into()];
         for (at, options) in ports.iter().enumerate() {
             let path = dir.path().join(format!("p{at}"));
-            command = command.arg("--port").arg(format!("{key}={},name=p{at}{options}", path.display()));
+            all.extend(["--port".into(), format!("{key}={},name=p{at}{options}", path.display()).into()]);
         }
-        let proc = command.arg("--control").arg(dir.path().join("ctl")).args(args).spawn()?;
-        proc.wait_line(Stream::Out, "ready:", START)?;
-        Ok(Self { proc, dir })
+        all.extend(["--control".into(), dir.path().join("ctl").into()]);
+        all.extend(args.iter().map(OsString::from));
+        Ok(Self { proc: spawn(&all)?, dir, args: all })
+    }
+
+    /// Kills it, as nothing it could prepare for, and starts another in its place.
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        self.proc.kill()?;
+        self.proc.wait(START)?;
+        self.proc = spawn(&self.args)?;
+        Ok(())
     }
 
     /// The socket of port `at`.
@@ -69,14 +79,7 @@ impl Switch {
 
     /// Asks its control socket, and demands a good answer.
     pub fn ask(&self, request: &Value) -> Result<Value> {
-        let mut stream = UnixStream::connect(self.control())?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.write_all(format!("{request}\n").as_bytes())?;
-        let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line)?;
-        let answer: Value = serde_json::from_str(&line).with_context(|| format!("no answer: {line:?}"))?;
-        ensure!(answer["ok"] == true, "{request} was refused: {answer}");
-        Ok(answer)
+        ask(&self.control(), request)
     }
 
     /// The counters of its members by name, the books balanced.
@@ -107,4 +110,22 @@ impl Switch {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+fn spawn(args: &[OsString]) -> Result<Proc> {
+    let proc = Cmd::new(tool::ours("vcp-net")?).args(args).env("RUST_LOG", "info").spawn()?;
+    proc.wait_line(Stream::Out, "ready:", START)?;
+    Ok(proc)
+}
+
+/// Asks a control socket, and demands a good answer.
+pub fn ask(control: &Path, request: &Value) -> Result<Value> {
+    let mut stream = UnixStream::connect(control)?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line)?;
+    let answer: Value = serde_json::from_str(&line).with_context(|| format!("no answer: {line:?}"))?;
+    ensure!(answer["ok"] == true, "{request} was refused: {answer}");
+    Ok(answer)
 }

@@ -20,6 +20,7 @@ pub mod mailbox;
 pub mod mem;
 pub mod metrics;
 pub mod msgq;
+pub mod pcapng;
 pub mod poll;
 pub mod process;
 pub mod pulse;

@@ -6,6 +6,7 @@ mod uplink;
 
 pub use port::PortArg;
 pub use switch::SwitchArg;
+pub(crate) use port::size;
 pub use uplink::UplinkArg;
 
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use vcp_core::http::Endpoint;
 use vcp_core::poll::PollMode;
 use vcp_core::process::confine::Mode as ConfineMode;
 
+use crate::capture::CaptureSpec;
 use crate::handover::take_over::TakeOverArgs;
 use crate::switch::PORTS_MAX;
 
@@ -95,6 +97,13 @@ pub struct ServeArgs {
     /// Serve a page of metrics for Prometheus there: http://ADDRESS:PORT/metrics, or over a Unix socket
     #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
     pub metrics: Option<Endpoint>,
+    /// Directory for captures, which the control socket can ask for then: {"cmd":"capture","port":"port0"}
+    #[arg(long, value_name = "DIR")]
+    pub capture_dir: Option<PathBuf>,
+    /// Capture from the start: `all`, or `port=NAME|uplink`, `direction=in|out|both`, `operation=NAME` (frames that come to
+    /// it, with what was decided), `snap=N` bytes of each, `size=SIZE` of the file, with commas
+    #[arg(long, value_name = "SPEC", requires = "capture_dir")]
+    pub capture: Option<CaptureSpec>,
     /// Give up rights that are not needed: files, ports, processes, system calls, memory
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub confine: ConfineMode,

@@ -3,9 +3,10 @@
 //!
 //! [`port`] is the device model (virtio semantics), [`frame`] what frames consist of, [`switch`] the line of operations
 //! that takes them from port to port, [`uplink`] where else they go. [`serve`] joins them to the poll loop of `vcp-core`.
-//! [`user`] is the uplink of those who have no rights on the host. `unsafe` is confined to the system calls of `uplink` and
+//! [`capture`] is for looking at frames. [`user`] is the uplink of those who have no rights on the host. `unsafe` is confined to the system calls of `uplink` and
 //! `user`.
 
+pub mod capture;
 pub mod cli;
 mod confine;
 pub mod frame;

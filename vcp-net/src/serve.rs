@@ -70,7 +70,15 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
     });
     let devices = devices.collect();
     ready.push_str(&format!(" uplink={} confined={}", kinds.join(","), report.summary()));
-    let fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
+    let mut fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
+    if let Some(dir) = &args.capture_dir {
+        fabric.capture_in(dir);
+    }
+    if let Some(spec) = &args.capture {
+        let start = fabric.capture(spec.clone(), Instant::now()).and_then(|started| started.finish());
+        let told = start.map_err(anyhow::Error::msg).context("--capture")?;
+        tracing::info!(%told, "capturing");
+    }
     // What a later process would be offered: the same filter for the log, wherever it came from.
     let needed = needs(args);
     let offer = Offer {
@@ -78,9 +86,11 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
         poll_us: args.poll_us.to_string(),
         log: log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok()),
         confine: args.confine,
-        capture_dir: None,
+        capture_dir: args.capture_dir.clone(),
         sockets: needed.sockets,
         dials: needed.dials,
+        listens: needed.listens,
+        flows: needed.flows,
         ports: specs,
         switches: kinds.len(),
     };
@@ -168,7 +178,7 @@ fn needs(args: &ServeArgs) -> Needs {
         sockets,
         listens: args.uplink.iter().any(|uplink| matches!(uplink, UplinkArg::User(_))),
         dials: args.port.iter().any(|port| port.connect),
-        captures: Vec::new(),
+        captures: args.capture_dir.iter().cloned().collect(),
         flows: args.uplink.iter().map(flows).sum(),
     }
 }

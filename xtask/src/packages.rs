@@ -44,6 +44,7 @@ const TEST: &[&str] = &[
     "dpdk-dev",
     "librte-net-vhost23",
     "iproute2",
+    "iperf3",
 ];
 
 const KERNEL: &[&str] = &["open-iscsi"];

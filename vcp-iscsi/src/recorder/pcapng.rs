@@ -4,20 +4,12 @@
 //! byte has number 1. Of each PDU the header and the first bytes of data are there; the rest counts in the packet's
 //! original length, as in a capture with a snapshot length. Why the file was written stands in its comments.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime};
+
+use vcp_core::pcapng::{self, ETHERNET, Packet, wall_ns};
 
 use super::{Entry, Way};
 
-/// Block types.
-const SECTION_HEADER: u32 = 0x0A0D_0D0A;
-const INTERFACE: u32 = 1;
-const ENHANCED_PACKET: u32 = 6;
-/// Options.
-const OPT_COMMENT: u16 = 1;
-const SHB_USERAPPL: u16 = 4;
-const IF_TSRESOL: u16 = 9;
-/// `LINKTYPE_ETHERNET`.
-const ETHERNET: u16 = 1;
 /// Ethernet, IPv4 and TCP headers.
 const FRAME_BYTES: usize = 14 + 20 + 20;
 const INITIATOR: [u8; 4] = [10, 0, 0, 1];
@@ -41,22 +33,8 @@ pub struct About {
 #[must_use]
 pub fn write(entries: &[Entry], about: &About) -> Vec<u8> {
     let mut out = Vec::with_capacity(512 + entries.len() * 224);
-    block(&mut out, SECTION_HEADER, |body| {
-        // Byte order, version 1.0, length not told.
-        body.extend(0x1A2B_3C4D_u32.to_le_bytes());
-        body.extend([1, 0, 0, 0]);
-        body.extend(u64::MAX.to_le_bytes());
-        option(body, OPT_COMMENT, about.comment.as_bytes());
-        option(body, SHB_USERAPPL, concat!("vcp-iscsi ", env!("CARGO_PKG_VERSION")).as_bytes());
-        option(body, 0, &[]);
-    });
-    block(&mut out, INTERFACE, |body| {
-        body.extend(ETHERNET.to_le_bytes());
-        body.extend([0; 6]);
-        // Nanoseconds.
-        option(body, IF_TSRESOL, &[9]);
-        option(body, 0, &[]);
-    });
+    pcapng::section(&mut out, &about.comment, concat!("vcp-iscsi ", env!("CARGO_PKG_VERSION")));
+    pcapng::interface(&mut out, ETHERNET, None);
     let (mut up, mut down) = (1_u32, 1_u32);
     for (at, entry) in entries.iter().enumerate() {
         let is_last = at + 1 == entries.len();
@@ -76,20 +54,11 @@ fn packet(out: &mut Vec<u8>, entry: &Entry, (seq, ack): (u32, u32), at_ns: u64, 
     let data = if entry.data_follows() { entry.data() } else { &[] };
     let there = FRAME_BYTES + entry.header.len() + data.len();
     let original = FRAME_BYTES + entry.len_bytes();
-    block(out, ENHANCED_PACKET, |body| {
-        body.extend(0_u32.to_le_bytes());
-        body.extend(((at_ns >> 32) as u32).to_le_bytes());
-        body.extend((at_ns as u32).to_le_bytes());
-        body.extend((there as u32).to_le_bytes());
-        body.extend((original as u32).to_le_bytes());
+    let about = Packet { at_ns, original_bytes: original, comment, ..Packet::default() };
+    pcapng::packet(out, &about, there, |body| {
         frame(body, entry, seq, ack);
         body.extend(entry.header);
         body.extend(data);
-        pad(body, there);
-        if let Some(comment) = comment {
-            option(body, OPT_COMMENT, comment.as_bytes());
-            option(body, 0, &[]);
-        }
     });
 }
 
@@ -126,43 +95,12 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// A block: type, length, what `build` makes of it, length.
-fn block(out: &mut Vec<u8>, kind: u32, build: impl FnOnce(&mut Vec<u8>)) {
-    let start = out.len();
-    out.extend(kind.to_le_bytes());
-    out.extend([0; 4]);
-    build(out);
-    let len = ((out.len() - start + 4) as u32).to_le_bytes();
-    out[start + 4..start + 8].copy_from_slice(&len);
-    out.extend(len);
-}
-
-fn option(out: &mut Vec<u8>, code: u16, value: &[u8]) {
-    // The length has 16 bits.
-    let value = &value[..value.len().min(4096)];
-    out.extend(code.to_le_bytes());
-    out.extend((value.len() as u16).to_le_bytes());
-    out.extend(value);
-    pad(out, value.len());
-}
-
-/// To a multiple of four.
-fn pad(out: &mut Vec<u8>, len: usize) {
-    out.extend([0; 3].iter().take(len.next_multiple_of(4) - len));
-}
-
-/// Nanoseconds since 1970.
-fn wall_ns(at: Instant, (instant, wall): (Instant, SystemTime)) -> u64 {
-    let wall = match instant.checked_duration_since(at) {
-        Some(before) => wall.checked_sub(before),
-        None => wall.checked_add(at.duration_since(instant)),
-    };
-    let since = wall.and_then(|wall| wall.duration_since(UNIX_EPOCH).ok()).unwrap_or(Duration::ZERO);
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use vcp_core::pcapng::{ENHANCED_PACKET, INTERFACE, SECTION_HEADER};
+
     use super::super::Recorder;
     use super::*;
 

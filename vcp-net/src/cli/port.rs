@@ -95,7 +95,7 @@ fn vlans(text: &str) -> Result<Vec<u16>, String> {
 }
 
 /// A number with K, M or G for powers of 1024.
-fn size(text: &str) -> Option<u64> {
+pub(crate) fn size(text: &str) -> Option<u64> {
     let (digits, factor) = match text.as_bytes().last()? {
         b'K' => (&text[..text.len() - 1], 1 << 10),
         b'M' => (&text[..text.len() - 1], 1 << 20),

@@ -5,7 +5,7 @@ pub mod checksum;
 pub mod ether;
 pub mod gso;
 pub mod layers;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod testing;
 pub mod vnet;
 

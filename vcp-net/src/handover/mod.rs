@@ -33,6 +33,12 @@ pub struct Offer {
     pub ports: Vec<PortSpec>,
     /// Number of switches.
     pub switches: usize,
+    /// Whether there is a user-mode stack, which reads the resolver's configuration and listens.
+    #[serde(default)]
+    pub listens: bool,
+    /// Sockets of its flows at most.
+    #[serde(default)]
+    pub flows: u64,
 }
 
 /// How this program calls itself to the other side.

@@ -97,14 +97,17 @@ fn prepare(
         sockets: offer.sockets.clone(),
         dials: offer.dials,
         captures: offer.capture_dir.iter().cloned().collect(),
-        // A user-mode stack is not handed over (`uplink::restore` says so).
-        listens: false,
-        flows: 0,
+        listens: offer.listens,
+        flows: offer.flows,
     };
     offer.ports.iter().try_for_each(crate::port::PortSpec::check).map_err(anyhow::Error::msg)?;
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let secret = secret()?;
     let report = confine::confine(offer.confine, needs)?;
     let uplinks = (0..offer.switches).map(|_| Box::new(NoUplink) as Box<dyn Uplink>).collect();
-    Ok((SwitchFabric::new(&offer.ports, uplinks, secret, Instant::now()), report, poll))
+    let mut fabric = SwitchFabric::new(&offer.ports, uplinks, secret, Instant::now());
+    if let Some(dir) = &offer.capture_dir {
+        fabric.capture_in(dir);
+    }
+    Ok((fabric, report, poll))
 }

@@ -102,6 +102,11 @@ impl Control {
         self.announce
     }
 
+    /// The driver is to say where it is.
+    pub(super) fn ask_to_announce(&mut self) {
+        (self.announce, self.changed) = (true, true);
+    }
+
     /// The configuration space changed.
     pub(super) fn changed(&mut self) {
         self.changed = true;
@@ -256,6 +261,16 @@ mod tests {
         assert!(control.command(&[2, 0, 7, 0], 4).is_some());
         let filter = control.filter().unwrap();
         assert!(filter.wants(Mac::BROADCAST, Some(7)) && !filter.wants(Mac::BROADCAST, Some(8)));
+    }
+
+    #[test]
+    fn a_driver_is_asked_to_announce_itself_until_it_says_that_it_did() {
+        let mut control = control();
+        control.ask_to_announce();
+        assert!(control.announces() && control.take_config_change() && !control.take_config_change());
+        assert!(control.command(&[3, 0], 1).is_some());
+        assert!(!control.announces() && control.take_config_change());
+        assert!(control.command(&[3, 0], 1).is_some() && !control.take_config_change());
     }
 
     #[test]

@@ -74,6 +74,12 @@ pub fn offered(spec: &PortSpec) -> u64 {
     bits
 }
 
+/// Whether the driver says where it is when it is asked to, and says that it did so (5.1.6.5.4).
+#[must_use]
+pub fn announces(acked: u64) -> bool {
+    acked & (GUEST_ANNOUNCE | STATUS | CTRL_VQ) == GUEST_ANNOUNCE | STATUS | CTRL_VQ
+}
+
 /// What the driver takes unfinished. Segmentation needs the checksum to be left to it as well (5.1.3.1).
 #[must_use]
 pub fn guest(acked: u64) -> Offloads {

@@ -198,6 +198,10 @@ impl RingDevice for NetPort {
     fn set_features(&mut self, acked: u64) {
         self.acked = acked;
         self.control = Control::new(&self.spec);
+        if features::announces(acked) {
+            // A switch that has just begun does not know where its stations are, and no driver can tell.
+            self.control.ask_to_announce();
+        }
         self.update_offloads();
     }
 

@@ -134,6 +134,12 @@ pub(super) fn command(
         "counters" => counters(fabric),
         "flush" => flush(fabric, args),
         "set" => set(fabric, ports, args, now),
+        "capture" => {
+            let spec = serde_json::from_value(Value::Object(args.clone()));
+            let spec = spec.map_err(|error| format!("not a capture: {error}"));
+            return Some(spec.and_then(|spec| fabric.capture(spec, now)));
+        }
+        "capture-stop" => return Some(fabric.watch.stop()),
         _ => return uplink(fabric, name, args, now),
     };
     Some(answer.map(Rest::done))

@@ -10,6 +10,7 @@ use super::account::{Account, Reason};
 use super::line::{From, Member};
 use super::rewrite::{Head, Rewrite};
 use super::work::{Fate, Frames, Item, PortId, Work};
+use crate::capture::Capture;
 use crate::frame::ether::IPV6;
 use crate::frame::gso::{Finished, finish_frame};
 use crate::frame::layers::HEADERS_BYTES;
@@ -28,6 +29,8 @@ pub struct Targets<'a> {
     pub uplink: &'a mut dyn Uplink,
     /// Counters.
     pub account: &'a mut Account,
+    /// Who looks at frames.
+    pub capture: Option<&'a mut Capture>,
     /// Where the burst comes from.
     pub from: PortId,
     /// Now.
@@ -155,7 +158,9 @@ impl Enqueue {
         let Some(member) = targets.members.get(port.index()) else { return false };
         let partial =
             targets.members.get(from.port.index()).is_some_and(|it| it.partial[usize::from(from.pair)] != 0);
-        member.spec.vlan == Vlan::default() && member.spec.pairs == 1 && member.spec.mtu.is_none() && !partial
+        let seen = targets.capture.as_ref().is_some_and(|capture| capture.wants_out(port));
+        let plain = member.spec.vlan == Vlan::default() && member.spec.mtu.is_none();
+        plain && member.spec.pairs == 1 && !partial && !seen
     }
 
     /// The usual case, without detours: frames that need nothing done, for a port that takes everything. Returns how many
@@ -241,6 +246,7 @@ impl Enqueue {
         if is_too_long(&out, l3_at, member.spec.mtu.map_or(usize::MAX, usize::from)) {
             return Gave::Dropped(Reason::Mtu);
         }
+        let ports = targets.ports.len();
         let target = &mut targets.ports[port.index()];
         let (device, rings) = target.parts();
         if let Some(filter) = device.filters()
@@ -252,7 +258,9 @@ impl Enqueue {
         let pair = if pairs > 1 { member.steer.pair(&out, item.ether.ethertype, l3_at, pairs) } else { 0 };
         let (header, count_at, offloads) = (device.header_bytes(), device.count_at(), device.offloads());
         let Some(ring) = receive_queue(rings, pair) else { return Gave::Dropped(Reason::Down) };
-        let mut sink = Sink { ring, header, count_at, refused: None, error: None };
+        let capture = targets.capture.as_deref_mut().filter(|capture| capture.wants_out(port));
+        let seen = capture.map(|capture| Seen { capture, port, ports, now: targets.now });
+        let mut sink = Sink { ring, header, count_at, seen, refused: None, error: None };
         let v6 = item.ether.ethertype == IPV6;
         let finished = if offloads.take(&out.meta, v6) {
             if sink.put(&out) { Finished::Done } else { Finished::Stopped(0) }
@@ -308,13 +316,25 @@ impl Enqueue {
             Err(reason) => return Gave::Dropped(reason),
         };
         let uplink = &mut *targets.uplink;
+        let capture = targets.capture.as_deref_mut().filter(|capture| capture.wants_out(PortId::UPLINK));
+        let mut seen = capture.map(|capture| Seen {
+            capture,
+            port: PortId::UPLINK,
+            ports: targets.ports.len(),
+            now: targets.now,
+        });
         if is_too_long(&out, l3_at, uplink.mtu()) {
             return Gave::Dropped(Reason::Mtu);
         }
         let offloads = uplink.offloads();
         if offloads.take(&out.meta, item.ether.ethertype == IPV6) {
             return match uplink.send(&out, sender) {
-                Sent::Done => Gave::Done,
+                Sent::Done => {
+                    if let Some(seen) = &mut seen {
+                        seen.went(&out);
+                    }
+                    Gave::Done
+                }
                 Sent::Full => Gave::Full(0),
                 Sent::Refused => Gave::Dropped(Reason::Refused),
             };
@@ -323,6 +343,9 @@ impl Enqueue {
         let finished = finish_frame(&out, item.ether.ethertype, l3_at, offloads, from, &mut |piece| {
             last = uplink.send(piece, sender);
             pieces += u64::from(last == Sent::Done);
+            if let (Sent::Done, Some(seen)) = (last, &mut seen) {
+                seen.went(piece);
+            }
             last == Sent::Done
         });
         let tally = targets.account.of(PortId::UPLINK, 0);
@@ -366,8 +389,23 @@ fn is_too_long(out: &OutFrame<'_>, l3_at: usize, mtu: usize) -> bool {
     }
 }
 
+/// Who looks at the frames that a target gets.
+struct Seen<'a> {
+    capture: &'a mut Capture,
+    port: PortId,
+    ports: usize,
+    now: Instant,
+}
+
+impl Seen<'_> {
+    fn went(&mut self, frame: &OutFrame<'_>) {
+        self.capture.went_out(self.port, frame, self.ports, self.now);
+    }
+}
+
 /// A receive queue that takes finished frames.
 struct Sink<'a> {
+    seen: Option<Seen<'a>>,
     ring: &'a mut BurstRing,
     header: usize,
     count_at: Option<usize>,
@@ -376,18 +414,23 @@ struct Sink<'a> {
 }
 
 impl Sink<'_> {
-    fn put(&mut self, out: &OutFrame<'_>) -> bool {
-        let header = out.meta.emit();
+    fn put(&mut self, frame: &OutFrame<'_>) -> bool {
+        let header = frame.meta.emit();
         let out = Out {
             header: &header[..self.header],
             count_at: self.count_at,
-            prefix: out.prefix,
-            frame: out.frame,
-            skip: out.skip,
-            len_bytes: out.len_bytes,
+            prefix: frame.prefix,
+            frame: frame.frame,
+            skip: frame.skip,
+            len_bytes: frame.len_bytes,
         };
         match self.ring.put(&out) {
-            Ok(Put::Done) => true,
+            Ok(Put::Done) => {
+                if let Some(seen) = &mut self.seen {
+                    seen.went(frame);
+                }
+                true
+            }
             Ok(refused) => {
                 self.refused = Some(refused);
                 false

@@ -18,7 +18,9 @@ use super::command;
 use super::enqueue::Targets;
 use super::line::{From, Line, Member};
 use super::table::Station;
+use super::watch::Watch;
 use super::work::{Frames, PortId, PortSet};
+use crate::capture::Capture;
 use crate::frame::{Mac, Offloads, OutFrame};
 use crate::port::{NetPort, PortSpec, Vlan, receive_queue, transmit_queue};
 use crate::uplink::none::NoUplink;
@@ -38,6 +40,8 @@ pub(super) struct Switch {
 pub struct SwitchFabric {
     pub(super) switches: Vec<Switch>,
     pub(super) members: Vec<Member>,
+    /// Who looks at frames.
+    pub(super) watch: Watch,
     batch: Batch,
     /// Whose turn is first.
     turn: usize,
@@ -66,7 +70,8 @@ impl SwitchFabric {
         };
         let switches = uplinks.into_iter().enumerate().map(switch).collect();
         let members = ports.iter().map(|spec| Member::new(spec.clone(), now)).collect();
-        let mut this = Self { switches, members, batch: Batch::default(), turn: 0, now };
+        let watch = Watch::default();
+        let mut this = Self { switches, members, watch, batch: Batch::default(), turn: 0, now };
         this.fix_addresses();
         this
     }
@@ -94,7 +99,7 @@ impl SwitchFabric {
 
     /// Lets port `at` send.
     fn serve(&mut self, at: usize, ports: &mut [Port<NetPort>], now: Instant) -> bool {
-        let Self { switches, members, batch, .. } = self;
+        let Self { switches, members, watch, batch, .. } = self;
         let Some(switch) = switches.get_mut(usize::from(members[at].spec.switch)) else { return false };
         let port = PortId(at as u8);
         let device = ports[at].device();
@@ -123,7 +128,8 @@ impl SwitchFabric {
                 let from = From { port, pair, host };
                 let frames = Frames::Ring(batch, header);
                 let Switch { line, uplink, account } = switch;
-                let mut targets = Targets { members, ports, uplink: &mut **uplink, account, from: port, now };
+                let (uplink, capture) = (&mut **uplink, watch.capture());
+                let mut targets = Targets { members, ports, uplink, account, capture, from: port, now };
                 let done = line.run(from, &frames, &mut targets);
                 let bytes: u64 = (0..done).map(|at| batch.frame(at).len_bytes() as u64).sum();
                 let (_, rings) = ports[at].parts();
@@ -199,12 +205,14 @@ impl Fabric<NetPort> for SwitchFabric {
             moved |= self.serve((self.turn + at) % count, ports, now);
         }
         self.turn = if self.turn + 1 < count { self.turn + 1 } else { 0 };
-        let Self { switches, members, .. } = self;
+        let Self { switches, members, watch, .. } = self;
         for switch in switches {
             let Switch { line, uplink, account } = switch;
             uplink.flush(now);
-            moved |= uplink.receive(&mut Inlet { line, account, members, ports, now }, now);
+            let capture = watch.capture();
+            moved |= uplink.receive(&mut Inlet { line, account, capture, members, ports, now }, now);
         }
+        self.watch.turn(now);
         if moved {
             self.show(ports);
         }
@@ -213,6 +221,9 @@ impl Fabric<NetPort> for SwitchFabric {
 
     fn waits<'a>(&'a self, add: &mut dyn FnMut(Wait<'a>)) {
         self.switches.iter().for_each(|switch| switch.uplink.waits(add));
+        if let Some(deadline) = self.watch.deadline() {
+            add(Wait { deadline: Some(deadline), ..Wait::default() });
+        }
         let stuck = self.members.iter().filter_map(|member| member.stuck_at(self.now)).min();
         if let Some(deadline) = stuck {
             add(Wait { deadline: Some(deadline), ..Wait::default() });
@@ -272,6 +283,7 @@ impl Fabric<NetPort> for SwitchFabric {
     }
 
     fn close(&mut self, _limit: Duration) {
+        self.watch.close();
         self.switches.iter_mut().for_each(|switch| switch.uplink.close());
     }
 }
@@ -320,6 +332,7 @@ impl Switch {
 struct Inlet<'a> {
     line: &'a mut Line,
     account: &'a mut Account,
+    capture: Option<&'a mut Capture>,
     members: &'a mut [Member],
     ports: &'a mut [Port<NetPort>],
     now: Instant,
@@ -328,10 +341,11 @@ struct Inlet<'a> {
 impl Ingress for Inlet<'_> {
     fn frame(&mut self, frame: &OutFrame<'_>) -> Taken {
         let from = From { port: PortId::UPLINK, pair: 0, host: Some(Offloads::ALL) };
-        let Self { line, account, members, ports, now } = self;
+        let Self { line, account, capture, members, ports, now } = self;
+        let capture = capture.as_deref_mut();
         // Nothing that an uplink brings goes back to it.
         let uplink = &mut NoUplink;
-        let mut targets = Targets { members, ports, uplink, account, from: from.port, now: *now };
+        let mut targets = Targets { members, ports, uplink, account, capture, from: from.port, now: *now };
         match line.run(from, &Frames::One(frame), &mut targets) {
             0 => Taken::Full,
             _ => Taken::Done,
@@ -348,6 +362,10 @@ impl Ingress for Inlet<'_> {
 
     fn direct(&mut self, port: PortId, len_bytes: usize) -> Room<'_> {
         let Some(member) = self.members.get_mut(port.index()) else { return Room::Unfit };
+        // What is captured takes the line.
+        if self.capture.is_some() {
+            return Room::Unfit;
+        }
         let simple = member.spec.vlan == Vlan::default() && member.spec.link && self.line.members.has(port);
         let Some(target) = self.ports.get_mut(port.index()) else { return Room::Unfit };
         target.touch();

@@ -155,6 +155,9 @@ impl Line {
         {
             self.police.undo(work, done, member);
         }
+        if let Some(capture) = &mut targets.capture {
+            capture.decided(from.port, &work.items()[..done], frames, targets.ports.len(), now);
+        }
         let tally = targets.account.of(from.port, from.pair);
         for item in &work.items()[..done] {
             tally.in_frames += 1;

@@ -30,6 +30,7 @@ pub mod steer;
 pub mod table;
 #[cfg(test)]
 mod tests;
+mod watch;
 pub mod work;
 
 pub use fabric::SwitchFabric;

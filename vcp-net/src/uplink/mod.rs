@@ -125,7 +125,7 @@ pub fn restore(kind: &str, state: Value, fds: &mut Fds) -> Result<Box<dyn Uplink
     match kind {
         "none" => Ok(Box::new(none::NoUplink)),
         "packet" => Ok(Box::new(packet::Packet::restore(state, fds)?)),
-        "user" => Err(BadState::Text("a user-mode stack cannot be taken over yet".into())),
+        "user" => Ok(Box::new(crate::user::UserStack::restore(state, fds)?)),
         "tap" => Ok(Box::new(tap::Tap::restore(state, fds)?)),
         _ => Err(BadState::Text(format!("an uplink of a kind that is not known: {kind}"))),
     }

@@ -4,6 +4,7 @@
 //! * [`cut`]: connections are cut at random bytes under a verifying load, again and again.
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
 //! * [`mod@msgq`]: either side of a message queue is killed, against a ledger.
+//! * [`mod@net`]: front ends of a switch are killed under traffic, and the switch itself.
 //! * [`monitor`]: the same under `vcp run`, which starts it again.
 //! * [`upgrade`]: under `vcp run` it is replaced by a process of its own accord, again and again.
 
@@ -12,6 +13,7 @@ mod kill;
 mod monitor;
 mod msgq;
 mod upgrade;
+mod net;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -29,6 +31,8 @@ pub(crate) enum Soak {
     Msgq(msgq::Args),
     /// Live upgrades of vcp-iscsi under `vcp run` with a verifying guest
     Upgrade(upgrade::Args),
+    /// `kill -9` of front ends of vcp-net under traffic, and of vcp-net
+    Net(net::Args),
 }
 
 /// Runs one.
@@ -42,5 +46,6 @@ pub(crate) fn run(soak: &Soak) -> Result<()> {
         Soak::Monitor(args) => monitor::run(args),
         Soak::Msgq(args) => msgq::run(args),
         Soak::Upgrade(args) => upgrade::run(args),
+        Soak::Net(args) => net::run(args),
     }
 }

@@ -7,10 +7,13 @@ use rustix::net::{
     AddressFamily, SocketFlags, SocketType, acceptfrom_with, bind, getsockname, listen, socket_with, sockopt,
 };
 use serde_json::{Value, json};
+use vcp_core::handover::Fds;
+use vcp_core::handover::state::{BadState, NotNow};
 
 use super::super::config::{Forward, Transport};
 use super::super::slab::Slab;
 use super::LISTEN_TOKEN;
+use super::keep::{ListenerState, cannot_watch};
 use super::shared::Shared;
 use super::tcp::TcpFlows;
 use super::udp::UdpFlows;
@@ -107,6 +110,42 @@ impl Forwards {
             udp.end(flow, shared);
         }
         true
+    }
+
+    /// What another process goes on from.
+    pub(super) fn export(&self, fds: &mut Fds) -> Result<Vec<ListenerState>, NotNow> {
+        let one = |(_, it): (u32, &Listener)| {
+            let (socket, flow) = match &it.what {
+                What::Tcp(socket) => (Some(fds.put_copy(socket)?), None),
+                What::Udp(flow) => (None, Some(*flow)),
+            };
+            Ok(ListenerState { forward: it.forward, bound: it.bound, socket, flow })
+        };
+        self.listeners.iter().map(one).collect()
+    }
+
+    /// Goes on with what another process listened on. `numbers`: what numbers of flows were there, and are here.
+    pub(super) fn restore(
+        states: Vec<ListenerState>,
+        numbers: &[(u32, u32)],
+        fds: &mut Fds,
+        shared: &mut Shared,
+    ) -> Result<Self, BadState> {
+        let mut this = Self::default();
+        for ListenerState { forward, bound, socket, flow } in states {
+            let there = numbers.iter().find(|(old, _)| Some(*old) == flow);
+            let what = match (fds.take_if(socket)?, there) {
+                (Some(socket), _) => What::Tcp(socket),
+                (None, Some(&(_, flow))) => What::Udp(flow),
+                (None, None) => return Err(BadState::Text(format!("{forward} listens nowhere"))),
+            };
+            let at = this.listeners.insert(Listener { forward, bound, what, ready: true });
+            let token = this.listeners.token(LISTEN_TOKEN, at);
+            if let Some(Listener { what: What::Tcp(socket), .. }) = this.listeners.get(at) {
+                shared.watch(socket, token, false).map_err(cannot_watch)?;
+            }
+        }
+        Ok(this)
     }
 
     pub(super) fn list(&self) -> Value {

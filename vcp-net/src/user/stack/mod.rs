@@ -6,6 +6,7 @@
 
 mod control;
 mod forward;
+mod keep;
 mod shared;
 mod tcp;
 #[cfg(test)]
@@ -324,8 +325,8 @@ impl Uplink for UserStack {
         })
     }
 
-    fn export(&self, _fds: &mut Fds, _now: Instant) -> Result<Value, NotNow> {
-        Err(NotNow::Never("a user-mode stack cannot be handed over yet".into()))
+    fn export(&self, fds: &mut Fds, _now: Instant) -> Result<Value, NotNow> {
+        self.keep(fds)
     }
 
     fn close(&mut self) {

@@ -102,6 +102,11 @@ impl Shared {
         (!self.neighbours.is_empty()).then_some(self.advertise_at)
     }
 
+    /// The neighbours that are known.
+    pub(super) fn neighbours(&self) -> Vec<(IpAddr, Link)> {
+        self.neighbours.iter().map(|(&ip, &link)| (ip, link)).collect()
+    }
+
     /// Which families can be pinged outside.
     pub(super) fn pings(&self) -> (bool, bool) {
         (self.ping4, self.ping6)

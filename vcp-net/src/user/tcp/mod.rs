@@ -184,6 +184,12 @@ impl Conn {
         }
     }
 
+    /// Whether it is one that can be, as far as its numbers say: for what comes from another process.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.scale <= 14 && self.our_scale <= 14 && self.mss >= MIN_MSS
+    }
+
     /// Largest payload of a segment to the guest.
     #[must_use]
     pub fn mss(&self) -> u16 {

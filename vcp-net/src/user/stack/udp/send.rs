@@ -1,0 +1,218 @@
+//! From guests to sockets: one `sendmsg` out of the guest's memory, for a row of datagrams too.
+
+use std::net::SocketAddr;
+
+use vcp_core::sock::Gather;
+
+use super::{Flow, Key, PEERS_MAX, UdpFlows, socket_is_v6};
+use crate::frame::{Gso, OutFrame};
+use crate::uplink::Sender;
+use crate::user::dns;
+use crate::user::icmp::{self, Why};
+use crate::user::packet::{ICMP, ICMPV6, Link, Packet, finished, udp};
+use crate::user::stack::shared::Shared;
+use crate::user::stack::{HEAD_BYTES, control};
+
+impl UdpFlows {
+    /// Takes a datagram of a guest.
+    pub(in crate::user::stack) fn datagram(
+        &mut self,
+        frame: &OutFrame<'_>,
+        l4: &[u8],
+        packet: &Packet,
+        link: Link,
+        from: Sender,
+        shared: &mut Shared,
+    ) {
+        let Some(&[a, b, c, d, e, f, _, _]) = l4.first_chunk::<8>() else {
+            shared.counters.drops.malformed += 1;
+            return;
+        };
+        let (src, dst) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        let said = usize::from(u16::from_be_bytes([e, f]));
+        let row = frame.meta.gso() == Some(Gso::Udp);
+        let len = if row { packet.l4_bytes() } else { said };
+        if len < 8 || len > packet.l4_bytes() {
+            shared.counters.drops.malformed += 1;
+            return;
+        }
+        let (payload_at, payload) = (packet.l4_at + 8, len - 8);
+        let asks = shared.config.is_dns(packet.dst) && dst == dns::PORT;
+        let mut query = None;
+        if asks {
+            let message = control::copy(frame, payload_at, payload_at + payload);
+            let Some(question) = dns::parse(&message) else {
+                shared.counters.drops.malformed += 1;
+                return;
+            };
+            shared.resolver.look(shared.ms);
+            let answer = dns::answer(&message, &question, &shared.config, &shared.leases)
+                .or_else(|| shared.resolver.servers.is_empty().then(|| dns::failure(&message, &question)));
+            if let Some(answer) = answer {
+                shared.counters.dns.0 += 1;
+                let us = shared.config.mac;
+                shared.push(udp(us, link, (packet.dst, dst), (packet.src, src), &answer));
+                return;
+            }
+            shared.counters.dns.1 += 1;
+            query = Some(question.id);
+        }
+        let mut target = match shared.outside(packet.dst, dst) {
+            Ok(target) => target,
+            Err(Why::Port) => {
+                let head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
+                shared.unreachable(packet, &head, link, Why::Port);
+                return;
+            }
+            Err(_) => {
+                shared.counters.drops.bad_target += 1;
+                return;
+            }
+        };
+        let key = Key { ping: false, guest: (packet.src, src), vid: link.vid };
+        let Some(at) = self.of(key, target, link, from, shared) else { return };
+        let Some(flow) = self.flows.get_mut(at) else { return };
+        (flow.link, flow.used) = (Some(link), shared.ms);
+        match query {
+            Some(id) => {
+                // Who gets no answer asks again, and then another one.
+                flow.query = if flow.query.0 == id { (id, flow.query.1 + 1) } else { (id, 0) };
+                let servers = &shared.resolver.servers;
+                if let Some(server) = servers.get(flow.query.1 % servers.len().max(1)) {
+                    target.set_ip(*server);
+                }
+            }
+            None => flow.plain = true,
+        }
+        if target.is_ipv6() != socket_is_v6(flow) {
+            // A name server of the other family: it has a flow of its own.
+            let other = Key { vid: key.vid | 0x8000, ..key };
+            let Some(at) = self.of(other, target, link, from, shared) else { return };
+            if let Some(flow) = self.flows.get_mut(at) {
+                flow.used = shared.ms;
+                Self::send(flow, frame, payload_at, payload, target, packet, link, shared);
+            }
+            return;
+        }
+        Self::send(flow, frame, payload_at, payload, target, packet, link, shared);
+    }
+
+    #[allow(clippy::too_many_arguments)] // What a packet is, in parts.
+    fn send(
+        flow: &mut Flow,
+        frame: &OutFrame<'_>,
+        at: usize,
+        len: usize,
+        target: SocketAddr,
+        packet: &Packet,
+        link: Link,
+        shared: &mut Shared,
+    ) {
+        if !flow.peers.contains(&target.ip()) {
+            if flow.peers.len() < PEERS_MAX {
+                flow.peers.push(target.ip());
+            } else {
+                flow.peers[flow.peer_next] = target.ip();
+                flow.peer_next = (flow.peer_next + 1) % PEERS_MAX;
+            }
+        }
+        let row = (frame.meta.gso() == Some(Gso::Udp)).then_some(frame.meta.gso_size).filter(|&it| it != 0);
+        let one = |from: usize, len: usize, segment: Option<u16>, shared: &mut Shared| {
+            let copy;
+            // An earlier error is told first, and then forgotten.
+            for again in [true, false] {
+                shared.counters.calls += 1;
+                let mut gather = Gather::new(&mut shared.storage);
+                match from.checked_sub(frame.prefix.len()) {
+                    Some(at) => {
+                        gather.push_frame(&frame.frame, frame.skip + at, len);
+                    }
+                    None => {
+                        copy = control::copy(frame, from, from + len);
+                        gather.push_bytes(&copy);
+                        return gather.send_to(&flow.socket, Some(target), segment);
+                    }
+                }
+                match gather.send_to(&flow.socket, Some(target), segment) {
+                    Err(error)
+                        if again
+                            && matches!(
+                                error.raw_os_error(),
+                                Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH)
+                            ) => {}
+                    result => return result,
+                }
+            }
+            Ok(0)
+        };
+        let mut result = one(at, len, row.filter(|&size| usize::from(size) < len), shared);
+        if let (Err(_), Some(size)) = (&result, row) {
+            // More, or longer ones, than the kernel cuts: one by one.
+            let size = usize::from(size);
+            result = Ok(0);
+            for piece in 0..len.div_ceil(size) {
+                let from = piece * size;
+                result = one(at + from, size.min(len - from), None, shared);
+                if result.is_err() {
+                    break;
+                }
+            }
+        }
+        match result {
+            Ok(_) => shared.counters.udp.0 += 1,
+            Err(error) => {
+                shared.counters.drops.not_sent += 1;
+                let mut head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
+                head.truncate(packet.end);
+                let why = match error.raw_os_error() {
+                    Some(libc::EMSGSIZE) => Some(Why::TooBig(1280)),
+                    Some(error) => Why::of_errno(error),
+                    None => None,
+                };
+                if let Some(why) = why {
+                    shared.unreachable(packet, &head, link, why);
+                }
+            }
+        }
+    }
+
+    /// Takes an ICMP message of a guest.
+    pub(in crate::user::stack) fn message(
+        &mut self,
+        frame: &OutFrame<'_>,
+        packet: &Packet,
+        link: Link,
+        from: Sender,
+        shared: &mut Shared,
+    ) {
+        let v6 = packet.src.is_ipv6();
+        let message = control::copy(frame, packet.l4_at, packet.end);
+        let Some(answer) = icmp::echo(&message, v6) else {
+            // Errors of guests about what they were sent: the flow finds out by itself.
+            shared.counters.drops.not_ours += 1;
+            return;
+        };
+        if shared.config.is_ours(packet.dst) {
+            let protocol = if v6 { ICMPV6 } else { ICMP };
+            shared.push(finished(shared.config.mac, link, (packet.dst, packet.src), protocol, &answer, 2));
+            return;
+        }
+        let Ok(target) = shared.outside(packet.dst, 0) else {
+            shared.counters.drops.bad_target += 1;
+            return;
+        };
+        if !shared.can_ping(v6) {
+            shared.counters.drops.not_ours += 1;
+            let head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
+            shared.unreachable(packet, &head, link, Why::Admin);
+            return;
+        }
+        let id = u16::from_be_bytes([message[4], message[5]]);
+        let key = Key { ping: true, guest: (packet.src, id), vid: link.vid };
+        let Some(at) = self.of(key, target, link, from, shared) else { return };
+        let Some(flow) = self.flows.get_mut(at) else { return };
+        (flow.link, flow.used) = (Some(link), shared.ms);
+        shared.counters.pings.0 += 1;
+        Self::send(flow, frame, packet.l4_at, packet.l4_bytes(), target, packet, link, shared);
+    }
+}
