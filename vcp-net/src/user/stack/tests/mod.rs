@@ -1,6 +1,7 @@
 //! The stack between a guest that is not ours and sockets of the host.
 
 mod bed;
+mod keep;
 mod services;
 
 use std::io::{Read, Write};
