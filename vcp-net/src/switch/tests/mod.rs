@@ -5,4 +5,5 @@ mod bed;
 mod offloads;
 #[path = "../../../../vcp-core/tests/support/mod.rs"]
 mod ring;
+mod watch;
 mod ways;

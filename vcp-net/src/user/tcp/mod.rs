@@ -9,6 +9,8 @@
 
 pub mod segment;
 mod send;
+#[cfg(test)]
+mod sim;
 mod time;
 
 use serde::{Deserialize, Serialize};
