@@ -12,7 +12,7 @@ const MSS: u32 = 1448;
 const GUEST_ISN: u32 = 0xffff_f000;
 const ISN: u32 = 0x7fff_fe00;
 /// The guest's window.
-const WINDOW: u32 = 1 << 20;
+const WINDOW: u32 = 256 << 10;
 /// A guest repeats what was not acknowledged for so long (and a round trip).
 const RTO_MS: Ms = 300;
 
@@ -108,7 +108,7 @@ impl Guest {
         }
         if seg.has(SYN) {
             (self.peer_isn, self.scale, self.open) = (seg.seq, seg.scale.unwrap_or(0), true);
-            (self.since, self.answer) = (now, true);
+            (self.since, self.answer, self.window) = (now, true, seg.window.into());
             return;
         }
         let acked = seg.ack.wrapping_sub(GUEST_ISN.wrapping_add(1));
@@ -227,7 +227,9 @@ fn run(plan: Plan) -> Outcome {
             moved |= guest.got != before;
         }
         if now >= stopped_until {
+            let told = WINDOW - (guest.got - guest.read);
             guest.read += (guest.got - guest.read).min(plan.rate);
+            guest.answer |= told < MSS && WINDOW - (guest.got - guest.read) >= MSS;
             let free = (256 << 10) - room;
             room += free.min(plan.rate);
             conn.room(room);
@@ -240,6 +242,12 @@ fn run(plan: Plan) -> Outcome {
                 (guest.nxt, guest.dups, guest.since) = (guest.una, 0, now);
             }
             let mut sent = false;
+            let shut = guest.window == 0 && guest.nxt == guest.una && guest.una < plan.len;
+            if shut && now >= guest.since + RTO_MS + 2 * plan.delay_ms {
+                // A number that was acknowledged: it must be answered.
+                up.put(guest.header(guest.una.wrapping_sub(1), ACK, now), 0, now, &plan, &mut random);
+                guest.since = now;
+            }
             while guest.nxt < plan.len && guest.nxt - guest.una < guest.window {
                 let len = (plan.len - guest.nxt).min(MSS).min(guest.window - (guest.nxt - guest.una));
                 up.put(guest.header(guest.nxt, ACK, now), len, now, &plan, &mut random);
