@@ -287,14 +287,14 @@ fn run(plan: Plan) -> Outcome {
 fn every_round_trip_time_and_loss_gets_through() {
     for delay_ms in [0, 1, 5, 25, 100] {
         for loss in [0, 1, 10] {
-            for seed in 1..4 {
+            for seed in 1..4u64 {
                 let plan = Plan {
                     delay_ms,
                     loss,
                     len: 1_500_000,
                     rate: 100_000,
                     moody: false,
-                    seed: seed * 0x9e37_79b9_7f4a_7c15,
+                    seed: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
                 };
                 let Outcome { took_ms, lost } = run(plan);
                 // A window for each round trip, and for each loss what it takes to find out and to repeat.
@@ -311,14 +311,14 @@ fn every_round_trip_time_and_loss_gets_through() {
 
 #[test]
 fn windows_that_close_and_open_again_stop_nobody() {
-    for seed in 1..60 {
+    for seed in 1..60u64 {
         let plan = Plan {
             delay_ms: seed % 4,
             loss: seed % 3,
             len: 1_000_000,
             rate: 2_000 + (seed as u32 * 977) % 30_000,
             moody: true,
-            seed: seed * 0x2545_f491_4f6c_dd1d,
+            seed: seed.wrapping_mul(0x2545_f491_4f6c_dd1d),
         };
         run(plan);
     }

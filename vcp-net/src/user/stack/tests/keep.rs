@@ -100,7 +100,7 @@ fn datagrams_wait_for_a_guest_without_room_and_a_flow_goes_on() {
         there.send_to(&number.to_le_bytes(), from.unwrap()).unwrap();
     }
     replace(&mut bed);
-    let mut expected = 0;
+    let mut expected = 0u32;
     bed.until("all of them, in their order", |bed| {
         let socket = bed.sockets.get_mut::<udp::Socket<'_>>(handle);
         while let Ok((bytes, _)) = socket.recv() {
