@@ -75,7 +75,7 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
         fabric.capture_in(dir);
     }
     if let Some(spec) = &args.capture {
-        let start = fabric.capture(spec.clone(), Instant::now()).and_then(|started| started.finish());
+        let start = fabric.capture(spec.clone(), Instant::now()).and_then(vcp_core::ask::Rest::finish);
         let told = start.map_err(anyhow::Error::msg).context("--capture")?;
         tracing::info!(%told, "capturing");
     }

@@ -98,7 +98,7 @@ impl FromStr for CaptureSpec {
                 Some(("direction", "both")) => this.direction = Direction::Both,
                 Some(("operation", name)) => this.operation = Some(name.to_owned()),
                 Some(("snap", number)) => {
-                    this.snap_bytes = number.parse().map_err(|_| bad("not a number"))?
+                    this.snap_bytes = number.parse().map_err(|_| bad("not a number"))?;
                 }
                 Some(("size", size)) => {
                     this.size_bytes = crate::cli::size(size).ok_or_else(|| bad("not a size"))?;

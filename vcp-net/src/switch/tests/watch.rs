@@ -1,6 +1,7 @@
 //! Captures: what is in the file is what passed.
 
 use serde_json::json;
+use vcp_core::ask::Rest;
 use vcp_core::fabric::Fabric;
 use vcp_core::pcapng::ENHANCED_PACKET;
 
@@ -9,10 +10,11 @@ use crate::frame::VnetHeader;
 use crate::frame::testing::Packet;
 use crate::port::{PortSpec, Vlan};
 
+#[allow(clippy::needless_pass_by_value)] // Made for the call.
 fn command(bed: &mut Bed, name: &str, args: serde_json::Value) -> Result<serde_json::Value, String> {
     let args = args.as_object().cloned().unwrap_or_default();
     let rest = bed.fabric.command(&mut bed.ports, name, &args, bed.now).expect("a known command");
-    rest.and_then(|rest| rest.finish())
+    rest.and_then(Rest::finish)
 }
 
 /// Interface, length before it was cut, bytes that are there, and the rest of each packet's block.
