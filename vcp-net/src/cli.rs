@@ -5,8 +5,8 @@ mod switch;
 mod uplink;
 
 pub use port::PortArg;
-pub use switch::SwitchArg;
 pub(crate) use port::size;
+pub use switch::SwitchArg;
 pub use uplink::UplinkArg;
 
 use std::path::PathBuf;

@@ -12,8 +12,8 @@ mod cut;
 mod kill;
 mod monitor;
 mod msgq;
-mod upgrade;
 mod net;
+mod upgrade;
 
 use anyhow::Result;
 use clap::Subcommand;
