@@ -277,7 +277,10 @@ fn frame(input: &mut Input<'_>, guest: &Guest) -> (VnetHeader, Vec<u8>) {
                 udp(MAC, gateway(), (us, 4000), (GATEWAY.into(), ECHO), input.bytes(99)),
             )
         }
-        _ => tcp(input, guest, (us, target(input, v6))),
+        _ => {
+            let to = target(input, v6);
+            tcp(input, guest, (us, to))
+        }
     }
 }
 
