@@ -4,7 +4,7 @@
 //! * [`cut`]: connections are cut at random bytes under a verifying load, again and again.
 //! * [`kill`]: the VCP is killed under a verifying load, again and again.
 //! * [`mod@msgq`]: either side of a message queue is killed, against a ledger.
-//! * [`mod@net`]: front ends of a switch are killed under traffic, and the switch itself.
+//! * [`mod@net`]: front ends of a switch are killed under traffic.
 //! * [`monitor`]: the same under `vcp run`, which starts it again.
 //! * [`upgrade`]: under `vcp run` it is replaced by a process of its own accord, again and again.
 
@@ -31,7 +31,7 @@ pub(crate) enum Soak {
     Msgq(msgq::Args),
     /// Live upgrades of vcp-iscsi under `vcp run` with a verifying guest
     Upgrade(upgrade::Args),
-    /// `kill -9` of front ends of vcp-net under traffic, and of vcp-net
+    /// `kill -9` of front ends of vcp-net under traffic
     Net(net::Args),
 }
 
