@@ -236,7 +236,6 @@ fn stock_guest_on_the_user_mode_stack() -> Result<()> {
     for reason in ["malformed", "checksum", "no_flow", "no_socket", "no_room", "not_sent"] {
         assert_eq!(uplink["counters"]["drops"][reason], 0, "{uplink:#}");
     }
-    assert_eq!(uplink["counters"]["tcp_resets"], json!([0, 0]), "{uplink:#}");
     Ok(())
 }
 
