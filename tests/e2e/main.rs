@@ -6,6 +6,7 @@
 mod beds;
 mod bench;
 mod chap;
+mod confined;
 mod conformance;
 mod cut;
 mod devices;
@@ -16,6 +17,7 @@ mod errors;
 mod faults;
 mod guest;
 mod info;
+mod inject;
 mod isolation;
 mod kill;
 mod lifecycle;

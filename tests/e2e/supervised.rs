@@ -19,15 +19,15 @@ use crate::support::{numbers, spread, vcp};
 const STEP: Duration = Duration::from_secs(60);
 
 /// A guest that writes and reads at random, checking everything, with an API.
-struct Bed {
-    proc: Proc,
+pub(crate) struct Bed {
+    pub(crate) proc: Proc,
     api: PathBuf,
     _dir: tempfile::TempDir,
-    _target: Target,
+    pub(crate) target: Target,
 }
 
 impl Bed {
-    fn start(options: &str) -> Result<Self> {
+    pub(crate) fn start(options: &str) -> Result<Self> {
         let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
         let dir = tempfile::tempdir()?;
         let api = dir.path().join("api");
@@ -42,22 +42,31 @@ impl Bed {
                 .keep_stdin()
                 .spawn()?;
         proc.wait_line(Stream::Out, "blocks of", STEP)?;
-        Ok(Self { proc, api, _dir: dir, _target: target })
+        Ok(Self { proc, api, _dir: dir, target })
     }
 
-    fn ctl(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn ctl(&self, args: &[&str]) -> Result<String> {
         vcp(["ctl", "--api-socket"])?.arg(&self.api).args(args).output(STEP)
     }
 
     /// What the monitor says of the disk's VCP.
-    fn backend(&self) -> Result<Value> {
+    pub(crate) fn backend(&self) -> Result<Value> {
         let status: Value = serde_json::from_str(&self.ctl(&["status", "--json"])?)?;
         let devices = status["machine"]["devices"].as_array().context("no devices")?;
         let disk = devices.iter().find(|device| device["name"] == "disk0").context("no disk0")?;
         Ok(disk["backend"].clone())
     }
 
-    fn until(&self, what: &str, mut is: impl FnMut(&Value) -> bool) -> Result<Value> {
+    /// Waits until requests are answered that were not yet.
+    pub(crate) fn moves(&self) -> Result<()> {
+        let done = |backend: &Value| backend["load"]["requests"].as_u64().unwrap_or(0);
+        let pid = self.backend()?["pid"].clone();
+        let before = done(&self.backend()?);
+        self.until("requests are answered", |backend| backend["pid"] != pid || done(backend) > before + 100)?;
+        Ok(())
+    }
+
+    pub(crate) fn until(&self, what: &str, mut is: impl FnMut(&Value) -> bool) -> Result<Value> {
         let end = Instant::now() + STEP;
         loop {
             let backend = self.backend()?;
@@ -70,7 +79,7 @@ impl Bed {
     }
 
     /// The guest compares everything, and all is right; what it said last.
-    fn finish(self) -> Result<String> {
+    pub(crate) fn finish(self) -> Result<String> {
         self.proc.say(b"q")?;
         let status = self.proc.wait(STEP)?;
         ensure!(status.success(), "{status}: {}", self.proc.tail());

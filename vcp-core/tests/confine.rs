@@ -86,6 +86,9 @@ fn child() {
     let ring = uring::choose(if plain { IoMode::Plain } else { IoMode::Auto }).unwrap();
     // Of a library, say, that made one for itself.
     let left_over = uring::choose(if case == "no ring" { IoMode::Auto } else { IoMode::Plain }).unwrap();
+    // One that was given to it.
+    let given = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let _peer = listener.accept().unwrap();
     let confinement = Confinement {
         read: vec![dir.join("read"), dir.join("not there")],
         write: vec![dir.join("write")],
@@ -93,6 +96,7 @@ fn child() {
         max_fds: 64,
         local_sockets: false,
         listens: false,
+        network: case != "no network",
         max_private_bytes: 256 << 20,
     };
     let report = confinement.apply_with(Mode::Require, ring.is_some()).unwrap();
@@ -104,7 +108,7 @@ fn child() {
         ("no ring", _) => without_ring(left_over),
         // Nothing to show where the kernel has none.
         ("a ring", ring) => ring.into_iter().for_each(with_ring),
-        _ => attempt(&case, &dir, &listener),
+        _ => attempt(&case, &dir, &listener, given),
     }
     std::process::exit(HELD);
 }
@@ -147,7 +151,7 @@ fn with_ring(mut ring: Ring) {
     assert!(uring::choose(IoMode::Uring).is_err(), "another ring");
 }
 
-fn attempt(case: &str, dir: &Path, listener: &TcpListener) {
+fn attempt(case: &str, dir: &Path, listener: &TcpListener, mut given: TcpStream) {
     let inside = |part: &str| dir.join(part).join("file");
     match case {
         "keeps what it needs" => {
@@ -193,6 +197,32 @@ fn attempt(case: &str, dir: &Path, listener: &TcpListener) {
             refused("a raw socket", if raw < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
             // What a resolver does.
             UdpSocket::bind("127.0.0.1:0").unwrap();
+        }
+        "no network" => {
+            let address = listener.local_addr().unwrap();
+            refused("a connection", TcpStream::connect(address));
+            refused("a datagram socket", UdpSocket::bind("127.0.0.1:0"));
+            refused("listen on a port", TcpListener::bind("127.0.0.1:0"));
+            refused("connect to a path", UnixStream::connect(dir.join("write/socket")));
+            // SAFETY: no memory is involved.
+            let raw = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0) };
+            refused("a netlink socket", if raw < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+            // What it was given works, and leads nowhere else: not after it was disconnected, not with data ahead.
+            given.write_all(b"x").unwrap();
+            use std::os::fd::AsRawFd;
+            let (fd, any) =
+                (given.as_raw_fd(), libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] });
+            let len = size_of::<libc::sockaddr>() as u32;
+            // SAFETY: the address is valid for its length.
+            let result = unsafe { libc::connect(fd, &raw const any, len) };
+            let refusal = std::io::Error::last_os_error();
+            refused("disconnect", if result < 0 { Err(refusal) } else { Ok(()) });
+            // SAFETY: a byte of a constant, and the address above.
+            let sent =
+                unsafe { libc::sendto(fd, b"x".as_ptr().cast(), 1, libc::MSG_FASTOPEN, &raw const any, len) };
+            let refusal = std::io::Error::last_os_error();
+            refused("connect by sending", if sent < 0 { Err(refusal) } else { Ok(()) });
+            drop(UnixStream::pair().unwrap());
         }
         "descriptors" => {
             let mut kept = Vec::new();
@@ -290,6 +320,11 @@ fn no_files_but_those_it_was_given() {
 #[test]
 fn no_sockets_but_to_targets() {
     held("sockets");
+}
+
+#[test]
+fn no_network_but_what_it_was_given() {
+    held("no network");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use vcp_core::process::confine::Mode as ConfineMode;
 use vcp_core::uring::IoMode;
 
 use crate::capabilities;
+use crate::dial::server::DialArgs;
 use crate::discover::DiscoverArgs;
 use crate::handover::take_over::TakeOverArgs;
 use crate::info::InfoArgs;
@@ -58,6 +59,8 @@ pub enum Command {
     Upgrade(UpgradeArgs),
     /// Take over from a running `serve`: what `upgrade` starts, and a monitor may start itself
     TakeOver(TakeOverArgs),
+    /// Connect for a `serve` that has no network: what a monitor starts beside it
+    Dial(DialArgs),
 }
 
 impl Cli {
@@ -183,6 +186,10 @@ pub struct ServeArgs {
     /// the end
     #[arg(long, value_name = "FDNUM")]
     pub standby_fd: Option<i32>,
+    /// For a supervisor: this process has no network, and whoever has the other end of this channel (a `vcp-iscsi dial`)
+    /// connects for it
+    #[arg(long, value_name = "FDNUM")]
+    pub dial_fd: Option<i32>,
     /// Serve a page of metrics for Prometheus there: http://ADDRESS:PORT/metrics, or over a Unix socket
     #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
     pub metrics: Option<Endpoint>,

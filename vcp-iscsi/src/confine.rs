@@ -17,6 +17,9 @@ const DEVICE_BYTES: u64 = 128 << 20;
 const OWN_FDS: u64 = 512;
 /// Descriptors of a device besides those of its queues: memory regions, paths.
 const DEVICE_FDS: u64 = 128;
+/// Private memory and descriptors of a process that only connects.
+const DIALER_BYTES: u64 = 256 << 20;
+const DIALER_FDS: u64 = 128;
 /// Descriptors of a queue: kick, call, error.
 const QUEUE_FDS: u64 = 3;
 
@@ -29,6 +32,8 @@ pub(crate) struct Needs {
     pub(crate) sockets: Vec<PathBuf>,
     /// Directories for captures.
     pub(crate) captures: Vec<PathBuf>,
+    /// It connects to targets itself.
+    pub(crate) network: bool,
 }
 
 impl Needs {
@@ -38,11 +43,12 @@ impl Needs {
         let device_fds: u64 = self.queues.iter().map(|&n| 2 * (QUEUE_FDS * u64::from(n) + DEVICE_FDS)).sum();
         let parents: BTreeSet<PathBuf> = self.sockets.iter().map(|socket| parent(socket)).collect();
         Confinement {
-            read: Confinement::resolver_files(),
+            read: if self.network { Confinement::resolver_files() } else { Vec::new() },
             write: self.captures,
             remove: parents.into_iter().collect(),
             local_sockets: false,
             listens: false,
+            network: self.network,
             max_fds: OWN_FDS + device_fds,
             max_private_bytes: OWN_BYTES + devices * DEVICE_BYTES,
         }
@@ -61,7 +67,7 @@ fn parent(socket: &Path) -> PathBuf {
 /// # Errors
 /// `--confine require`, and something could not be done.
 pub(crate) fn confine(mode: Mode, ring: bool, needs: Needs) -> Result<Report> {
-    if mode != Mode::Off {
+    if mode != Mode::Off && needs.network {
         // The resolver loads its modules with its first question, which it cannot do later.
         let _ = ("localhost", 0).to_socket_addrs();
     }
@@ -70,6 +76,31 @@ pub(crate) fn confine(mode: Mode, ring: bool, needs: Needs) -> Result<Report> {
         tracing::warn!("not confined: {missing}");
     }
     tracing::info!(done = report.done.join(", "), "confined");
+    Ok(report)
+}
+
+/// Confines a `vcp-iscsi dial`, on its only thread.
+///
+/// # Errors
+/// `--confine require`, and something could not be done.
+pub(crate) fn confine_dialer(mode: Mode) -> Result<Report> {
+    if mode != Mode::Off {
+        let _ = ("localhost", 0).to_socket_addrs();
+    }
+    let confinement = Confinement {
+        read: Confinement::resolver_files(),
+        write: Vec::new(),
+        remove: Vec::new(),
+        local_sockets: false,
+        listens: false,
+        network: true,
+        max_fds: DIALER_FDS,
+        max_private_bytes: DIALER_BYTES,
+    };
+    let report = confinement.apply(mode).context("--confine")?;
+    for missing in &report.missing {
+        tracing::warn!("not confined: {missing}");
+    }
     Ok(report)
 }
 

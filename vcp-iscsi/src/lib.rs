@@ -8,6 +8,7 @@ pub mod blk;
 pub mod capabilities;
 pub mod cli;
 mod confine;
+pub mod dial;
 pub mod discover;
 pub mod engine;
 pub mod handover;

@@ -11,7 +11,7 @@ use vcp_core::process::{Signals, chain, init_log};
 use vcp_core::vu::End;
 use vcp_iscsi::cli::{Cli, Command, parse};
 use vcp_iscsi::handover::take_over;
-use vcp_iscsi::{discover, info, serve};
+use vcp_iscsi::{dial, discover, info, serve};
 
 fn main() -> ExitCode {
     match run(parse()) {
@@ -44,6 +44,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return ended(end, &signals);
         }
         Command::Upgrade(args) => upgrade::run(&args, "vcp-iscsi")?,
+        Command::Dial(args) => dial::server::run(&args)?,
         Command::Discover(args) => discover::run(&args)?,
         Command::Info(args) => info::run(&args)?,
     }

@@ -24,11 +24,13 @@ use vcp_core::vu::{DeviceSpec, End, ServeOptions};
 use crate::blk::BlkDevice;
 use crate::cli::{DiskSpec, Private, ServeArgs, ServerKind};
 use crate::confine::{self, Needs};
+use crate::dial::Dialer;
 use crate::engine::{Engine, Lun};
 use crate::handover::offer::{DiskOffer, Offer, poll_us};
 use crate::handover::program;
 use crate::limit::Limits;
 use crate::portal::login::Negotiated;
+use crate::portal::net::Network;
 use crate::portal::{IscsiEngine, MAX_PATHS, Options};
 use crate::recorder::StoreOptions;
 use crate::url::Url;
@@ -84,8 +86,14 @@ pub fn run(args: &ServeArgs, mut disks: Vec<DiskSpec>, log: Option<&str>, signal
         paths.urls.extend(more);
         disks.push(DiskSpec { fd, paths, ..DiskSpec::new(socket, url) });
     }
-    let plans = plans(args, disks)?;
-    let msgq = msgq_plan(args, url)?;
+    let mut plans = plans(args, disks)?;
+    let mut msgq = msgq_plan(args, url)?;
+    if let Some(network) = adopt_dialer(args.dial_fd)? {
+        let of_msgq = msgq.iter_mut().map(|plan| &mut plan.options);
+        for options in plans.iter_mut().map(|plan| &mut plan.options).chain(of_msgq) {
+            options.network = network.clone();
+        }
+    }
     // Everything that is listened on, before the process gives up the right to.
     let control = match (&args.control, args.control_fd) {
         (Some(path), _) => Some(SocketFile::bind(path)?),
@@ -181,8 +189,14 @@ pub(crate) fn adopt_pulse(fd: Option<i32>) -> Result<Option<Arc<Pulse>>> {
     fd.map(|fd| Pulse::adopt(fd).map(Arc::new).context("--pulse-fd")).transpose()
 }
 
+/// The channel of `--dial-fd`, as the network of this process.
+pub(crate) fn adopt_dialer(fd: Option<i32>) -> Result<Option<Arc<dyn Network>>> {
+    let adopted = fd.map(adopt).transpose().context("--dial-fd")?;
+    Ok(adopted.map(|channel| Arc::new(Dialer::new(channel)) as Arc<dyn Network>))
+}
+
 /// The descriptor with this number, under a number that nothing else owns.
-fn adopt(fd: i32) -> Result<OwnedFd> {
+pub(crate) fn adopt(fd: i32) -> Result<OwnedFd> {
     if fd < 0 {
         bail!("descriptors start at 0");
     }
@@ -235,7 +249,7 @@ fn needs(args: &ServeArgs, plans: &[Plan]) -> Needs {
         // As many descriptors as a device with a queue for each client.
         queues.push(crate::msgq::CLIENTS);
     }
-    Needs { queues, sockets, captures }
+    Needs { queues, sockets, captures, network: args.dial_fd.is_none() }
 }
 
 /// What the ready line says of one device.

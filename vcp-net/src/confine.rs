@@ -51,6 +51,7 @@ impl Needs {
             remove: parents.into_iter().collect(),
             local_sockets: self.dials,
             listens: self.listens,
+            network: true,
             // Twice: a process that hands over holds a copy of each.
             max_fds: OWN_FDS + 2 * (ports * PORT_FDS + pairs * PAIR_FDS) + 2 * self.flows,
             max_private_bytes: OWN_BYTES + ports * PORT_BYTES + pairs * PAIR_BYTES + self.flows * FLOW_BYTES,

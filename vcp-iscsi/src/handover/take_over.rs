@@ -23,7 +23,8 @@ use crate::confine::{self, Needs};
 use crate::engine::Engine;
 use crate::limit::Limits;
 use crate::portal::IscsiEngine;
-use crate::serve::{adopt_pulse, announce, describe, describe_io};
+use crate::portal::net::Network;
+use crate::serve::{adopt_dialer, adopt_pulse, announce, describe, describe_io};
 
 /// Arguments of `take-over`.
 #[derive(Args, Debug)]
@@ -42,6 +43,9 @@ pub struct TakeOverArgs {
     /// For a supervisor: the page into which the data thread counts what it does (a sealed memfd)
     #[arg(long, value_name = "FDNUM")]
     pub pulse_fd: Option<i32>,
+    /// For a supervisor: this process has no network, and whoever has the other end of this channel connects for it
+    #[arg(long, value_name = "FDNUM")]
+    pub dial_fd: Option<i32>,
     /// End when the process that started this one ends
     #[arg(long, conflicts_with = "stand_in")]
     pub exit_with_parent: bool,
@@ -56,6 +60,7 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
         bail!("the parent process ended before this one was up");
     }
     let pulse = adopt_pulse(args.pulse_fd)?;
+    let network = adopt_dialer(args.dial_fd)?;
     let stream = ask(&args.control, args.stand_in)?;
     let (taker, app) = Taker::begin(stream, program()).context("cannot take over")?;
     let offer: Result<Offer, _> = serde_json::from_value(app.clone());
@@ -78,11 +83,12 @@ pub fn run(args: &TakeOverArgs, log: Option<&str>, signals: &Signals) -> Result<
         queues: all().map(|disk| disk.queues).collect(),
         sockets: sockets.collect(),
         captures: offer.disks.iter().filter_map(DiskOffer::capture_dir).collect(),
+        network: network.is_none(),
     };
     let ring = uring::choose(offer.io);
     let confined = ring.map_err(anyhow::Error::from).and_then(|ring| {
         let report = confine::confine(offer.confine, ring.is_some(), needs)?;
-        Ok((build(offer, ring, &report)?, report))
+        Ok((build(offer, ring, network.as_ref(), &report)?, report))
     });
     match confined {
         Ok((Built { devices, options, ready }, report)) => {
@@ -106,7 +112,12 @@ struct Built {
     ready: String,
 }
 
-fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
+fn build(
+    offer: Offer,
+    ring: Option<Ring>,
+    network: Option<&Arc<dyn Network>>,
+    confined: &Report,
+) -> Result<Built> {
     let now = Instant::now();
     let poll = offer.poll_us.parse().map_err(anyhow::Error::msg).context("--poll-us")?;
     let io = describe_io(ring.as_ref());
@@ -117,8 +128,11 @@ fn build(offer: Offer, ring: Option<Ring>, confined: &Report) -> Result<Built> {
     let mut devices = Vec::new();
     let engine = |disk: DiskOffer| -> Result<IscsiEngine> {
         let lun = disk.lun();
-        let options = Arc::new(disk.options.options().map_err(anyhow::Error::msg)?);
-        Ok(IscsiEngine::detached(options, lun, disk.found, now))
+        let mut options = disk.options.options().map_err(anyhow::Error::msg)?;
+        if let Some(network) = network {
+            options.network = network.clone();
+        }
+        Ok(IscsiEngine::detached(Arc::new(options), lun, disk.found, now))
     };
     for disk in offer.disks {
         let (name, socket, queues) = (Arc::<str>::from(disk.name.as_str()), disk.socket.clone(), disk.queues);

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::login::{LoggedIn, LoginPort, LoginStep, Purpose};
-use super::net::{Resolution, Stream};
+use super::net::{Connecting, Resolution, Stream};
 use super::socket::Resolving;
 use super::{Options, PortalError};
+use crate::dial::client::Asked;
 use crate::url::Portal;
 
 /// How often a resolution on its thread is looked at.
@@ -24,6 +25,8 @@ const MAX_REDIRECTS: u32 = 4;
 #[derive(Debug)]
 enum State {
     Resolving(Resolving),
+    /// Another process was asked for a socket that connects.
+    Asking(Asked),
     Connecting(Stream),
     Login(Box<LoginPort>),
     Over,
@@ -93,11 +96,14 @@ impl Dial {
     fn next_address(&mut self) -> Result<(), PortalError> {
         while let Some(address) = self.addresses.pop_front() {
             match self.options.network.start_connect(address) {
-                Ok(stream) => {
+                Ok(begun) => {
                     // One that does not answer leaves time for those behind it.
                     let rest = self.connect_by.saturating_duration_since(self.polled);
                     self.deadline = self.polled + rest / (self.addresses.len() as u32 + 1);
-                    self.state = State::Connecting(stream);
+                    self.state = match begun {
+                        Connecting::Socket(stream) => State::Connecting(stream),
+                        Connecting::Asked(asked) => State::Asking(asked),
+                    };
                     return Ok(());
                 }
                 Err(error) => self.last_error = Some(error),
@@ -125,6 +131,15 @@ impl Dial {
                     Some(Err(source)) => {
                         self.state = State::Over;
                         return Err(PortalError::Resolve { portal: self.portal.to_string(), source });
+                    }
+                },
+                State::Asking(asked) => match asked.try_take() {
+                    Ok(None) if now >= self.deadline && !self.addresses.is_empty() => self.next_address()?,
+                    Ok(None) => return self.in_time(now),
+                    Ok(Some(stream)) => self.state = State::Connecting(stream),
+                    Err(error) => {
+                        self.last_error = Some(error);
+                        self.next_address()?;
                     }
                 },
                 State::Connecting(stream) => match self.options.network.connected(stream) {
@@ -200,6 +215,7 @@ impl Dial {
     /// The socket to wait for.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.state {
+            State::Asking(asked) => Some(asked.as_fd()),
             State::Connecting(stream) => Some(stream.as_fd()),
             State::Login(port) => port.stream().map(AsFd::as_fd),
             State::Resolving(_) | State::Over => None,
@@ -211,7 +227,7 @@ impl Dial {
         match &self.state {
             State::Connecting(_) => true,
             State::Login(port) => port.wants_write(),
-            State::Resolving(_) | State::Over => false,
+            State::Resolving(_) | State::Asking(_) | State::Over => false,
         }
     }
 

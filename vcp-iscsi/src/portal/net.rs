@@ -1,8 +1,9 @@
 //! The seam to the network: a [`Stream`] of bytes, and the [`Network`] that makes one from a portal.
 //!
 //! The engine names no TCP: what it needs of a connection is a descriptor that can be polled, read and written without
-//! blocking. The real thing is [`Tcp`]; a simulation puts pairs of Unix sockets and addresses of its own behind the same
-//! trait, and a process that takes over from another wraps the descriptors that it was given.
+//! blocking. The real thing is [`Tcp`]; a process without a network asks another one ([`crate::dial`]); a simulation puts
+//! pairs of Unix sockets and addresses of its own behind the same trait, and a process that takes over from another wraps the
+//! descriptors that it was given.
 
 use std::fmt::Debug;
 use std::io::{self, Read, Write};
@@ -16,6 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 
 use super::socket::{self, Resolving};
+use crate::dial::client::Asked;
 use crate::url::Portal;
 
 /// A connected (or connecting) stream socket that never blocks. What a ring does with it keeps it open until it was
@@ -91,6 +93,21 @@ pub enum Resolution {
     Underway(Resolving),
 }
 
+/// A connection that was begun.
+#[derive(Debug)]
+pub enum Connecting {
+    /// A socket that connects.
+    Socket(Stream),
+    /// Another process was asked for one.
+    Asked(Asked),
+}
+
+impl From<Stream> for Connecting {
+    fn from(stream: Stream) -> Self {
+        Self::Socket(stream)
+    }
+}
+
 /// Makes streams. None of the methods blocks.
 pub trait Network: Debug + Send + Sync {
     /// Begins to look up the addresses of a portal.
@@ -103,7 +120,7 @@ pub trait Network: Debug + Send + Sync {
     ///
     /// # Errors
     /// The address cannot be tried at all.
-    fn start_connect(&self, address: SocketAddr) -> io::Result<Stream>;
+    fn start_connect(&self, address: SocketAddr) -> io::Result<Connecting>;
 
     /// Whether a connection begun by [`start_connect`](Self::start_connect) stands by now.
     ///
@@ -134,8 +151,8 @@ impl Network for Tcp {
         }
     }
 
-    fn start_connect(&self, address: SocketAddr) -> io::Result<Stream> {
-        socket::start_connect(address)
+    fn start_connect(&self, address: SocketAddr) -> io::Result<Connecting> {
+        socket::start_connect(address).map(Into::into)
     }
 
     fn connected(&self, stream: &Stream) -> io::Result<bool> {

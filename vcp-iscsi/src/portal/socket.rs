@@ -43,10 +43,18 @@ impl Resolving {
     /// # Errors
     /// No thread can be started.
     pub fn start(portal: Portal) -> io::Result<Self> {
+        Self::by(move || resolve(&portal))
+    }
+
+    /// Starts another way to find addresses, which may wait.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn by(find: impl FnOnce() -> io::Result<Vec<SocketAddr>> + Send + 'static) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         std::thread::Builder::new().name("resolve".into()).spawn(move || {
             // Nobody listens any more if the engine was closed meanwhile.
-            let _ = sender.send(resolve(&portal));
+            let _ = sender.send(find());
         })?;
         Ok(Self(receiver))
     }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use vcp_iscsi::portal::net::{Network, Resolution, Stream};
+use vcp_iscsi::portal::net::{Connecting, Network, Resolution, Stream};
 use vcp_iscsi::url::Portal;
 
 pub type ConnId = u32;
@@ -68,7 +68,7 @@ impl Network for SimNetwork {
         Ok(Resolution::Done(vec![SocketAddr::new(host, portal.port)]))
     }
 
-    fn start_connect(&self, address: SocketAddr) -> io::Result<Stream> {
+    fn start_connect(&self, address: SocketAddr) -> io::Result<Connecting> {
         let (engine, world) = UnixStream::pair()?;
         engine.set_nonblocking(true)?;
         world.set_nonblocking(true)?;
@@ -79,7 +79,7 @@ impl Network for SimNetwork {
         state.by_fd.insert(engine.as_raw_fd(), id);
         state.attempts.insert(id, Attempt::Pending);
         state.begun.push((id, address, world));
-        Ok(engine.into())
+        Ok(Stream::from(engine).into())
     }
 
     fn connected(&self, stream: &Stream) -> io::Result<bool> {

@@ -5,7 +5,7 @@ use vcp_core::metrics::page::page as write;
 use vcp_core::metrics::{Family, Samples, Unit};
 
 use super::types::{GuestStatus, VcpFigures};
-use crate::machine::status::RunState;
+use crate::machine::status::{ControlGroup, RunState};
 
 static BUILD: Family = Family::gauge(
     "vcp_monitor_build",
@@ -34,6 +34,27 @@ static RESTARTS: Family = Family::counter(
     "vcp_device_backend_restarts",
     Unit::None,
     "Times that another backend took the place of a lost one",
+);
+static GROUP_MEMORY: Family =
+    Family::gauge("vcp_control_group_memory", Unit::Bytes, "Memory charged to the VCP's control group");
+static GROUP_TASKS: Family =
+    Family::gauge("vcp_control_group_tasks", Unit::None, "Processes and threads in the VCP's control group");
+static GROUP_CPU: Family =
+    Family::counter("vcp_control_group_cpu", Unit::Seconds, "Processor time of the VCP's control group");
+static GROUP_STOPPED: Family = Family::counter(
+    "vcp_control_group_throttled",
+    Unit::Seconds,
+    "Time for which the VCP was stopped because of cpu.max",
+);
+static GROUP_REFUSALS: Family = Family::counter(
+    "vcp_control_group_refusals",
+    Unit::None,
+    "What the VCP's control group did not let happen: memory (a process was killed), tasks (one was not started)",
+);
+static NOT_CONFINED: Family = Family::gauge(
+    "vcp_not_confined",
+    Unit::None,
+    "Restrictions of the VCP's process that could not be had; the status says which and why",
 );
 static ANSWERS: Family = Family::gauge(
     "vcp_device_answers",
@@ -85,11 +106,24 @@ fn collect(samples: &mut Samples, status: &GuestStatus) {
         samples.within("device", &device.name, |samples| {
             samples.add(&CONNECTED, &[], backend.connected.into());
             samples.add(&RESTARTS, &[], backend.restarts);
+            samples.add(&NOT_CONFINED, &[], backend.not_confined.len() as u64);
+            if let Some(group) = &backend.control_group {
+                of_group(samples, group);
+            }
         });
     }
     for vcp in &status.vcps {
         samples.within("device", &vcp.device, |samples| of_vcp(samples, vcp));
     }
+}
+
+fn of_group(samples: &mut Samples, group: &ControlGroup) {
+    samples.add(&GROUP_MEMORY, &[], group.memory_bytes);
+    samples.add(&GROUP_TASKS, &[], group.pids);
+    samples.add(&GROUP_CPU, &[], group.cpu_us.saturating_mul(1000));
+    samples.add(&GROUP_STOPPED, &[], group.throttled_us.saturating_mul(1000));
+    samples.add(&GROUP_REFUSALS, &[("of", "memory")], group.oom_kills);
+    samples.add(&GROUP_REFUSALS, &[("of", "tasks")], group.refused_pids);
 }
 
 fn of_vcp(samples: &mut Samples, vcp: &VcpFigures) {

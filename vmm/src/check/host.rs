@@ -200,5 +200,14 @@ pub(super) fn rights() -> Vec<Item> {
         (false, 0) => Item::ok("rights", "unprivileged, no capabilities"),
         (false, bits) => Item::ok("rights", format!("unprivileged, capabilities {bits:#x}")),
     };
-    vec![memlock, rights]
+    let groups = match crate::vcp::cgroup::Groups::look() {
+        Ok(where_to) => Item::ok("control groups", where_to),
+        Err(why) => Item::new(
+            "control groups",
+            Status::Warn,
+            why,
+            "VCPs run without cpu.max, memory.max and pids.max",
+        ),
+    };
+    vec![memlock, rights, groups]
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::bounds::BoundSpec;
+use super::size::Size;
 use super::words::{number, parts, switch, wrong_key};
 use crate::placement::Policy;
 
@@ -17,6 +19,12 @@ impl SecretUrl {
     /// The URL in full, for the process that needs it.
     pub fn expose(&self) -> &str {
         &self.0
+    }
+
+    /// `HOST[:PORT]`.
+    pub fn portal(&self) -> String {
+        let authority = self.0.trim_start_matches("iscsi://").split('/').next().unwrap_or_default();
+        authority.rsplit_once('@').map_or(authority, |(_, portal)| portal).to_owned()
     }
 
     /// Whether it names a secret: `USER%PASSWORD@`.
@@ -54,6 +62,13 @@ pub struct DiskSpec {
     /// `all`: besides, every portal that the target names (with `url`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub paths: Option<PathsFrom>,
+    /// Further portals that its VCP may connect to, `HOST[:PORT]`: those that its target redirects to (with `url`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub portal: Vec<String>,
+    /// What its VCP can reach: `portals` (of `url`, `path` and `portal`), `any` address over TCP, or the whole network of
+    /// the `host` (with `url`). `portals` if not given, but `any` with `paths`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkAccess>,
     /// Sessions with each portal, 1 to 16; 1 if not given (with `url`).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 16)]
@@ -97,6 +112,18 @@ pub struct DiskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub msgq: Option<PathBuf>,
+    /// Most processor time of its VCP, percent of one hardware thread (not with `socket`), 5 to 10000; no bound if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 5, maximum = 10000)]
+    pub cpu_max: Option<u32>,
+    /// Most memory of its VCP besides the guest's, with K, M or G (not with `socket`); 1G if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub memory_max: Option<Size>,
+    /// Most processes and threads of its VCP (not with `socket`), 16 to 4096; 128 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16, maximum = 4096)]
+    pub pids_max: Option<u32>,
     /// Offer packed rings to the guest; the backend must have them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub packed: bool,
@@ -113,6 +140,43 @@ pub enum PathsFrom {
     All,
 }
 
+/// What a disk's VCP can reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkAccess {
+    /// The portals that its declaration names; it has no network itself.
+    Portals,
+    /// Any address, over TCP; it has no network itself.
+    Any,
+    /// What the host can.
+    Host,
+}
+
+impl std::str::FromStr for NetworkAccess {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "portals" => Ok(Self::Portals),
+            "any" => Ok(Self::Any),
+            "host" => Ok(Self::Host),
+            _ => Err(format!("network={text}: there are portals, any and host")),
+        }
+    }
+}
+
+impl std::fmt::Display for NetworkAccess {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Portals => "portals",
+            Self::Any => "any",
+            Self::Host => "host",
+        })
+    }
+}
+
+/// Most portals besides those of the ways.
+const MAX_PORTALS: usize = 64;
 /// Most ways to a disk.
 const MAX_PATHS: usize = 16;
 /// Largest number of request queues of a disk.
@@ -122,6 +186,8 @@ const KEYS: &[&str] = &[
     "url",
     "path",
     "paths",
+    "portal",
+    "network",
     "sessions",
     "socket",
     "read-only",
@@ -133,6 +199,9 @@ const KEYS: &[&str] = &[
     "standby",
     "watchdog",
     "msgq",
+    "cpu-max",
+    "memory-max",
+    "pids-max",
     "packed",
     "reconnect",
 ];
@@ -146,6 +215,8 @@ impl DiskSpec {
                 ("url", Some(v)) if !v.is_empty() => spec.url = Some(v.into()),
                 ("path", Some(v)) if !v.is_empty() => spec.path.push(v.into()),
                 ("paths", Some("all")) => spec.paths = Some(PathsFrom::All),
+                ("portal", Some(v)) if !v.is_empty() => spec.portal.push(v.to_owned()),
+                ("network", Some(v)) => spec.network = Some(v.parse()?),
                 (key @ "sessions", Some(v)) => spec.sessions = Some(number(key, v)?),
                 ("socket", Some(v)) if !v.is_empty() => spec.socket = Some(v.into()),
                 ("read-only", None) => spec.read_only = true,
@@ -159,6 +230,9 @@ impl DiskSpec {
                 (key @ "standby", Some(v)) => spec.standby = Some(switch(key, v)?),
                 (key @ "watchdog", Some(v)) => spec.watchdog = Some(number(key, v)?),
                 ("msgq", Some(v)) if !v.is_empty() => spec.msgq = Some(v.into()),
+                (key @ "cpu-max", Some(v)) => spec.cpu_max = Some(number(key, v.trim_end_matches('%'))?),
+                ("memory-max", Some(v)) => spec.memory_max = Some(v.parse()?),
+                (key @ "pids-max", Some(v)) => spec.pids_max = Some(number(key, v)?),
                 (key @ "packed", Some(v)) => spec.packed = switch(key, v)?,
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("disk", part, KEYS)),
@@ -196,6 +270,12 @@ impl DiskSpec {
         if !self.path.iter().all(|url| url.expose().starts_with("iscsi://")) {
             return Err("a disk's path must begin with iscsi://, e.g. path=iscsi://192.0.2.8".into());
         }
+        if let Some(portal) = self.portal.iter().find(|portal| !is_portal(portal)) {
+            return Err(format!("portal={portal:?} is not HOST[:PORT] (an IPv6 address stands in brackets)"));
+        }
+        if self.portal.len() > MAX_PORTALS {
+            return Err(format!("{} portals are too many: at most {MAX_PORTALS}", self.portal.len()));
+        }
         if self.path.len() >= MAX_PATHS {
             return Err(format!("{} ways to a disk are too many: at most {MAX_PATHS}", self.path.len() + 1));
         }
@@ -216,6 +296,7 @@ impl DiskSpec {
         if let Some(poll) = &self.poll_us {
             poll.parse::<vcp_core::poll::PollMode>().map_err(|e| format!("poll-us: {e}"))?;
         }
+        self.bounds().validate()?;
         match self.queues {
             Some(n) if !(1..=MAX_QUEUES).contains(&n) => {
                 Err(format!("queues={n} is out of range: 1 to {MAX_QUEUES}"))
@@ -224,24 +305,82 @@ impl DiskSpec {
         }
     }
 
+    /// What its VCP can reach.
+    pub fn reach(&self) -> NetworkAccess {
+        match (self.network, self.paths) {
+            (Some(network), _) => network,
+            // Where the target says which portals there are.
+            (None, Some(PathsFrom::All)) => NetworkAccess::Any,
+            (None, None) => NetworkAccess::Portals,
+        }
+    }
+
+    /// Every portal that the declaration names.
+    pub fn portals(&self) -> Vec<String> {
+        let urls = self.url.iter().chain(&self.path).map(SecretUrl::portal);
+        urls.chain(self.portal.iter().cloned()).collect()
+    }
+
+    /// Bounds of its VCP, as they were given.
+    pub fn bounds(&self) -> BoundSpec {
+        BoundSpec { cpu_max: self.cpu_max, memory_max: self.memory_max, pids_max: self.pids_max }
+    }
+
     /// A key that only a VCP of our own can honour, if one was given.
     fn of_own_vcp(&self) -> Option<&'static str> {
         [
+            ("portal", !self.portal.is_empty()),
+            ("network", self.network.is_some()),
             ("weight", self.weight.is_some()),
             ("poll-us", self.poll_us.is_some()),
             ("poll-share", self.poll_share.is_some()),
             ("standby", self.standby.is_some()),
             ("watchdog", self.watchdog.is_some()),
             ("msgq", self.msgq.is_some()),
+            ("cpu-max", self.cpu_max.is_some()),
+            ("memory-max", self.memory_max.is_some()),
+            ("pids-max", self.pids_max.is_some()),
         ]
         .into_iter()
         .find_map(|(key, given)| given.then_some(key))
     }
 }
 
+/// Whether a text has the form of a portal; whether there is one, who connects will see.
+fn is_portal(text: &str) -> bool {
+    let (host, port) = match text.strip_prefix('[').map(|inner| inner.split_once(']')) {
+        Some(Some((host, ""))) => (host, None),
+        Some(Some((host, rest))) => (host, rest.strip_prefix(':').or(Some(""))),
+        Some(None) => return false,
+        None if text.matches(':').count() > 1 => return false,
+        None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
+    };
+    let good = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '/' | '@' | '[' | ']');
+    !host.is_empty()
+        && host.chars().all(good)
+        && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port != 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_disk_can_reach() {
+        let spec =
+            DiskSpec::parse("url=iscsi://u%p@h:1/iqn.x:y/0,path=iscsi://[::1]:2,portal=i,portal=[::2]")
+                .unwrap();
+        assert_eq!(spec.portals(), ["h:1", "[::1]:2", "i", "[::2]"]);
+        assert_eq!(spec.reach(), NetworkAccess::Portals);
+        let reach = |text: &str| DiskSpec::parse(text).unwrap().reach();
+        assert_eq!(reach("url=iscsi://h/i/0,paths=all"), NetworkAccess::Any);
+        assert_eq!(reach("url=iscsi://h/i/0,paths=all,network=portals"), NetworkAccess::Portals);
+        assert_eq!(reach("url=iscsi://h/i/0,network=host"), NetworkAccess::Host);
+        for bad in ["", "h:", "h:0", "h:65536", "a:b:c", "[::1", "[::1]x", "[]:1", "a b", "u@h"] {
+            assert!(!is_portal(bad), "{bad}");
+        }
+        assert!(["h", "h:1", "10.0.0.1:3260", "[::1]", "[::1]:3260"].iter().all(|good| is_portal(good)));
+    }
 
     #[test]
     fn disk_with_everything() {
@@ -289,6 +428,13 @@ mod tests {
             "socket=a,standby=off",
             "socket=a,msgq=b",
             "url=iscsi://h/i/0,msgq=",
+            "socket=a,network=host",
+            "url=iscsi://h/i/0,network=lan",
+            "url=iscsi://h/i/0,portal=a:b:c",
+            "socket=a,pids-max=64",
+            "url=iscsi://h/i/0,cpu-max=4",
+            "url=iscsi://h/i/0,memory-max=1M",
+            "url=iscsi://h/i/0,pids-max=4",
             "url=iscsi://h/i/0,weight=0",
             "url=iscsi://h/i/0,poll-share=101",
             "url=iscsi://h/i/0,poll-us=soon",

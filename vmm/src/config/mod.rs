@@ -1,6 +1,7 @@
 //! What a virtual machine is made of: read from a TOML file and from command-line options, which override the file.
 //! Checks everything that can be checked without touching the host.
 
+mod bounds;
 mod disk;
 mod file;
 mod net;
@@ -10,7 +11,8 @@ mod words;
 
 use std::path::PathBuf;
 
-pub use disk::{DiskSpec, MAX_QUEUES, PathsFrom, SecretUrl};
+pub use bounds::BoundSpec;
+pub use disk::{DiskSpec, MAX_QUEUES, NetworkAccess, PathsFrom, SecretUrl};
 pub use file::VmFile;
 pub use net::{HostForward, NetKind, NetSpec, Protocol};
 

@@ -7,6 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use vcp_core::process::named::is_switch_name;
 
+use super::bounds::BoundSpec;
+use super::size::Size;
 use super::words::{number, parts, switch, wrong_key};
 use crate::placement::Policy;
 
@@ -47,6 +49,18 @@ pub struct NetSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 10000)]
     pub weight: Option<u32>,
+    /// Most processor time of its VCP, percent of one hardware thread (not with `socket`), 5 to 10000; no bound if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 5, maximum = 10000)]
+    pub cpu_max: Option<u32>,
+    /// Most memory of its VCP besides the guest's, with K, M or G (not with `socket`); 1G if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub memory_max: Option<Size>,
+    /// Most processes and threads of its VCP (not with `socket`), 16 to 4096; 128 if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 16, maximum = 4096)]
+    pub pids_max: Option<u32>,
     /// Whether the backend is started or sought again when it dies, which is so if not given; else the run ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect: Option<bool>,
@@ -153,8 +167,21 @@ impl From<HostForward> for String {
     }
 }
 
-const KEYS: &[&str] =
-    &["user", "hostfwd", "tap", "switch", "socket", "mac", "queues", "cpu", "weight", "reconnect"];
+const KEYS: &[&str] = &[
+    "user",
+    "hostfwd",
+    "tap",
+    "switch",
+    "socket",
+    "mac",
+    "queues",
+    "cpu",
+    "weight",
+    "cpu-max",
+    "memory-max",
+    "pids-max",
+    "reconnect",
+];
 
 /// Longest name of a network interface (`IFNAMSIZ` without its NUL).
 const MAX_INTERFACE_NAME: usize = 15;
@@ -174,6 +201,9 @@ impl NetSpec {
                 (key @ "queues", Some(v)) => spec.queues = Some(number(key, v)?),
                 ("cpu", Some(v)) => spec.cpu = Some(v.parse()?),
                 (key @ "weight", Some(v)) => spec.weight = Some(number(key, v)?),
+                (key @ "cpu-max", Some(v)) => spec.cpu_max = Some(number(key, v.trim_end_matches('%'))?),
+                ("memory-max", Some(v)) => spec.memory_max = Some(v.parse()?),
+                (key @ "pids-max", Some(v)) => spec.pids_max = Some(number(key, v)?),
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("net", part, KEYS)),
             }
@@ -224,12 +254,22 @@ impl NetSpec {
             }
             _ => {}
         }
+        self.bounds().validate()?;
+        let others = matches!(kind, NetKind::Socket(_) | NetKind::Switch(_));
+        if others && self.bounds() != BoundSpec::default() {
+            return Err("cpu-max=, memory-max= and pids-max= apply to a vcp-net that the monitor starts; see to the backend of socket= or switch= where that is started".into());
+        }
         let mut ports: Vec<_> = self.hostfwd.iter().map(|f| (f.protocol, f.address, f.host_port)).collect();
         ports.sort_unstable();
         if let Some(double) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(format!("hostfwd= gives the host's {} port {} twice", double[0].0, double[0].2));
         }
         self.mac_bytes().map(|_| ())
+    }
+
+    /// Bounds of its VCP, as they were given.
+    pub fn bounds(&self) -> BoundSpec {
+        BoundSpec { cpu_max: self.cpu_max, memory_max: self.memory_max, pids_max: self.pids_max }
     }
 
     /// The MAC address, if one was given. It must be a unicast address.
@@ -292,6 +332,8 @@ mod tests {
             "user,weight=0",
             "socket=/s,cpu=1",
             "socket=/s,queues=0",
+            "socket=/s,memory-max=1G",
+            "user,cpu-max=4",
             "socket=/s,queues=17",
             "tap=x,hostfwd=tcp::1-1",
             "user,hostfwd=tcp:127.0.0.1:2222",

@@ -2,7 +2,7 @@
 
 use crate::api::types::{GuestStatus, VcpFigures};
 use crate::config::size::CpuList;
-use crate::machine::status::RunState;
+use crate::machine::status::{DeviceStatus, RunState};
 use crate::text::{self, Table};
 
 /// Everything that is known.
@@ -60,9 +60,42 @@ pub(super) fn status(status: &GuestStatus) -> String {
         };
         out.push_str(&format!("{}, last lost: {death}\n", device.name));
     }
+    out.push_str(&confinement(&machine.devices));
     if !status.vcps.is_empty() {
         out.push('\n');
         out.push_str(&vcps(&status.vcps));
+    }
+    out
+}
+
+/// Control groups of the VCPs, and what of their confinement could not be had.
+fn confinement(devices: &[DeviceStatus]) -> String {
+    let backends = || devices.iter().filter_map(|device| Some((&device.name, device.backend.as_ref()?)));
+    let mut table = Table::new(&["group", "CPU max", "weight", "stopped", "memory", "of", "tasks", "of"]);
+    let mut groups = 0;
+    for (name, group) in backends().filter_map(|(name, b)| Some((name, b.control_group.as_ref()?))) {
+        groups += 1;
+        table.row([
+            name.clone(),
+            group.cpu_max_percent.map_or("-".into(), |percent| format!("{percent}%")),
+            group.cpu_weight.to_string(),
+            text::duration(group.throttled_us.saturating_mul(1000)),
+            text::bytes(group.memory_bytes),
+            text::bytes(group.memory_max_bytes),
+            group.pids.to_string(),
+            group.pids_max.to_string(),
+        ]);
+    }
+    let mut out = if groups == 0 { String::new() } else { format!("\n{table}") };
+    for (name, backend) in backends() {
+        if let Some(network) = &backend.network {
+            let own =
+                if backend.namespaces.is_empty() { "none".into() } else { backend.namespaces.join(", ") };
+            out.push_str(&format!("{name}, namespaces of its own: {own}; reaches: {network}\n"));
+        }
+        for missing in &backend.not_confined {
+            out.push_str(&format!("{name}, not confined: {missing}\n"));
+        }
     }
     out
 }

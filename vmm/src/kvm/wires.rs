@@ -219,8 +219,13 @@ pub mod probe {
         }
         fn notify(&self, event: &EventFd, addr: u64) -> Result<()> {
             use std::os::fd::AsRawFd;
-            let old = self.now().notifies.insert(addr, event.as_raw_fd());
-            assert_eq!(old, None, "two notifications at one address");
+            let mut now = self.now();
+            if now.notifies.contains_key(&addr) {
+                // As KVM does, and the guest can bring it about.
+                let taken = kvm_ioctls::Error::new(libc::EEXIST);
+                return Err(Error::kvm("bind a notification to an eventfd")(taken));
+            }
+            now.notifies.insert(addr, event.as_raw_fd());
             Ok(())
         }
         fn unnotify(&self, event: &EventFd, addr: u64) -> Result<()> {

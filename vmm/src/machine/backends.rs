@@ -10,10 +10,11 @@ use vcp_core::msgq::Listener;
 
 use super::status::DeviceKind;
 use super::switch;
-use crate::config::{DiskSpec, NetKind, NetSpec, PathsFrom, VmConfig};
+use crate::config::{DiskSpec, NetKind, NetSpec, NetworkAccess, PathsFrom, VmConfig};
 use crate::error::{Error, Result};
 use crate::placement::{DEFAULT_WEIGHT, Placement, Policy, VcpPlace, Want};
-use crate::vcp::process::READY_TIMEOUT;
+use crate::vcp::dialer::{Dialer, Reach};
+use crate::vcp::process::{READY_TIMEOUT, user_of};
 use crate::vcp::runtime_dir::RuntimeDir;
 use crate::vcp::{First, NetPort, Programs, Source, VcpPaths, VcpProcess, VcpSpec};
 use crate::virtio::vhost_user::link::Link;
@@ -57,7 +58,7 @@ pub(super) fn start_all(
             continue;
         }
         let place = places.next().unwrap_or_default();
-        started.push((i, disk, start_disk(&programs.iscsi, &disk_name(i), disk, i as u32, place)?));
+        started.push((i, disk, start_disk(programs, &disk_name(i), disk, i as u32, place)?));
     }
     for (_, _, vcp) in &mut started {
         vcp.wait_ready(READY_TIMEOUT, interrupt.as_fd())?;
@@ -84,7 +85,7 @@ pub(super) fn start_one_disk(
         return connect_given_disk(name, disk, socket);
     }
     let number = name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
-    let mut vcp = start_disk(&programs.iscsi, name, disk, number, place)?;
+    let mut vcp = start_disk(programs, name, disk, number, place)?;
     vcp.wait_ready(READY_TIMEOUT, interrupt)?;
     vcp.connect(&programs.iscsi, disk)
 }
@@ -133,7 +134,13 @@ struct Started {
     process: VcpProcess,
 }
 
-fn start_disk(program: &Path, name: &str, disk: &DiskSpec, number: u32, place: VcpPlace) -> Result<Started> {
+fn start_disk(
+    programs: &Programs,
+    name: &str,
+    disk: &DiskSpec,
+    number: u32,
+    place: VcpPlace,
+) -> Result<Started> {
     let Some(url) = &disk.url else {
         return Err(Error::Usage(format!("{name} has neither a URL nor a socket")));
     };
@@ -163,7 +170,18 @@ fn start_disk(program: &Path, name: &str, disk: &DiskSpec, number: u32, place: V
     for (option, value) in options {
         vcp.options.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
     }
-    let process = VcpProcess::start(program, &vcp, First::Serve)?;
+    let weight = if place.weight == 0 { DEFAULT_WEIGHT } else { place.weight };
+    programs.bound(&mut vcp, &disk.bounds(), weight)?;
+    let access = disk.reach();
+    if access != NetworkAccess::Host {
+        let reach = Reach { portals: disk.portals(), any: access == NetworkAccess::Any };
+        let group = vcp.cgroup.clone();
+        vcp.dialer = Some(Arc::new(Dialer::new(&programs.iscsi, name, reach, user_of(number), group)));
+        vcp.spaces.net = true;
+        // By default as much as the kernel allows; what was asked for is kept or refused.
+        vcp.needs_net = disk.network.is_some();
+    }
+    let process = VcpProcess::start(&programs.iscsi, &vcp, First::Serve)?;
     Ok(Started { vcp, process })
 }
 
@@ -232,6 +250,7 @@ pub(super) fn start_net(
     // Users of their own begin behind those of the disks.
     (vcp.cpu, vcp.node, vcp.nice) = (place.cpu, place.node, place.nice);
     vcp.number = 16 + index as u32;
+    programs.bound(&mut vcp, &spec.bounds(), spec.weight.unwrap_or(DEFAULT_WEIGHT))?;
     let mut process = VcpProcess::start(&programs.net, &vcp, First::Serve)?;
     process.wait_ready(READY_TIMEOUT, interrupt)?;
     tracing::info!(device = name, pid = process.pid(), "vcp-net is ready");

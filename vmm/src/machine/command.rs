@@ -160,6 +160,7 @@ impl ReplyTo {
 }
 
 /// What the event loop's thread is sent.
+#[allow(clippy::large_enum_variant)] // Few are underway at a time.
 pub(super) enum Message {
     /// A command from outside.
     Command(Command, ReplyTo),

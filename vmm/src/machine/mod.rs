@@ -58,6 +58,7 @@ use crate::placement::{self, Placement, VcpPlace, Want};
 use crate::snapshot::Snapshot;
 use crate::terminal::{self, RawMode};
 use crate::vcp::Programs;
+use crate::vcp::cgroup::Groups;
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::rng::Rng;
 use crate::{acpi, api, confine, signal, vcp};
@@ -85,6 +86,8 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let placement =
         placement::place(&host, &wishes, config.vcpus, config.vcpu_cpus.as_deref()).map_err(Error::Usage)?;
     place_memory(&host, &wishes, &placement, &mut config)?;
+    // Before KVM makes threads of its own, which count as processes of the group that this one may have to leave.
+    let groups = groups(&config);
     // The board first, with all that lies in its memory: what fails here fails sooner, and no target was troubled.
     let board = match (kernel, &snapshot) {
         (Some(kernel), _) => Board::new(&config, kernel)?,
@@ -95,6 +98,8 @@ pub fn run(mut config: VmConfig) -> Result<()> {
     let programs = Programs {
         iscsi: vcp::find_program("vcp-iscsi", config.vcp_iscsi.as_deref()),
         net: vcp::find_program("vcp-net", config.vcp_net.as_deref()),
+        groups,
+        guest_bytes: config.memory_bytes,
     };
     let backends = match backends::start_all(&programs, &config, &placement, &signals) {
         Err(Error::Interrupted) => {
@@ -104,6 +109,15 @@ pub fn run(mut config: VmConfig) -> Result<()> {
         other => other?,
     };
     warn_of_emulation(board.is_ring3);
+    match &programs.groups {
+        Err(why) if !backends.is_empty() => {
+            tracing::warn!("not confined: VCPs have no control groups: {why}");
+        }
+        Err(_) => {}
+        Ok(groups) => {
+            groups.missing().iter().for_each(|missing| tracing::warn!("not confined: {missing}"));
+        }
+    }
     let (control, commands) = Control::new()?;
     let name = config.name.clone();
     let api_control = control.clone();
@@ -156,6 +170,17 @@ fn take_over(config: &mut VmConfig, path: &std::path::Path) -> Result<Snapshot<S
     config.cmdline.clone_from(&saved.cmdline);
     config.transport = Some(if saved.pci { Transport::Pci } else { Transport::Mmio });
     Ok(snapshot)
+}
+
+/// Control groups for VCPs, if any of them will be ours.
+fn groups(config: &VmConfig) -> std::result::Result<Arc<Groups>, String> {
+    let ours = config.disks.iter().any(|disk| disk.url.is_some())
+        || config.nets.iter().any(|net| net.user || net.tap.is_some())
+        || config.api_socket.is_some();
+    if !ours {
+        return Err("there was no VCP to bound".into());
+    }
+    Groups::of_host().map(Arc::new)
 }
 
 /// Says what would otherwise show as a guest that crawls; after all that may fail, so that an error is one line.
@@ -248,7 +273,6 @@ struct Parts {
 pub struct Machine {
     config: VmConfig,
     placement: Placement,
-    programs: Programs,
     vm: Vm,
     exit: ExitSignal,
     control: Control,
@@ -271,6 +295,8 @@ pub struct Machine {
     events: EventManager<Subscriber>,
     vcpus: Vcpus,
     raw: Option<RawMode>,
+    /// Last, for with it go the control groups: KVM's own threads must have left them.
+    programs: Programs,
 }
 
 impl std::fmt::Debug for Machine {

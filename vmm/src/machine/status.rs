@@ -130,6 +130,42 @@ pub struct BackendStatus {
     /// Namespaces of its own.
     #[serde(default)]
     pub namespaces: Vec<String>,
+    /// What it can reach: `portals` of its declaration or `any` over TCP, by another process; or what the `host` can.
+    #[serde(default)]
+    pub network: Option<String>,
+    /// Its control group, if it is in one.
+    #[serde(default)]
+    pub control_group: Option<ControlGroup>,
+    /// What of its confinement could not be had, with the reasons.
+    #[serde(default)]
+    pub not_confined: Vec<String>,
+}
+
+/// The control group of a VCP's processes: bounds, and what is used.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize, ToSchema)]
+pub struct ControlGroup {
+    /// Its directory on the host.
+    pub path: String,
+    /// Most processor time, percent of one hardware thread; `None`: no bound.
+    pub cpu_max_percent: Option<u32>,
+    /// Share of a thread that it shares, relative to others'.
+    pub cpu_weight: u32,
+    /// Most memory, bytes, the guest's included.
+    pub memory_max_bytes: u64,
+    /// Most processes and threads.
+    pub pids_max: u32,
+    /// Memory charged to it, bytes.
+    pub memory_bytes: u64,
+    /// Processes and threads.
+    pub pids: u64,
+    /// Processor time so far, microseconds.
+    pub cpu_us: u64,
+    /// Time for which it was stopped by `cpu.max`, microseconds.
+    pub throttled_us: u64,
+    /// Processes killed because of `memory.max`.
+    pub oom_kills: u64,
+    /// Threads and processes refused because of `pids.max`.
+    pub refused_pids: u64,
 }
 
 /// What a data thread did with its time since its process began, as it says itself.

@@ -45,7 +45,12 @@ fn start(board: Board, saved: Option<Saved>) -> Running {
         saved,
         backends: Vec::new(),
         placement: Placement { vcps: Vec::new(), vcpus: vec![None] },
-        programs: crate::vcp::Programs { iscsi: "none".into(), net: "none".into() },
+        programs: crate::vcp::Programs {
+            iscsi: "none".into(),
+            net: "none".into(),
+            groups: Err("not in a test".into()),
+            guest_bytes: 0,
+        },
         control: control.clone(),
         exit: ExitSignal::new().unwrap(),
     };

@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,9 +16,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 use vcp_core::pulse::{Beat, PulsePage};
 
+use super::cgroup::Group;
 use super::hidden::HiddenSocket;
 use super::spawn::{self, Plan, Spaces, Spawned};
-use crate::config::SecretUrl;
+use super::spec::VcpSpec;
 use crate::error::{Error, Result};
 use crate::virtio::vhost_user::link::Link;
 
@@ -38,151 +39,6 @@ const ENVIRONMENT: [&str; 5] =
 const FIRST_USER: u32 = 0x7000_0000;
 /// Devices of a monitor that have a user of their own.
 const USERS_EACH: u32 = 32;
-
-/// What a VCP is started with.
-#[derive(Clone, Debug)]
-pub struct VcpSpec {
-    /// Device name, e.g. `disk0`.
-    pub device: String,
-    /// For a network device: where its frames go, as `vcp-net --uplink` takes it, and what its one port is like. The program
-    /// is a `vcp-net` then, and what belongs to a disk is not used.
-    pub net: Option<NetPort>,
-    /// The URL of a disk, with secrets; it never becomes an argument.
-    pub url: SecretUrl,
-    /// What the disk is to its target, the same for every process that serves it: a new one takes over the session of
-    /// the one before, so that nothing of that one is carried out later.
-    pub instance: String,
-    /// Offer the disk read-only.
-    pub read_only: bool,
-    /// Number of virtqueues.
-    pub queues: u16,
-    /// Of a network device: pairs among them.
-    pub pairs: u16,
-    /// Hardware thread of its own.
-    pub cpu: Option<usize>,
-    /// NUMA node that its memory should come from.
-    pub node: Option<usize>,
-    /// More arguments for `serve`: polling, limits.
-    pub options: Vec<String>,
-    /// Namespaces that it gets.
-    pub spaces: Spaces,
-    /// Number of the device among those of this monitor: makes its user.
-    pub number: u32,
-    /// Priority, 0 to 19 (least).
-    pub nice: i32,
-    /// A process that is ready but for its login stands by for the case that this one dies.
-    pub standby: bool,
-    /// How long its data loop may stand still with work to do.
-    pub patience: Duration,
-    /// Directory of its control group.
-    pub cgroup: Option<PathBuf>,
-    /// Further ways to the unit.
-    pub paths: VcpPaths,
-    /// Where programs of this host reach the disk beside the guest. The socket is the monitor's, and every process that
-    /// serves the disk in turn is given it: a program that connects while one is started anew waits in its backlog.
-    pub msgq: Option<Arc<vcp_core::msgq::Listener>>,
-}
-
-/// What the `vcp-net` of a network device is started with.
-#[derive(Clone, Debug)]
-pub struct NetPort {
-    /// `user`, `user,hostfwd=...` or `tap=NAME`.
-    pub uplink: String,
-    /// The guest's address, `aa:bb:cc:dd:ee:ff`.
-    pub mac: String,
-}
-
-/// Ways to a disk's unit besides its URL.
-#[derive(Clone, Debug, Default)]
-pub struct VcpPaths {
-    /// Further URLs, with secrets.
-    pub urls: Vec<SecretUrl>,
-    /// Every portal that the target names as well.
-    pub all: bool,
-    /// Sessions with each portal, if more than one.
-    pub sessions: Option<u16>,
-}
-
-impl VcpSpec {
-    /// A disk with everything else as it is by default.
-    pub fn new(device: &str, url: SecretUrl, queues: u16) -> Result<Self> {
-        let mut random = [0u8; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(Error::os("get random bytes"))?;
-        let instance = format!("vcp-{}-{:016x}/{device}", std::process::id(), u64::from_ne_bytes(random));
-        Ok(Self {
-            device: device.to_owned(),
-            net: None,
-            url,
-            instance,
-            read_only: false,
-            queues,
-            pairs: 0,
-            cpu: None,
-            node: None,
-            options: Vec::new(),
-            spaces: Spaces::LOCAL,
-            number: 0,
-            nice: 0,
-            standby: true,
-            patience: super::watchdog::PATIENCE,
-            cgroup: None,
-            paths: VcpPaths::default(),
-            msgq: None,
-        })
-    }
-}
-
-impl VcpSpec {
-    /// A network device with one port of `pairs` pairs of queues on a `vcp-net` of its own. `queues` of the front end may
-    /// have one more, for control.
-    pub fn net(device: &str, port: NetPort, pairs: u16, queues: u16) -> Result<Self> {
-        // A TAP device is the user's or root's, which a process in a user namespace of its own is not.
-        let spaces = if port.uplink.starts_with("tap=") { Spaces::NONE } else { Spaces::LOCAL };
-        let mut spec = Self::new(device, SecretUrl::default(), queues)?;
-        spec.net = Some(port);
-        spec.pairs = pairs;
-        spec.spaces = spaces;
-        // It has nothing to log in to: it is there at once.
-        spec.standby = false;
-        Ok(spec)
-    }
-
-    /// The program's name, and the option that says where it is.
-    fn program(&self) -> (&'static str, &'static str) {
-        if self.net.is_some() { ("vcp-net", "--vcp-net") } else { ("vcp-iscsi", "--vcp-iscsi") }
-    }
-
-    /// Sets one of the [options](Self::options) that have a value, or takes it away.
-    pub fn set_option(&mut self, option: &str, value: Option<String>) {
-        if let Some(at) = self.options.iter().position(|word| word == option) {
-            self.options.drain(at..(at + 2).min(self.options.len()));
-        }
-        self.options.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
-    }
-}
-
-/// Finds a program: what the user names, its variable (`VCP_ISCSI`), the directory of this executable, the path.
-pub fn find_program(name: &str, given: Option<&Path>) -> PathBuf {
-    if let Some(path) = given {
-        return path.to_owned();
-    }
-    let variable = name.to_uppercase().replace('-', "_");
-    if let Some(path) = std::env::var_os(variable).filter(|v| !v.is_empty()) {
-        return path.into();
-    }
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
-    beside.filter(|p| p.is_file()).unwrap_or_else(|| name.into())
-}
-
-/// The programs of VCPs.
-#[derive(Clone, Debug)]
-pub struct Programs {
-    /// `vcp-iscsi`.
-    pub iscsi: PathBuf,
-    /// `vcp-net`.
-    pub net: PathBuf,
-}
 
 /// What a process is to do first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +77,8 @@ pub struct VcpProcess {
     go: Option<OwnedFd>,
     /// It has said that it is ready, or that it stands by: it hears signals.
     spoke: bool,
+    /// Removed after the last of its processes.
+    cgroup: Option<Arc<Group>>,
 }
 
 impl VcpProcess {
@@ -285,6 +143,7 @@ impl VcpProcess {
             args.extend(["--msgq-fd".into(), (FIRST_FD + fds.len()).to_string().into()]);
             fds.push(dup(&**msgq)?);
         }
+        dial(vcp, &mut args, &mut fds)?;
         Self::spawn(program, vcp, url.into(), args, fds, (front, control, pulse, go))
     }
 
@@ -293,10 +152,12 @@ impl VcpProcess {
         let nothing = rustix::fs::memfd_create("nothing", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(Error::os("create a memfd"))?;
         let pulse = PulsePage::create().map_err(Error::os("create a memfd"))?;
-        let fds = vec![dup(&old.control)?, dup(&pulse)?];
+        let mut fds = vec![dup(&old.control)?, dup(&pulse)?];
         let args = ["take-over", "--control", "/proc/self/fd/3", "--pulse-fd", "4", "--exit-with-parent"];
+        let mut args = args.map(Into::into).into();
+        dial(vcp, &mut args, &mut fds)?;
         let parts = (old.front.clone(), old.control.clone(), pulse, None);
-        Self::spawn(program, vcp, nothing, args.map(Into::into).into(), fds, parts)
+        Self::spawn(program, vcp, nothing, args, fds, parts)
     }
 
     fn spawn(
@@ -313,23 +174,15 @@ impl VcpProcess {
         rustix::io::ioctl_fionbio(&stdout, true).map_err(Error::os("set up a pipe"))?;
         let mut fds = vec![stdin, theirs, dup(std::io::stderr())?];
         fds.extend(more);
-        let cgroup = vcp.cgroup.as_deref().and_then(|path| {
-            let flags =
-                rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::DIRECTORY;
-            rustix::fs::open(path, flags, rustix::fs::Mode::empty()).ok()
-        });
-        let env = ENVIRONMENT.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?)));
-        // What comes out of our standard error is of one kind.
-        let json = vcp_core::process::log_format() == vcp_core::process::LogFormat::Json;
-        let env = env.chain(json.then(|| (vcp_core::process::LOG_FORMAT_VARIABLE.into(), "json".into())));
-        let user = FIRST_USER + std::process::id() % (1 << 22) * USERS_EACH + vcp.number % USERS_EACH;
+        let cgroup = vcp.cgroup.as_deref().and_then(Group::open);
         let plan = Plan {
             program: program.to_owned(),
             args,
-            env: env.collect(),
+            env: environment(),
             fds,
             spaces: vcp.spaces,
-            outer_id: user,
+            needs_net: vcp.needs_net,
+            outer_id: user_of(vcp.number),
             node: vcp.node,
             cgroup,
             nice: vcp.nice,
@@ -357,6 +210,7 @@ impl VcpProcess {
             pulse: Arc::new(pulse),
             go,
             spoke: false,
+            cgroup: vcp.cgroup.clone(),
         })
     }
 
@@ -368,6 +222,16 @@ impl VcpProcess {
     /// The namespaces that it has.
     pub fn spaces(&self) -> Spaces {
         self.spawned.spaces
+    }
+
+    /// What of its confinement could not be had, with the reasons.
+    pub fn missing(&self) -> &[String] {
+        &self.spawned.missing
+    }
+
+    /// Its control group, if it is in one.
+    pub fn cgroup(&self) -> Option<Arc<Group>> {
+        self.cgroup.clone().filter(|_| self.spawned.in_cgroup)
     }
 
     /// Lets a process that stands by go on. One that is not there yet finds the word when it is.
@@ -559,7 +423,29 @@ impl Drop for VcpProcess {
     }
 }
 
-fn dup(fd: impl AsFd) -> Result<OwnedFd> {
+/// The user of device number `number` outside, if the monitor is root.
+pub(crate) fn user_of(number: u32) -> u32 {
+    FIRST_USER + std::process::id() % (1 << 22) * USERS_EACH + number % USERS_EACH
+}
+
+/// The whole environment of a process that the monitor starts.
+pub(super) fn environment() -> Vec<(OsString, OsString)> {
+    let env = ENVIRONMENT.iter().filter_map(|name| Some(((*name).into(), std::env::var_os(name)?)));
+    // What comes out of our standard error is of one kind.
+    let json = vcp_core::process::log_format() == vcp_core::process::LogFormat::Json;
+    env.chain(json.then(|| (vcp_core::process::LOG_FORMAT_VARIABLE.into(), "json".into()))).collect()
+}
+
+/// Gives a process that is about to be started its channel to the one that connects, if there is one.
+fn dial(vcp: &VcpSpec, args: &mut Vec<OsString>, fds: &mut Vec<OwnedFd>) -> Result<()> {
+    let Some(dialer) = &vcp.dialer else { return Ok(()) };
+    // The first three are the standard ones.
+    args.extend(["--dial-fd".into(), (3 + fds.len()).to_string().into()]);
+    fds.push(dialer.channel()?);
+    Ok(())
+}
+
+pub(super) fn dup(fd: impl AsFd) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(Error::os("duplicate a descriptor"))
 }
 

@@ -1,5 +1,7 @@
 //! Processes that say what a test has them say.
 
+use std::path::PathBuf;
+
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;

@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use vcp_core::pulse::PulsePage;
 
+use super::cgroup::Group;
 use super::keeper::Source;
 use super::life::{Life, LifeFacts, State};
 use super::process::VcpProcess;
 use super::threads;
-use crate::machine::status::{BackendStatus, LoadSplit};
+use crate::machine::status::{BackendStatus, ControlGroup, LoadSplit};
 use crate::virtio::vhost_user::front::Front;
 
 /// The board on which a keeper writes.
@@ -29,6 +30,9 @@ struct Facts {
     cpu: Option<usize>,
     spaces: Vec<&'static str>,
     control: Option<Arc<OwnedFd>>,
+    cgroup: Option<Arc<Group>>,
+    network: Option<&'static str>,
+    not_confined: Vec<String>,
 }
 
 impl Board {
@@ -48,6 +52,21 @@ impl Board {
             },
             spaces: process.map(|process| process.spaces().names()).unwrap_or_default(),
             control: process.map(|process| process.control().descriptor()),
+            cgroup: process.and_then(VcpProcess::cgroup),
+            network: match source {
+                Source::Process(_, vcp) => Some(match vcp.dialer.as_ref().map(|dialer| dialer.reach().any) {
+                    Some(false) => "portals",
+                    Some(true) => "any",
+                    None => "host",
+                }),
+                Source::Socket(_) => None,
+            },
+            not_confined: match (source, process) {
+                (Source::Process(_, vcp), Some(process)) => {
+                    vcp.not_confined.iter().chain(process.missing()).cloned().collect()
+                }
+                _ => Vec::new(),
+            },
         };
         *self.facts.lock().unwrap_or_else(PoisonError::into_inner) = facts;
     }
@@ -84,6 +103,26 @@ impl Board {
                 inflight: beat.inflight,
             }),
             namespaces: facts.spaces.iter().map(|name| (*name).to_owned()).collect(),
+            network: facts.network.map(str::to_owned),
+            control_group: facts.cgroup.as_deref().map(of_group),
+            not_confined: facts.not_confined.clone(),
         }
+    }
+}
+
+fn of_group(group: &Group) -> ControlGroup {
+    let (bounds, usage) = (group.bounds(), group.usage());
+    ControlGroup {
+        path: group.path().display().to_string(),
+        cpu_max_percent: bounds.cpu_percent,
+        cpu_weight: bounds.weight,
+        memory_max_bytes: bounds.memory_bytes,
+        pids_max: bounds.tasks,
+        memory_bytes: usage.memory_bytes,
+        pids: usage.tasks,
+        cpu_us: usage.cpu_us,
+        throttled_us: usage.throttled_us,
+        oom_kills: usage.oom_kills,
+        refused_pids: usage.refused_tasks,
     }
 }

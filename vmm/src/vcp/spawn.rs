@@ -80,9 +80,10 @@ pub struct Plan {
     pub env: Vec<(std::ffi::OsString, std::ffi::OsString)>,
     /// Its descriptors, numbered from 0. It has no others.
     pub fds: Vec<OwnedFd>,
-    /// Namespaces that it should have. Those that the kernel refuses are left out, unless that is the network's: a process
-    /// that was to be without the network does not get it by accident.
+    /// Namespaces that it should have. Those that the kernel refuses are left out.
     pub spaces: Spaces,
+    /// The network's is not left out: the process is not started without.
+    pub needs_net: bool,
     /// With a user namespace: the user and group that it is outside, if the monitor is root; else it is the monitor's.
     pub outer_id: u32,
     /// NUMA node that its memory comes from, as long as that has some.
@@ -102,6 +103,8 @@ pub struct Spawned {
     pub pidfd: OwnedFd,
     /// The namespaces that it has.
     pub spaces: Spaces,
+    /// Whether it is in the control group that it was to be in.
+    pub in_cgroup: bool,
     /// What could not be had, with the reason.
     pub missing: Vec<String>,
 }
@@ -193,10 +196,9 @@ fn start(plan: &Plan) -> io::Result<Spawned> {
         nice: plan.nice,
         _strings: strings,
     };
-    let (spaces, pid, pidfd, missing) = clone_with(&mut prepared, plan)?;
+    let spawned = clone_with(&mut prepared, plan)?;
     drop(prepared);
-    let spawned = Spawned { pid, pidfd, spaces, missing };
-    let result = if spaces.user { map_users(pid, plan.outer_id) } else { Ok(()) };
+    let result = if spawned.spaces.user { map_users(spawned.pid, plan.outer_id) } else { Ok(()) };
     if let Err(error) = &result {
         tracing::debug!(%error, "cannot map the users of a process");
     } else {
@@ -221,40 +223,62 @@ fn start(plan: &Plan) -> io::Result<Spawned> {
 }
 
 /// Makes the child with as many of the wanted namespaces as the kernel allows.
-fn clone_with(prepared: &mut Prepared, plan: &Plan) -> io::Result<(Spaces, u32, OwnedFd, Vec<String>)> {
-    let mut missing = Vec::new();
+fn clone_with(prepared: &mut Prepared, plan: &Plan) -> io::Result<Spawned> {
     let wanted = plan.spaces;
     // Without a user namespace the others need rights that the monitor may have.
-    let tries = [wanted, Spaces { user: false, ..wanted }, Spaces { net: wanted.net, ..Spaces::NONE }];
-    let mut last = None;
-    for (at, spaces) in tries.into_iter().enumerate() {
-        if tries[..at].contains(&spaces) {
+    let rootless = Spaces { user: false, ..wanted };
+    let net = |spaces: Spaces| Spaces { net: wanted.net, ..spaces };
+    let no_net = |spaces: Spaces| Spaces { net: false, ..spaces };
+    let mut tries = vec![wanted, rootless, no_net(wanted), no_net(rootless), net(Spaces::NONE), Spaces::NONE];
+    tries.retain(|spaces| spaces.net == wanted.net || !plan.needs_net);
+    let mut tried = Vec::new();
+    let mut first = None;
+    for spaces in tries {
+        if tried.contains(&spaces) {
             continue;
         }
+        tried.push(spaces);
         prepared.own_user = spaces.user;
-        for cgroup in [plan.cgroup.as_ref(), None] {
+        for cgroup in plan.cgroup.iter().map(Some).chain([None]) {
             match child::clone(prepared, spaces.flags(), cgroup) {
                 Ok((pid, pidfd)) => {
+                    let mut missing = Vec::new();
                     if cgroup.is_none() && plan.cgroup.is_some() {
                         missing.push("control group: the kernel refuses to start a process in it".into());
                     }
-                    return Ok((spaces, pid, pidfd, missing));
+                    if let Some(error) = first.filter(|_| spaces != wanted) {
+                        missing.push(without(wanted, spaces, &error));
+                    }
+                    return Ok(Spawned { pid, pidfd, spaces, in_cgroup: cgroup.is_some(), missing });
                 }
                 Err(error) => {
+                    // What was wanted, and not what was tried instead.
                     if cgroup.is_none() {
-                        let names = spaces.names().join(", ");
-                        missing.push(format!("namespaces ({names}): {error}"));
+                        first.get_or_insert(error);
                     }
-                    last = Some(error);
                 }
-            }
-            if plan.cgroup.is_none() {
-                break;
             }
         }
     }
-    let error = last.unwrap_or_else(|| io::Error::other("nothing was tried"));
+    let error = first.unwrap_or_else(|| io::Error::other("nothing was tried"));
     Err(io::Error::new(error.kind(), format!("cannot start a process with namespaces of its own: {error}")))
+}
+
+/// What a process lacks, why, and what would help.
+fn without(wanted: Spaces, has: Spaces, error: &io::Error) -> String {
+    let lacking: Vec<_> = wanted.names().into_iter().filter(|name| !has.names().contains(name)).collect();
+    let help = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            " (users may not make user namespaces here: see the sysctls kernel.unprivileged_userns_clone and \
+             kernel.apparmor_restrict_unprivileged_userns)"
+        }
+        // ENOSPC.
+        io::ErrorKind::StorageFull => {
+            " (as many as the sysctls user.max_*_namespaces allow are there already)"
+        }
+        _ => "",
+    };
+    format!("own namespaces ({}): {error}{help}", lacking.join(", "))
 }
 
 /// Makes root of the child's user namespace somebody outside: `outer_id` if we may choose, else our own user.

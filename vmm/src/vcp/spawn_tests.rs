@@ -14,6 +14,7 @@ fn plan(script: &str, spaces: Spaces) -> (Plan, std::fs::File) {
         env: vec![("GREETING".into(), "hello".into())],
         fds: vec![null.into(), theirs, stderr],
         spaces,
+        needs_net: false,
         outer_id: 0x7fff_0000,
         node: None,
         cgroup: None,
@@ -114,4 +115,26 @@ fn it_dies_with_the_thread_that_starts_processes_only() {
     output.read_to_string(&mut text).unwrap();
     assert_eq!(text.trim(), "alive");
     spawned.status(true).unwrap();
+}
+
+#[test]
+fn without_the_network_there_is_no_interface_that_is_up() {
+    let script = "cat /proc/self/net/dev 2>/dev/null | tail -n +3 | cut -d: -f1 | tr -d ' '; readlink /proc/self/ns/net";
+    let (spawned, text, _) = run(script, Spaces { net: true, ..Spaces::LOCAL });
+    if !spawned.spaces.net {
+        assert!(spawned.missing.iter().any(|missing| missing.contains("net")), "{:?}", spawned.missing);
+        return;
+    }
+    let outside = std::fs::read_link("/proc/self/ns/net").unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_ne!(lines.last().copied(), outside.to_str());
+    assert!(lines[..lines.len() - 1].iter().all(|name| ["lo", "tunl0", "sit0"].contains(name)), "{text}");
+}
+
+#[test]
+fn what_is_missing_is_one_line_with_the_reason() {
+    let error = io::Error::from(io::ErrorKind::PermissionDenied);
+    let text = without(Spaces { net: true, ..Spaces::LOCAL }, Spaces::NONE, &error);
+    assert!(text.starts_with("own namespaces (user, mount, pid, ipc, uts, net): "), "{text}");
+    assert!(text.contains("unprivileged_userns_clone") && !text.contains('\n'), "{text}");
 }

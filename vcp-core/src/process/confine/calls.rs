@@ -57,17 +57,12 @@ const ALLOWED: &[i64] = &[
     libc::SYS_writev,
     // Sockets; which families, `rules` says.
     libc::SYS_accept4,
-    libc::SYS_bind,
-    libc::SYS_connect,
     libc::SYS_getpeername,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_recvfrom,
     libc::SYS_recvmmsg,
     libc::SYS_recvmsg,
-    libc::SYS_sendmmsg,
-    libc::SYS_sendmsg,
-    libc::SYS_sendto,
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
     libc::SYS_socketpair,
@@ -214,13 +209,31 @@ fn rules(confinement: &Confinement) -> Result<Rules, seccompiler::BackendError> 
     // Threads, no processes.
     let thread = libc::CLONE_THREAD as u64;
     rules.insert(libc::SYS_clone, vec![one(vec![If::new(0, Len::Dword, Op::MaskedEq(thread), thread)?])?]);
-    // To targets, and the netlink socket with which the resolver looks which address families there are.
-    let mut families = vec![libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    let mut families = Vec::new();
+    if confinement.network {
+        // To targets, and the netlink socket with which the resolver looks which address families there are.
+        families.extend([libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK]);
+        rules.insert(libc::SYS_bind, Vec::new());
+    }
     if confinement.local_sockets {
         families.push(libc::AF_UNIX);
     }
-    let families = families.into_iter().map(|family| one(vec![equal(0, family as u64)?]));
-    rules.insert(libc::SYS_socket, families.collect::<Result<_, _>>()?);
+    if families.is_empty() {
+        // A socket that was connected by somebody else could be connected anew.
+        let fast_open = libc::MSG_FASTOPEN as u64;
+        for (call, flags) in [(libc::SYS_sendto, 3), (libc::SYS_sendmsg, 2), (libc::SYS_sendmmsg, 3)] {
+            rules.insert(call, vec![one(vec![If::new(flags, Len::Dword, Op::MaskedEq(fast_open), 0)?])?]);
+        }
+    } else {
+        rules.insert(libc::SYS_connect, Vec::new());
+        for call in [libc::SYS_sendto, libc::SYS_sendmsg, libc::SYS_sendmmsg] {
+            rules.insert(call, Vec::new());
+        }
+    }
+    if !families.is_empty() {
+        let families = families.into_iter().map(|family| one(vec![equal(0, family as u64)?]));
+        rules.insert(libc::SYS_socket, families.collect::<Result<_, _>>()?);
+    }
     if confinement.listens {
         rules.insert(libc::SYS_listen, Vec::new());
     }

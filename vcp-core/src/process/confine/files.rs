@@ -36,6 +36,9 @@ fn restrict(confinement: &Confinement) -> Result<RulesetStatus, RulesetError> {
         // Connections go wherever targets are and redirect to. Nothing is listened on from here on.
         rules = rules.handle_access(AccessNet::BindTcp)?;
     }
+    if !confinement.network {
+        rules = rules.handle_access(AccessNet::ConnectTcp)?;
+    }
     let rules = rules.scope(Scope::AbstractUnixSocket | Scope::Signal)?.create()?;
     let rules = add(rules, &confinement.read, read)?;
     let rules = add(rules, &confinement.remove, remove)?;

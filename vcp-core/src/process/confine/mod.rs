@@ -46,6 +46,8 @@ pub struct Confinement {
     pub remove: Vec<PathBuf>,
     /// Whether it connects to local sockets from then on (of front ends that listen).
     pub local_sockets: bool,
+    /// Whether it makes network sockets. If not, it uses those that it is given, which it cannot connect elsewhere.
+    pub network: bool,
     /// Whether it listens on ports that are named later (of forwards that are added while it runs).
     pub listens: bool,
     /// Most descriptors at once.

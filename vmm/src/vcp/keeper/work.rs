@@ -13,6 +13,7 @@ use super::{Order, Reply, Source};
 use crate::exit::ExitSignal;
 use crate::vcp::attach::{Attacher, Report};
 use crate::vcp::backoff::Backoff;
+use crate::vcp::dialer::Dialer;
 use crate::vcp::life::{Event, Life, State};
 use crate::vcp::process::{First, Said, VcpProcess, left_until};
 use crate::vcp::report::Board;
@@ -73,6 +74,7 @@ enum Heard {
     StandbyEnded,
     StandbyOutput,
     Left,
+    DialerEnded,
 }
 
 impl Work {
@@ -91,13 +93,18 @@ impl Work {
     /// Waits for something that concerns a keeper.
     fn wait(&self) -> Vec<Heard> {
         use Heard::{
-            Channel, Ended, Left, Orders, Output, Reports, StandbyEnded, StandbyOutput, Stream,
+            Channel, DialerEnded, Ended, Left, Orders, Output, Reports, StandbyEnded, StandbyOutput, Stream,
             SuccessorEnded, SuccessorOutput,
         };
+        let dialer = self.dialer().and_then(|dialer| dialer.watch());
         let mut watched: Vec<(Heard, BorrowedFd<'_>, PollFlags)> = vec![
             (Orders, self.event.as_fd(), PollFlags::IN),
             (Reports, self.attacher.event(), PollFlags::IN),
         ];
+        if let Some(dialer) = &dialer {
+            // Before the ends of those that it served: what replaces them needs another one.
+            watched.push((DialerEnded, dialer.as_fd(), PollFlags::IN));
+        }
         if self.life.serves()
             && let Some(stream) = &self.stream
         {
@@ -215,6 +222,7 @@ impl Work {
                 }
             }
             Heard::Left => self.leaving = None,
+            Heard::DialerEnded => self.lost_dialer(),
         }
         false
     }
@@ -250,6 +258,28 @@ impl Work {
         let holds_work = beat.inflight > 0 || self.front.holds_work();
         if let Some(time) = self.dog.look(beat.passes, holds_work) {
             self.on(Event::Stalled(time));
+        }
+    }
+
+    /// What connects for the disk's processes.
+    fn dialer(&self) -> Option<&Arc<Dialer>> {
+        match &self.source {
+            Source::Process(_, vcp) => vcp.dialer.as_ref(),
+            Source::Socket(_) => None,
+        }
+    }
+
+    /// Nobody connects any more for the processes that are there: others take their place, with another dialer.
+    fn lost_dialer(&mut self) {
+        let Some(dialer) = self.dialer() else { return };
+        let how = dialer.forget();
+        tracing::warn!(
+            device = self.name,
+            how,
+            "the process that connects for the VCP ended: both are started anew"
+        );
+        for process in [&self.process, &self.standby, &self.successor].into_iter().flatten() {
+            process.kill();
         }
     }
 

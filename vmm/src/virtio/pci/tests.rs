@@ -220,6 +220,22 @@ fn most_queues_fit_too() {
 }
 
 #[test]
+fn two_functions_at_one_address_are_taken_apart_again() {
+    let bed = bed();
+    let memory = crate::kvm::memory::create(4 << 20, false).unwrap();
+    let other = VirtioPci::new(Box::new(Fake(bed.log.clone())), memory, bed.wires.clone(), BASE).unwrap();
+    bed.pci.config_write(COMMAND, &[2, 0]);
+    let notifies = bed.wires.now().notifies.clone();
+    // The guest's doing: the second one's notifications are exits.
+    other.config_write(COMMAND, &[2, 0]);
+    assert_eq!(bed.wires.now().notifies, notifies);
+    other.unplugged();
+    assert_eq!(bed.wires.now().notifies, notifies);
+    bed.pci.unplugged();
+    assert!(bed.wires.now().notifies.is_empty());
+}
+
+#[test]
 fn a_driver_starts_and_resets_the_device() {
     let bed = bed();
     bed.start();
