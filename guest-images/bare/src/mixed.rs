@@ -25,7 +25,9 @@ impl Work {
         while clock.now() < until {
             let mut x = self.state;
             for _ in 0..STEPS {
-                x = black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+                x = black_box(
+                    x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407),
+                );
             }
             self.state = x;
             self.steps += STEPS;
