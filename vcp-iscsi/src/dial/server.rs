@@ -40,7 +40,7 @@ pub struct DialArgs {
     /// A Unix socket (seqpacket): each message on it brings the channel of a process that asks; its end is the end
     #[arg(long, value_name = "FDNUM")]
     pub channel_fd: i32,
-    /// File with the portals that may be connected to, HOST[:PORT], one a line
+    /// File with the portals that may be connected to, `HOST[:PORT]`, one a line
     #[arg(long, value_name = "FILE")]
     pub portals: PathBuf,
     /// Connect to everything that is asked for
