@@ -9,7 +9,7 @@ use crate::mem::GuestBuf;
 /// Most entries the kernel takes in one call (`IOV_MAX` of Linux).
 pub const IOV_MAX: usize = 1024;
 
-/// Reusable storage for the I/O vector of a [`Gather`] or [`Scatter`]; keeps its capacity from call to call.
+/// Reusable storage for the I/O vector of a [`Gather`](super::Gather) or [`Scatter`](super::Scatter); keeps its capacity from call to call.
 #[derive(Debug, Default)]
 pub struct IovStorage(pub(super) Vec<libc::iovec>);
 

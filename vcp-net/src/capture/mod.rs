@@ -3,7 +3,7 @@
 //!
 //! [`Capture`] is the data thread's side: it writes blocks into memory that it has, and gives it away when it is full, or
 //! old; a frame for which there is none is counted, and the next one's block says how many were lost before it. A thread of
-//! its own ([`writer`]) writes the file. A process that captures nothing pays one comparison for each burst.
+//! its own (`writer`) writes the file. A process that captures nothing pays one comparison for each burst.
 
 mod spec;
 mod writer;
