@@ -90,7 +90,13 @@ fn child() {
     let given = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let _peer = listener.accept().unwrap();
     let confinement = Confinement {
-        read: vec![dir.join("read"), dir.join("not there")],
+        read: match &*case {
+            // As a path and what it leads to may be the same, and files lie in directories.
+            "named twice" => {
+                ["read/file", "read/file", "write/file", "read"].map(|path| dir.join(path)).into()
+            }
+            _ => vec![dir.join("read"), dir.join("not there")],
+        },
         write: vec![dir.join("write")],
         remove: vec![dir.join("remove")],
         max_fds: 64,
@@ -106,6 +112,11 @@ fn child() {
     }
     match (case.as_str(), ring) {
         ("no ring", _) => without_ring(left_over),
+        ("named twice", _) => {
+            for part in ["read", "write"] {
+                assert_eq!(std::fs::read_to_string(dir.join(part).join("file")).unwrap(), part);
+            }
+        }
         // Nothing to show where the kernel has none.
         ("a ring", ring) => ring.into_iter().for_each(with_ring),
         _ => attempt(&case, &dir, &listener, given),
@@ -310,6 +321,12 @@ fn attempt(case: &str, dir: &Path, listener: &TcpListener, mut given: TcpStream)
 #[test]
 fn it_keeps_what_it_needs() {
     held("keeps what it needs");
+}
+
+/// `/etc/resolv.conf` of the host was once left empty by this.
+#[test]
+fn a_file_that_is_named_twice_keeps_what_is_in_it() {
+    held("named twice");
 }
 
 #[test]

@@ -66,13 +66,11 @@ fn resolver_paths() -> Vec<PathBuf> {
     let file = PathBuf::from(crate::user::RESOLV_CONF);
     let target = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
     let root = rustix::process::geteuid().is_root();
-    [file, target]
-        .into_iter()
-        .map(|path| match path.parent() {
-            Some(dir) if !root || dir != Path::new("/etc") => dir.into(),
-            _ => path,
-        })
-        .collect()
+    let paths = [file, target].map(|path| match path.parent() {
+        Some(dir) if !root || dir != Path::new("/etc") => dir.into(),
+        _ => path,
+    });
+    BTreeSet::from(paths).into_iter().collect()
 }
 
 fn parent(socket: &Path) -> PathBuf {

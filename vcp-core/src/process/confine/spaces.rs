@@ -73,11 +73,18 @@ fn new_root(confinement: &Confinement) -> io::Result<()> {
             path.is_dir(),
         ))
     });
-    let sources = sources.collect::<io::Result<Vec<_>>>()?;
+    let mut sources = sources.collect::<io::Result<Vec<_>>>()?;
+    // A directory before what is in it.
+    sources.sort_by(|(a, ..), (b, ..)| a.cmp(b));
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("vcp", stage, "tmpfs", flags, c"size=64k,mode=755")?;
-    for (path, source, is_dir) in &sources {
+    for (n, (path, source, is_dir)) in sources.iter().enumerate() {
+        // It came along with its directory, or it is named twice. To make its place once more would be to do that to the
+        // host's own file.
+        if sources[..n].iter().any(|(above, ..)| path.starts_with(above)) {
+            continue;
+        }
         let place = stage.join(path.strip_prefix("/").unwrap_or(path));
         if *is_dir {
             fs::create_dir_all(&place)?;
@@ -85,7 +92,8 @@ fn new_root(confinement: &Confinement) -> io::Result<()> {
             if let Some(parent) = place.parent() {
                 fs::create_dir_all(parent)?;
             }
-            fs::File::create(&place)?;
+            // Whatever the path looks like: nothing that exists is opened for writing.
+            fs::File::create_new(&place)?;
         }
         mount_bind_recursive(format!("/proc/self/fd/{}", source.as_raw_fd()), &place)?;
     }
