@@ -62,6 +62,14 @@ fn scaled(mut value: f64, step: f64, units: &[&str]) -> String {
     format!("{value:.digits$}{space}{unit}")
 }
 
+/// A sentence in lines of at most 80 columns, from the second on indented, each with its end.
+pub fn sentence(text: &str) -> String {
+    let options = textwrap::Options::new(80).subsequent_indent("    ");
+    let mut lines = textwrap::wrap(text, options).join("\n");
+    lines.push('\n');
+    lines
+}
+
 /// Columns as wide as what is in them, two spaces between; the first one is left-aligned, the others right.
 #[derive(Clone, Debug)]
 pub struct Table {
@@ -118,6 +126,16 @@ impl fmt::Display for Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sentences_keep_to_80_columns() {
+        let path = "/a".repeat(60);
+        let text = format!("disk0, not confined: {} {path}", "why that is so, in words; ".repeat(8));
+        let lines = sentence(&text);
+        assert!(lines.ends_with('\n') && lines.lines().all(|line| line.chars().count() <= 80), "{lines}");
+        assert_eq!(lines.split_whitespace().collect::<String>(), text.replace(' ', ""));
+        assert_eq!(sentence("short"), "short\n");
+    }
 
     #[test]
     fn numbers_have_three_digits_and_a_unit() {

@@ -58,7 +58,7 @@ pub(super) fn status(status: &GuestStatus) -> String {
         let Some(death) = device.backend.as_ref().and_then(|backend| backend.last_death.as_ref()) else {
             continue;
         };
-        out.push_str(&format!("{}, last lost: {death}\n", device.name));
+        out.push_str(&text::sentence(&format!("{}, last lost: {death}", device.name)));
     }
     out.push_str(&confinement(&machine.devices));
     if !status.vcps.is_empty() {
@@ -91,10 +91,12 @@ fn confinement(devices: &[DeviceStatus]) -> String {
         if let Some(network) = &backend.network {
             let own =
                 if backend.namespaces.is_empty() { "none".into() } else { backend.namespaces.join(", ") };
-            out.push_str(&format!("{name}, namespaces of its own: {own}; reaches: {network}\n"));
+            out.push_str(&text::sentence(&format!(
+                "{name}, namespaces of its own: {own}; reaches: {network}"
+            )));
         }
         for missing in &backend.not_confined {
-            out.push_str(&format!("{name}, not confined: {missing}\n"));
+            out.push_str(&text::sentence(&format!("{name}, not confined: {missing}")));
         }
     }
     out
