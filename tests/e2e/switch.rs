@@ -107,10 +107,15 @@ fn dpdk_that_listens_survives_the_switch() -> Result<()> {
     if !have_dpdk() {
         return Ok(());
     }
-    let switch = Switch::start_dialing(["", ""], &[])?;
+    let mut switch = Switch::start_dialing(["", ""], &[])?;
     let options = Options { port: ",server=1".into(), ..Options::default() };
     let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
     both_ways(&switch, MANY)?;
+    for _ in 0..soak("VCP_SOAK_NET_KILLS", 2) {
+        switch.kill_and_restart()?;
+        both_ways(&switch, MANY / 4)?;
+        no_broken_queue(&switch)?;
+    }
     testpmd.end(TRAFFIC)?;
     Ok(())
 }
