@@ -1,5 +1,5 @@
 //! `vcp run --net socket=PATH` against DPDK's vhost library, which we did not write: testpmd answers ARP and echo
-//! requests of a stock Debian guest; and `--net user`. All of it in the helper VM, where KVM is whole.
+//! requests of a stock Debian guest. All of it in the helper VM, where KVM is whole.
 
 use std::path::{Path, PathBuf};
 
@@ -95,55 +95,5 @@ fn debian_guest_pings_through_dpdk() -> Result<()> {
     // Both rings were stopped twice: at the reset and at power-off.
     assert_eq!(done.number("STOPPED")?, 4, "{}", done.console);
     assert_eq!(done.number("TESTPMD")?, 0, "{}", done.console);
-    Ok(())
-}
-
-/// What the guest of a user-mode stack does.
-const USER_GUEST_JOB: &str = r#"
-value() { name=$1; shift; echo "@$name=$*"; }
-printf '%s\n' '#!/bin/busybox sh' '[ "$1" = bound ] || exit 0' 'ip addr add $ip/$mask dev $interface' \
-    'ip route add default via $router' 'echo $ip $router $dns >/tmp/lease' >/tmp/l
-chmod 755 /tmp/l; ip link set lo up; ip link set eth0 up
-udhcpc -i eth0 -n -q -t 30 -T 1 -s /tmp/l >/dev/null 2>&1
-value LEASE $(cat /tmp/lease)
-value PING $(ping -q -c 3 -i 0.1 10.0.2.2 | grep -o '[0-9]* packets received' | cut -d' ' -f1)
-value NAME $(nslookup gateway.internal 10.0.2.3 | grep -c '10.0.2.2$')
-value SUM $(wget -q -O - http://10.0.2.2:8000/file | md5sum | cut -d' ' -f1)
-nc -l -p 80 -e /bin/cat & value LISTENING yes
-wait $!; value SERVED $?
-"#;
-
-const USER_HELPER_JOB: &str = r#"
-value() { name=$1; shift; echo "@$name=$*"; }
-ip link set lo up
-mkdir -p /www; dd if=/dev/urandom of=/www/file bs=64k count=64 2>/dev/null
-httpd -p 127.0.0.1:8000 -h /www
-value FILE $(md5sum </www/file | cut -d' ' -f1)
-(until grep -q '@LISTENING=' /tmp/guest.log; do sleep 0.2; done; echo through | nc 127.0.0.1 8080 >/tmp/forwarded) &
-timeout 240 vcp run --vcpu-cpus 0-1 --kernel /guest/vmlinuz --initrd /guest/initrd --cmdline "console=ttyS0 quiet $(cat /guest/job)" \
-    --memory 256M --net user,hostfwd=tcp:127.0.0.1:8080-80 </dev/null >/tmp/guest.log 2>/tmp/vcp.log
-status=$?
-value RUN $status
-cat /tmp/guest.log; cat /tmp/vcp.log
-again_if_kvm_failed $status /tmp/guest.log /tmp/vcp.log
-value FORWARDED $(cat /tmp/forwarded)
-"#;
-
-#[test]
-fn debian_guest_on_the_user_mode_stack() -> Result<()> {
-    if !tool::have(&["qemu-system-x86_64"]) {
-        return Ok(());
-    }
-    let helper = helper_vm(&["vcp", "vcp-net"])?
-        .content("/guest/job", 0o644, linux::job_arg(USER_GUEST_JOB))?
-        .memory_mib(2048);
-    let ended = helper.run(USER_HELPER_JOB)?;
-    let done = Outcome { status: ended.status, console: ended.output };
-    ensure!(done.status == 0, "the helper VM's job failed:\n{}", done.console);
-    ensure!(done.number("RUN")? == 0, "vcp run failed:\n{}", done.console);
-    assert_eq!(done.value("LEASE")?, "10.0.2.15 10.0.2.2 10.0.2.3", "{}", done.console);
-    assert_eq!((done.number("PING")?, done.number("NAME")?), (3, 1), "{}", done.console);
-    assert_eq!(done.value("SUM")?, done.value("FILE")?, "the file that the guest fetched");
-    assert_eq!((done.value("FORWARDED")?, done.number("SERVED")?), ("through", 0), "{}", done.console);
     Ok(())
 }
