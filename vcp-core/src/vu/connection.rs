@@ -101,7 +101,12 @@ impl Connection {
 
     /// Whether the front end closed its side.
     pub(super) fn is_dead(&self) -> bool {
-        self.thread.is_finished() || hung_up(&self.stream)
+        self.is_dead_within(Duration::ZERO)
+    }
+
+    /// The same; waits for that so long.
+    pub(super) fn is_dead_within(&self, wait: Duration) -> bool {
+        self.thread.is_finished() || hangs_up(&self.stream, wait)
     }
 }
 
@@ -113,8 +118,13 @@ fn lock(handler: &Mutex<Handler>) -> MutexGuard<'_, Handler> {
 
 /// Whether the peer closed its side.
 pub(super) fn hung_up(stream: &UnixStream) -> bool {
+    hangs_up(stream, Duration::ZERO)
+}
+
+/// Whether the peer closes its side within less than a second.
+fn hangs_up(stream: &UnixStream, wait: Duration) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let now = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
     rustix::event::poll(&mut fds, Some(&now)).is_ok()
         && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }

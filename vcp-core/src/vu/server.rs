@@ -37,6 +37,10 @@ use crate::uring::Ring;
 /// it are still carried out first.
 const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a second front end waits for the first one to leave before it is refused: a child of the first, between its
+/// fork and its exec, holds the connection for a moment after it was closed.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(50);
+
 /// How long a question to a device waits for the data thread; the set-up thread does nothing else meanwhile.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -373,9 +377,11 @@ fn accept(index: usize, entry: &mut Entry, mailbox: &Arc<Mailbox<Command>>) {
                 // Another process that looked whether somebody listens here.
                 return;
             }
-            entry.metrics.refused_connections.add(1);
-            tracing::warn!(device = &*entry.name, "a second front end was refused: one is connected");
-            return;
+            if !connection.is_dead_within(LEAVE_TIMEOUT) {
+                entry.metrics.refused_connections.add(1);
+                tracing::warn!(device = &*entry.name, "a second front end was refused: one is connected");
+                return;
+            }
         }
         if !wait_finished(&connection.thread, TAKE_OVER_TIMEOUT) {
             entry.metrics.refused_connections.add(1);
