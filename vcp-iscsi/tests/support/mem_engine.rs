@@ -112,9 +112,6 @@ impl Engine for MemEngine {
     fn poll(&mut self, _now: Instant, done: &mut Vec<Completion>) -> bool {
         let control = Arc::clone(&self.control);
         let mut control = control.lock().unwrap();
-        if let Some(lun) = &control.changed {
-            self.lun = lun.clone();
-        }
         let any_dropped = !self.dropped.is_empty();
         done.append(&mut self.dropped);
         if control.held {
@@ -161,7 +158,10 @@ impl Engine for MemEngine {
     }
 
     fn take_change(&mut self) -> bool {
-        self.control.lock().unwrap().changed.take().is_some()
+        // Taken and put in force at once: the test may change the unit between any two calls of the data thread.
+        let Some(lun) = self.control.lock().unwrap().changed.take() else { return false };
+        self.lun = lun;
+        true
     }
 
     fn abandon(&mut self) {
