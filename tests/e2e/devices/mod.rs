@@ -59,13 +59,23 @@ fn disks_come_and_go_and_the_guest_moves_to_another_monitor() -> Result<()> {
 /// goes on with the second snapshot under a VCP of its own, and every block must be what the guest knows it to be.
 #[test]
 fn a_loaded_guest_goes_on_from_its_snapshot_under_another_vcp() -> Result<()> {
+    goes_on_under_another_vcp("")
+}
+
+/// The same, with rings whose position is nowhere in guest memory.
+#[test]
+fn a_loaded_guest_with_packed_rings_goes_on_from_its_snapshot_under_another_vcp() -> Result<()> {
+    goes_on_under_another_vcp(",packed=on")
+}
+
+fn goes_on_under_another_vcp(options: &str) -> Result<()> {
     if !ring3()? {
         return Ok(());
     }
     let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
     let dir = tempfile::tempdir()?;
     let (api, snapshot) = (dir.path().join("api"), dir.path().join("snapshot"));
-    let disk = format!("url={}", target.url(0));
+    let disk = format!("url={}{options}", target.url(0));
     let first = vcp(["run", "--cmdline", "job=churn region=8M qd=16 secs=6", "--disk", &disk])?
         .arg("--kernel")
         .arg(bare::build()?)

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"VCP-SNAP";
 /// Of the file and of the description in it. A monitor reads its own version only.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_LEN: usize = 56;
 const MEMORY_AT: u64 = 4096;
 /// Longer than any description.
@@ -291,7 +291,7 @@ mod tests {
             (vec![], "too short"),
             (whole[..40].to_vec(), "too short"),
             (with(0, b'X'), "not a snapshot"),
-            (with(8, 9), "version 9, this monitor reads 1"),
+            (with(8, 9), "version 9, this monitor reads 2"),
             (with(40, 1), "header is damaged"),
             (whole[..whole.len() - 1].to_vec(), "cut short"),
             (with(whole.len() - 3, b'X'), "description is damaged"),

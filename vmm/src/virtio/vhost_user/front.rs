@@ -4,7 +4,8 @@
 //!
 //! Two threads come here: a vCPU with what its driver does, under the transport's lock, and the device's keeper
 //! (`crate::vcp::keeper`) with a new connection or the loss of one. How a split ring goes on is QEMU's way: from its used
-//! index, with the log telling the backend what of the rest was taken. A packed ring's position is in the log.
+//! index, with the log telling the backend what of the rest was taken. A packed ring's position is in the log; of one that
+//! rests, it is what its backend said when it was stopped.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
 use vhost::VhostBackend;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -38,6 +40,17 @@ struct Run {
     begun: bool,
     /// The queues rest with nothing in flight, and are not started before [`Front::go_on`].
     resting: bool,
+    /// Where packed rings stand while they rest, by queue: the answers to `GET_VRING_BASE`.
+    positions: BTreeMap<u16, u32>,
+}
+
+/// What a snapshot keeps of a device.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    written: BTreeMap<u32, u8>,
+    running: Vec<u16>,
+    /// See [`Run::positions`].
+    positions: BTreeMap<u16, u32>,
 }
 
 #[derive(Default)]
@@ -201,7 +214,8 @@ impl Front {
     pub fn activate(&self, activation: Activation) -> Result<()> {
         let mut state = lock(&self.state);
         let running = activation.queues.iter().map(|queue| queue.index).collect();
-        state.run = Some(Run { activation, running, begun: false, resting: false });
+        state.run =
+            Some(Run { activation, running, begun: false, resting: false, positions: BTreeMap::new() });
         let Some(mut session) = state.session.take() else { return Ok(()) };
         let result = self.start(&mut state, &mut session);
         state.session = Some(session);
@@ -238,6 +252,8 @@ impl Front {
         run.begun = true;
         for queue in queues {
             let base = match (*features & F_RING_PACKED != 0, goes_on) {
+                // Without a log this is where it goes on; one that is in use says the same.
+                (true, true) if run.resting => position(&self.name, run, queue)?,
                 (true, _) => PACKED_START,
                 (false, false) => 0,
                 (false, true) => u32::from(index(memory, queue.used_ring, &self.name)?),
@@ -318,17 +334,14 @@ impl Front {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         let Some(run) = &mut state.run else { return Ok(()) };
-        if run.activation.features & F_RING_PACKED != 0 {
-            return refuse("it has packed rings, whose position only its backend knows: use packed=off");
-        }
         let Some(session) = &state.session else {
             return refuse("it has no backend now, and requests may be in flight: wait until it is back");
         };
         for queue in &run.running {
-            let queue = usize::from(*queue);
-            session
-                .link()
-                .call_within(super::link::STOP_TIMEOUT, "GET_VRING_BASE", |f| f.get_vring_base(queue))?;
+            let position = session.link().call_within(super::link::STOP_TIMEOUT, "GET_VRING_BASE", |f| {
+                f.get_vring_base(usize::from(*queue))
+            })?;
+            run.positions.insert(*queue, position);
         }
         run.resting = true;
         Ok(())
@@ -351,6 +364,7 @@ impl Front {
         };
         if let Some(run) = &mut state.run {
             run.resting = false;
+            run.positions.clear();
         }
         wake_both(&state);
         if self.lost(&state) { Ok(()) } else { started }
@@ -359,19 +373,22 @@ impl Front {
     /// What a snapshot keeps: what the driver has written to the configuration space, and the queues that it has stopped.
     pub fn save(&self) -> Vec<u8> {
         let state = lock(&self.state);
-        let running = state.run.as_ref().map(|run| run.running.clone()).unwrap_or_default();
+        let (running, positions) = match &state.run {
+            Some(run) => (run.running.clone(), run.positions.clone()),
+            None => Default::default(),
+        };
         // Integers and lists of them are always serialised.
-        serde_json::to_vec(&(&state.written, running)).unwrap_or_default()
+        serde_json::to_vec(&Saved { written: state.written.clone(), running, positions }).unwrap_or_default()
     }
 
     /// Starts the queues where they were saved, with nothing in flight.
     pub fn restore(&self, saved: &[u8], activation: Activation) -> Result<()> {
-        let (written, running): (BTreeMap<u32, u8>, Vec<u16>) = serde_json::from_slice(saved)
+        let Saved { written, running, positions } = serde_json::from_slice(saved)
             .map_err(|e| Error::Snapshot(format!("{}: its state is not understood: {e}", self.name)))?;
         let mut state = lock(&self.state);
         state.written = written;
         overlay(&mut lock(&self.config), &state.written);
-        state.run = Some(Run { activation, running, begun: true, resting: true });
+        state.run = Some(Run { activation, running, begun: true, resting: true, positions });
         drop(state);
         self.go_on()
     }
@@ -472,6 +489,22 @@ impl Front {
         if let Some(run) = &state.run {
             run.activation.interrupt.config();
         }
+    }
+}
+
+/// Where a packed ring that rests goes on. A position that cannot be is a backend's lie or a damaged snapshot.
+fn position(device: &str, run: &Run, queue: &ActiveQueue) -> Result<u32> {
+    let refuse =
+        |why: String| Err(Error::Snapshot(format!("{device}: its packed ring {} {why}", queue.index)));
+    let Some(&position) = run.positions.get(&queue.index) else {
+        return refuse("has no position to go on at".into());
+    };
+    // An index and, in bit 15, a wrap counter each of what is available and of what is used.
+    let fits = |half: u32| half & 0x7fff < u32::from(queue.size);
+    if fits(position & 0xffff) && fits(position >> 16) {
+        Ok(position)
+    } else {
+        refuse(format!("cannot go on at {position:#x}, which is beyond its {} descriptors", queue.size))
     }
 }
 

@@ -278,6 +278,49 @@ fn packed_rings_begin_with_both_wrap_counters_set() {
 }
 
 #[test]
+fn packed_rings_that_rest_go_on_where_their_backend_stopped_them() {
+    const STOPPED: u32 = 0x0003_8003;
+    let features = F_VERSION_1 | F_PROTOCOL | F_RING_PACKED;
+    let stops_at = |base: u32| {
+        let answer = move |request: u32, payload: &[u8], _: &[u32]| {
+            (request == GET_VRING_BASE)
+                .then(|| reply(request, &[&payload[..4], &base.to_le_bytes()].concat()))
+        };
+        Script { features, ..Script::answering(answer) }
+    };
+    let start = |bed: &mut Bed| {
+        let mut activation = activation_on(&bed.memory, bed.line.clone());
+        activation.features |= F_RING_PACKED;
+        bed.device.activate(activation).unwrap();
+    };
+    let mut bed = bed_of(blk::kind(2, true), &stops_at(STOPPED));
+    start(&mut bed);
+    bed.device.quiesce().unwrap();
+    let saved = bed.device.save();
+    bed.device.go_on().unwrap();
+    assert_eq!(bed.log.pairs(SET_VRING_BASE)[2..], [(0, STOPPED), (1, STOPPED)]);
+    // A process that comes after one that died goes by the log again.
+    let next = bed.next(&stops_at(STOPPED)).unwrap();
+    assert_eq!(next.pairs(SET_VRING_BASE), [(0, 0x8000_8000), (1, 0x8000_8000)]);
+
+    // Under another monitor, with a backend that has never seen them.
+    let mut other = bed_of(blk::kind(2, true), &stops_at(0));
+    let mut activation = activation_on(&other.memory, other.line.clone());
+    activation.features |= F_RING_PACKED;
+    other.device.restore(&saved, activation).unwrap();
+    assert_eq!(other.log.pairs(SET_VRING_BASE), [(0, STOPPED), (1, STOPPED)]);
+
+    // What is beyond the ring is no position.
+    for lie in [0x8000_8010, 0x8010_8000] {
+        let mut bed = bed_of(blk::kind(2, true), &stops_at(lie));
+        start(&mut bed);
+        bed.device.quiesce().unwrap();
+        let error = bed.device.go_on().unwrap_err().to_string();
+        assert!(error.contains(&format!("packed ring 0 cannot go on at {lie:#x}")), "{error}");
+    }
+}
+
+#[test]
 fn a_start_that_the_backend_does_not_live_through_is_made_good_by_the_next() {
     for dies_at in [2, GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_MEM_TABLE, SET_VRING_BASE, SET_VRING_KICK] {
         let mut bed = bed(&Script { dies_at: Some(dies_at), ..Script::default() });
