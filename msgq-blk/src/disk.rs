@@ -32,6 +32,9 @@ pub struct Options {
     /// it fails. Nothing is lost meanwhile: what is in flight is sent again, with a mark. Zero: the caller sees
     /// [`msgq::Error::Gone`] and [reconnects](Disk::reconnect) itself. Only for a disk that was opened by its path.
     pub reattach: Duration,
+    /// Measure how long requests take ([`msgq::Stats::latency`] of the [channel](Disk::channel); also seen by whoever holds its
+    /// control memory): two looks at the clock for each.
+    pub latency: bool,
 }
 
 impl Default for Options {
@@ -42,6 +45,7 @@ impl Default for Options {
             deadline: Duration::from_secs(1),
             spin: Spin::default(),
             reattach: Duration::from_secs(10),
+            latency: true,
         }
     }
 }
@@ -160,7 +164,7 @@ impl Disk {
         let output = Pool::new(OUT, 1, io_bytes, buffers, Access::Owner)?;
         let config = config(options);
         let mut channel = Channel::connect(link, &config, &[input.clone(), output.clone()])?;
-        channel.set_spin(options.spin);
+        prepare(&mut channel, options);
         let pending = vec![None; channel.agreed().window_mine as usize];
         let options = options.clone();
         let mut disk = Self {
@@ -467,7 +471,7 @@ impl Disk {
         };
         match rest.connect(link, &config(&self.options)) {
             Ok(mut channel) => {
-                channel.set_spin(self.options.spin);
+                prepare(&mut channel, &self.options);
                 self.channel = Some(channel);
                 Ok(())
             }
@@ -489,6 +493,13 @@ fn dial(path: &Path) -> Result<Link, Error> {
 
 fn channel(channel: &mut Option<Channel>) -> Result<&mut Channel, Error> {
     channel.as_mut().ok_or_else(|| msgq::Error::Gone.into())
+}
+
+fn prepare(channel: &mut Channel, options: &Options) {
+    channel.set_spin(options.spin);
+    if options.latency {
+        channel.measure_latency();
+    }
 }
 
 /// Requests in flight, and one whose completion the caller deals with.

@@ -75,8 +75,13 @@ pub mod observed {
     pub const COUNTERS: usize = 4;
     /// Violations by rule, from rule 1.
     pub const VIOLATIONS: usize = 20;
+    /// From sending a request to its completion, where that is measured: the sum in nanoseconds, then by powers of two
+    /// ([`Durations`](crate::Durations)).
+    pub const LATENCY: usize = VIOLATIONS + 11;
+    /// From receiving a request of the peer to completing it, likewise.
+    pub const SERVICE: usize = LATENCY + 41;
     /// Words of it.
-    pub const WORDS: usize = VIOLATIONS + 11;
+    pub const WORDS: usize = SERVICE + 41;
 }
 
 /// Where lane `lane` of a control memory with rings of `2^log2_slots` slots lies.

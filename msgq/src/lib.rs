@@ -76,7 +76,7 @@ pub mod spin;
 mod sync;
 
 pub use channel::{
-    Batch, COUNTERS, Channel, Completion, Dormant, Error, Event, Fixed, Head, Incoming, Keepsake,
+    Batch, COUNTERS, Channel, Completion, Dormant, Durations, Error, Event, Fixed, Head, Incoming, Keepsake,
     LATENCY_STEPS, Observed, OneWay, PeerState, Phase, RegionError, Request, RingUse, SendError, Sizer,
     Stats, Status, Token, wait_any,
 };

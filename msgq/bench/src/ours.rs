@@ -12,10 +12,12 @@ use serde_json::json;
 use crate::pair::{self, median, quantiles};
 use crate::{Measurement, Sample};
 
-pub const ALL: [Measurement; 18] = [
+pub const ALL: [Measurement; 20] = [
     ("msgq one way, batch 1", || stream(1)),
     ("msgq one way, batch 8", || stream(8)),
     ("msgq one way, batch 32", || stream(32)),
+    ("msgq one way, batch 32, one thread", stream_alone),
+    ("msgq round trip, one thread", trip_alone),
     ("msgq request + completion, batch 1", || requests(1, None)),
     ("msgq request + completion, batch 32", || requests(32, None)),
     ("msgq request of 64 B by reference, batch 32", || requests(32, Some(64))),
@@ -59,6 +61,52 @@ fn two<T>(config: Config, pools: &[Pool], here: impl FnOnce(Channel) -> T, there
             there(accept(link, &config, &[]));
         },
     )
+}
+
+/// Both ends on this thread: what the instructions take, without a line that moves.
+fn alone() -> (Channel, Channel) {
+    let (one, two) = Link::pair().expect("sockets");
+    pair::pin(pair::cpus().0);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| accept(two, &config(), &[]));
+        (Channel::connect(one, &config(), &[]).expect("channel"), other.join().expect("the other end"))
+    })
+}
+
+fn stream_alone() -> Sample {
+    const COUNT: u64 = 3_000_000;
+    let (mut one, mut two) = alone();
+    let started = Instant::now();
+    let mut n = 0;
+    while n < COUNT {
+        for _ in 0..32 {
+            one.send_words(0, 1, [n, n ^ 5], 16).expect("room");
+            n += 1;
+        }
+        one.commit();
+        take(&mut two, 32);
+    }
+    (started.elapsed().as_nanos() as f64 / COUNT as f64).into()
+}
+
+fn trip_alone() -> Sample {
+    const COUNT: u32 = 1_000_000;
+    let (mut one, mut two) = alone();
+    let started = Instant::now();
+    for _ in 0..COUNT {
+        one.ask(0, 1, 7).expect("room");
+        one.commit();
+        match two.receive() {
+            Ok(Some(Incoming::Request(request))) => {
+                let len = two.segments(&request).iter().map(|segment| segment.len).sum();
+                two.complete(request, Status { len, ..Status::default() }).expect("room");
+            }
+            other => unreachable!("{other:?}"),
+        }
+        two.commit();
+        assert!(matches!(one.receive(), Ok(Some(Incoming::Completion(_)))));
+    }
+    (started.elapsed().as_nanos() as f64 / f64::from(COUNT)).into()
 }
 
 /// Receives so many one-way messages, spinning.

@@ -53,6 +53,7 @@ impl Channel {
         if self.peer == PeerState::Gone {
             return Ok(None);
         }
+        self.idle = false;
         let (message, fd) = match self.link.receive() {
             Ok(Some(received)) => received,
             Ok(None) => {

@@ -36,6 +36,11 @@ impl Held {
         self.entries.len() >= window as usize && self.chain_max >= usize::from(chain_max)
     }
 
+    /// Most that there can be.
+    pub(super) fn places(&self) -> usize {
+        self.entries.len()
+    }
+
     pub(super) fn count(&self) -> u32 {
         (self.entries.len() - self.free.len()) as u32
     }
@@ -44,8 +49,26 @@ impl Held {
         size_of_val(&*self.entries) + size_of_val(&*self.segments) + self.free.capacity() * 4
     }
 
+    /// As [`insert`](Self::insert), of a request with one segment at most.
+    #[inline(always)]
+    pub(super) fn insert_one(
+        &mut self,
+        cookie: u64,
+        lane: u8,
+        segment: Option<Segment>,
+    ) -> Option<(u32, u32)> {
+        let index = self.free.pop()?;
+        let entry = &mut self.entries[index as usize];
+        let generation = entry.generation.wrapping_add(1);
+        *entry = Entry { generation, busy: true, cookie, lane, segments: segment.is_some().into() };
+        if let Some(segment) = segment {
+            self.segments[index as usize * self.chain_max] = segment;
+        }
+        Some((index, generation))
+    }
+
     /// Keeps a request; `None` if the peer has too many.
-    #[inline]
+    #[inline(never)]
     pub(super) fn insert(&mut self, cookie: u64, lane: u8, segments: &[Segment]) -> Option<(u32, u32)> {
         let index = self.free.pop()?;
         let entry = &mut self.entries[index as usize];

@@ -28,7 +28,7 @@ pub use observe::{Observed, Phase};
 pub use receive::{Completion, Incoming, OneWay, Request};
 pub use send::{Batch, Head, SendError, Status, Token};
 pub use size::{Fixed, RingUse, Sizer};
-pub use stats::{COUNTERS, LATENCY_STEPS, Stats};
+pub use stats::{COUNTERS, Durations, LATENCY_STEPS, Stats};
 pub use wait::wait_any;
 
 use crate::bell::{Ear, Ringer};
@@ -81,8 +81,10 @@ struct Again {
 
 #[derive(Debug)]
 struct Staged {
-    /// First slot; `None` between messages.
+    /// First slot of a message that is not whole; `None` between messages.
     first: Option<Desc>,
+    /// First slot of the last message that was whole.
+    head: Desc,
     slots: u16,
     segments: Vec<Segment>,
     since: Option<Instant>,
@@ -118,8 +120,28 @@ pub struct Channel {
     /// Times that line S was written.
     beat: u64,
     spin: Spin,
-    started: Option<Box<[Instant]>>,
+    clock: Option<Box<Clock>>,
+    /// Nothing came since [`Channel::receive`] last found nothing, and nothing else is to be done when it does.
+    idle: bool,
     stats: Stats,
+}
+
+/// When requests began, for the histograms.
+#[derive(Debug)]
+struct Clock {
+    /// Own ones, by entry of the flight log.
+    sent: Box<[Instant]>,
+    /// The peer's, by their place among those that are held.
+    taken: Box<[Instant]>,
+    /// What time it is, if somebody says so.
+    told: Option<Instant>,
+}
+
+impl Clock {
+    #[inline]
+    fn now(&self) -> Instant {
+        self.told.unwrap_or_else(Instant::now)
+    }
 }
 
 impl Channel {
@@ -180,7 +202,7 @@ impl Channel {
             Lane {
                 tx: Producer::new(Arc::clone(&own), Arc::clone(&peer), tx),
                 rx: Consumer::new(Arc::clone(&own), Arc::clone(&peer), rx),
-                staged: Staged { first: None, slots: 0, segments, since: None },
+                staged: Staged { first: None, head: Desc::default(), slots: 0, segments, since: None },
                 one_way: VecDeque::new(),
             }
         });
@@ -211,7 +233,8 @@ impl Channel {
             blocked: false,
             beat: 0,
             spin: Spin::default(),
-            started: None,
+            clock: None,
+            idle: false,
             stats,
         }
     }
@@ -251,9 +274,24 @@ impl Channel {
         self.spin = spin;
     }
 
-    /// Measures from request to completion from here on (two looks at the clock for each).
+    /// Measures from here on how long requests take: own ones from sending to completion ([`Stats::latency`]), the peer's from
+    /// receiving to completing ([`Stats::service`]). That is two looks at the clock for each, unless the caller
+    /// [says](Self::set_now) what time it is.
     pub fn measure_latency(&mut self) {
-        self.started = Some(vec![Instant::now(); self.flight.window()].into());
+        let now = Instant::now();
+        self.clock = Some(Box::new(Clock {
+            sent: vec![now; self.flight.window()].into(),
+            taken: vec![now; self.held.places()].into(),
+            told: None,
+        }));
+    }
+
+    /// What time it is, until the next call: for a thread that looks at the clock once for many messages and channels.
+    #[inline]
+    pub fn set_now(&mut self, now: Instant) {
+        if let Some(clock) = &mut self.clock {
+            clock.told = Some(now);
+        }
     }
 
     /// What becomes readable when the peer kicks. It stays so until [`arm`](Self::arm).

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::{COUNTERS, Channel, PeerState};
+use super::{COUNTERS, Channel, Durations, LATENCY_STEPS, PeerState};
 use crate::error::Violation;
 use crate::layout::{STATE, observed};
 use crate::ring::Words;
@@ -44,6 +44,10 @@ pub struct Observed {
     pub counters: [u64; COUNTERS.len()],
     /// Violations by rule, from rule 1.
     pub violations: [u64; Violation::RULES],
+    /// As [`Stats::latency`](super::Stats::latency).
+    pub latency: Durations,
+    /// As [`Stats::service`](super::Stats::service).
+    pub service: Durations,
 }
 
 impl Observed {
@@ -59,6 +63,10 @@ impl Observed {
             .map_err(|error| FileError::System { what: "map a control memory", error })?;
         let words = &map.words()[STATE..STATE + observed::WORDS];
         let load = |word: usize| words[word].load(Ordering::Relaxed);
+        let durations = |first: usize| Durations {
+            sum_ns: load(first),
+            steps: std::array::from_fn(|step| load(first + 1 + step)),
+        };
         Ok(Self {
             phase: match load(observed::PHASE) {
                 1 => Phase::Running,
@@ -72,6 +80,8 @@ impl Observed {
             held: load(observed::HELD) as u32,
             counters: std::array::from_fn(|n| load(observed::COUNTERS + n)),
             violations: std::array::from_fn(|n| load(observed::VIOLATIONS + n)),
+            latency: durations(observed::LATENCY),
+            service: durations(observed::SERVICE),
         })
     }
 }
@@ -96,17 +106,30 @@ impl Channel {
         counters.into_iter().enumerate().for_each(|(n, value)| store(observed::COUNTERS + n, value));
         let violations = self.stats.violations.iter().enumerate();
         violations.for_each(|(n, count)| store(observed::VIOLATIONS + n, *count));
+        if self.clock.is_some() {
+            for (first, durations) in
+                [(observed::LATENCY, &self.stats.latency), (observed::SERVICE, &self.stats.service)]
+            {
+                store(first, durations.sum_ns);
+                let steps = durations.steps.iter().enumerate();
+                steps.for_each(|(step, count)| store(first + 1 + step, *count));
+            }
+        }
     }
 }
 
 const _: () = assert!(observed::VIOLATIONS == observed::COUNTERS + COUNTERS.len());
-const _: () = assert!(observed::WORDS == observed::VIOLATIONS + Violation::RULES);
+const _: () = assert!(observed::LATENCY == observed::VIOLATIONS + Violation::RULES);
+const _: () = assert!(observed::SERVICE == observed::LATENCY + 1 + LATENCY_STEPS);
+const _: () = assert!(observed::WORDS == observed::SERVICE + 1 + LATENCY_STEPS);
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::super::tests::{pair, small, soon};
     use super::*;
-    use crate::Incoming;
+    use crate::{Incoming, Status};
 
     #[test]
     fn whoever_holds_the_control_memory_sees_what_the_channel_does() {
@@ -138,6 +161,36 @@ mod tests {
         one.receive().unwrap_err();
         let seen = Observed::read(control.as_fd()).unwrap();
         assert_eq!((seen.phase, seen.violations[0]), (Phase::Failed, 1));
+    }
+
+    #[test]
+    fn how_long_requests_take_shows_on_both_sides() {
+        let (mut one, mut two) = pair(&small(), &[], &[]);
+        let control = |channel: &Channel| channel.keepsake().control.try_clone_to_owned().unwrap();
+        let controls = [control(&one), control(&two)];
+        one.measure_latency();
+        two.measure_latency();
+        let start = Instant::now();
+        let at = |us: u64| start + Duration::from_micros(us);
+        one.set_now(at(0));
+        one.ask(0, 1, 7).unwrap();
+        two.set_now(at(3));
+        let Ok(Some(Incoming::Request(request))) = two.receive() else { panic!("no request") };
+        two.set_now(at(13));
+        two.complete(request, Status::default()).unwrap();
+        one.set_now(at(20));
+        assert!(matches!(one.receive(), Ok(Some(Incoming::Completion(_)))));
+        for channel in [&mut one, &mut two] {
+            assert!(!channel.arm().unwrap());
+            channel.disarm();
+        }
+        let [asks, answers] = controls.map(|file| Observed::read(file.as_fd()).unwrap());
+        // 20 us lie below 2^15 ns and not below 2^14; 10 us a step below.
+        assert_eq!((asks.latency.steps[15], asks.latency.sum_ns), (1, 20_000));
+        assert_eq!((answers.service.steps[14], answers.service.sum_ns), (1, 10_000));
+        assert_eq!((asks.latency.count(), asks.service.count()), (1, 0));
+        assert_eq!((answers.latency.count(), answers.service.count()), (0, 1));
+        assert_eq!(asks.latency, one.stats().latency);
     }
 
     #[test]

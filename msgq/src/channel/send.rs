@@ -1,7 +1,5 @@
 //! The sending half of a channel: one-way messages, requests, completions, and when to kick.
 
-use std::time::Instant;
-
 use super::flight::SentBuf;
 use super::{Channel, Error, Request};
 use crate::error::Violation;
@@ -251,14 +249,15 @@ impl Channel {
         // more than the window (rule R9).
         if u64::from(in_flight) + (lane.rx.head() - lane.rx.released()) > u64::from(self.agreed.window_mine) {
             self.kick |= lane.rx.release();
+            self.idle = false;
         }
         let slot = |number| slot(number, count, flags::REQUEST, cookie, head, data);
         self.flight.begin(head.lane, count, slot);
         for number in 0..count {
             lane.tx.push(slot(number));
         }
-        if let Some(started) = &mut self.started {
-            started[cookie as u32 as usize] = Instant::now();
+        if let Some(clock) = &mut self.clock {
+            clock.sent[cookie as u32 as usize] = clock.now();
         }
         self.stats.tx_messages += 1;
         self.stats.in_flight_high = self.stats.in_flight_high.max(in_flight);
@@ -296,6 +295,10 @@ impl Channel {
             ..Desc::default()
         });
         self.held.end(request.index);
+        if let Some(clock) = &self.clock {
+            let taken = clock.taken[request.index as usize];
+            self.stats.service.note(clock.now().saturating_duration_since(taken));
+        }
         self.stats.tx_messages += 1;
         Ok(())
     }

@@ -1,9 +1,41 @@
 //! [`Stats`]: what a channel counts. Plain numbers in the channel; read them between batches.
 
+use std::time::Duration;
+
 use crate::error::{RULE_NAMES, Violation};
 
-/// Steps of the latency histogram: powers of two of nanoseconds.
+/// Steps of the histograms: powers of two of nanoseconds, up to nine minutes.
 pub const LATENCY_STEPS: usize = 40;
+
+/// Durations, counted by powers of two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Durations {
+    /// Entry `n` counts those below `2^n` ns and not below half of that; the last one counts longer ones, too.
+    pub steps: [u64; LATENCY_STEPS],
+    /// Sum of all, in nanoseconds.
+    pub sum_ns: u64,
+}
+
+impl Default for Durations {
+    fn default() -> Self {
+        Self { steps: [0; LATENCY_STEPS], sum_ns: 0 }
+    }
+}
+
+impl Durations {
+    /// Number of all.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.steps.iter().sum()
+    }
+
+    pub(super) fn note(&mut self, duration: Duration) {
+        let ns = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let step = (64 - ns.leading_zeros()) as usize;
+        self.steps[step.min(LATENCY_STEPS - 1)] += 1;
+        self.sum_ns = self.sum_ns.saturating_add(ns);
+    }
+}
 
 /// Names of the plain counters, as they are shown and in the order of line S.
 pub const COUNTERS: [&str; 16] = [
@@ -60,9 +92,10 @@ pub struct Stats {
     pub resizes: u64,
     /// Violations by rule, from rule 1.
     pub violations: [u64; Violation::RULES],
-    /// From request to completion: entry `n` counts those below `2^n` ns and not below half of that. Empty unless
-    /// switched on.
-    pub latency: [u64; LATENCY_STEPS],
+    /// From sending a request to its completion. Empty unless [switched on](super::Channel::measure_latency).
+    pub latency: Durations,
+    /// From receiving a request of the peer to completing it. Likewise.
+    pub service: Durations,
     /// Epoch of the channel.
     pub epoch: u64,
 }
@@ -86,7 +119,8 @@ impl Default for Stats {
             stale_completions: 0,
             resizes: 0,
             violations: [0; Violation::RULES],
-            latency: [0; LATENCY_STEPS],
+            latency: Durations::default(),
+            service: Durations::default(),
             epoch: 0,
         }
     }
@@ -95,11 +129,6 @@ impl Default for Stats {
 impl Stats {
     pub(super) fn violation(&mut self, violation: &Violation) {
         self.violations[violation.rule() - 1] += 1;
-    }
-
-    pub(super) fn latency(&mut self, ns: u64) {
-        let step = (64 - ns.leading_zeros()) as usize;
-        self.latency[step.min(LATENCY_STEPS - 1)] += 1;
     }
 
     /// Values of the plain counters, in the order of [`COUNTERS`].
@@ -125,7 +154,7 @@ impl Stats {
         ]
     }
 
-    /// Names and values of everything but the histogram.
+    /// Names and values of everything but the histograms.
     pub fn counters(&self) -> impl Iterator<Item = (String, u64)> + '_ {
         let plain = COUNTERS.iter().zip(self.plain()).map(|(name, value)| ((*name).to_owned(), value));
         let rules = RULE_NAMES.iter().zip(self.violations);

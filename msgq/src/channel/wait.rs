@@ -74,12 +74,15 @@ impl Channel {
         }
         let began = Instant::now();
         let mut room = self.wanted;
-        let mut looked = began;
+        let mut attended = began;
+        let mut now = began;
         // Without a budget the one look of `arm` has to do.
-        while self.spin.looks_on(began.elapsed()) {
+        while self.spin.looks_on(now - began) {
             for _ in 0..LOOKS {
                 if self.has_message() {
-                    self.found(began);
+                    // Not later than this by more than the looks take: whoever waits for the answer pays for a look at the
+                    // clock here.
+                    self.found(now - began);
                     return Ok(true);
                 }
                 std::hint::spin_loop();
@@ -88,7 +91,7 @@ impl Channel {
                 match self.lanes[usize::from(lane)].tx.free(slots) {
                     Ok(free) if free >= slots => {
                         self.wanted = None;
-                        self.found(began);
+                        self.found(now - began);
                         return Ok(true);
                     }
                     Ok(_) => {}
@@ -96,20 +99,20 @@ impl Channel {
                 }
                 room = self.wanted;
             }
-            let now = Instant::now();
+            now = Instant::now();
             if deadline.is_some_and(|deadline| now >= deadline) {
-                self.stats.spin_ns += began.elapsed().as_nanos() as u64;
+                self.stats.spin_ns += (now - began).as_nanos() as u64;
                 return Ok(false);
             }
-            if now - looked > LINK_EVERY {
-                looked = now;
+            if now - attended > LINK_EVERY {
+                attended = now;
                 self.attend_quietly();
                 if self.peer != super::PeerState::Running {
                     return Ok(true);
                 }
             }
         }
-        self.stats.spin_ns += began.elapsed().as_nanos() as u64;
+        self.stats.spin_ns += (now - began).as_nanos() as u64;
         if self.arm()? {
             self.disarm();
             return Ok(true);
@@ -130,8 +133,7 @@ impl Channel {
         Ok(woken.any)
     }
 
-    fn found(&mut self, began: Instant) {
-        let idle = began.elapsed();
+    fn found(&mut self, idle: Duration) {
         self.spin.found(idle);
         self.stats.spin_ns += idle.as_nanos() as u64;
     }

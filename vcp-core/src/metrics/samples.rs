@@ -130,7 +130,17 @@ impl Samples {
         labels: &[(&'static str, &str)],
         latency: &Latency,
     ) {
-        self.push(family, labels, Amount::Latency(latency.snapshot()));
+        self.add_snapshot(family, labels, latency.snapshot());
+    }
+
+    /// A histogram that was counted elsewhere.
+    pub fn add_snapshot(
+        &mut self,
+        family: &'static Family,
+        labels: &[(&'static str, &str)],
+        latency: LatencySnapshot,
+    ) {
+        self.push(family, labels, Amount::Latency(latency));
     }
 
     fn push(&mut self, family: &'static Family, labels: &[(&'static str, &str)], amount: Amount) {

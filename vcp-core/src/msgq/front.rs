@@ -194,6 +194,8 @@ impl<D: RingDevice, P: Protocol> Front<D, P> {
                 continue;
             }
             self.clients.life = self.clients.life.wrapping_add(1);
+            let mut channel = channel;
+            channel.measure_latency();
             *place = Client::new(channel, self.clients.life);
         }
     }
@@ -279,6 +281,9 @@ impl<D: RingDevice + std::fmt::Debug, P: Protocol> Side for Front<D, P> {
             for client in self.clients.places.iter_mut().flatten() {
                 moved |= client.attend(&self.epoll);
             }
+        }
+        for client in self.clients.places.iter_mut().flatten() {
+            client.channel.set_now(now);
         }
         moved |= self.device.poll(&mut self.clients, now);
         for client in self.clients.places.iter_mut().flatten() {
@@ -462,10 +467,18 @@ fn watch(epoll: &OwnedFd, fd: impl AsFd) -> rustix::io::Result<()> {
 fn describe(client: &Client) -> Value {
     let counters: serde_json::Map<_, _> =
         client.channel.stats().counters().map(|(name, count)| (name, count.into())).collect();
+    let service = metrics::snapshot(&client.channel.stats().service);
     json!({
         "channel": format!("{:032x}", client.channel.agreed().channel),
         "inflight": client.inflight(),
         "memory_bytes": client.channel.memory_bytes(),
         "counters": counters,
+        // From receiving a request to publishing its completion; upper bounds, powers of two.
+        "service_ns": {
+            "count": service.count,
+            "sum": service.sum_ns,
+            "p50": service.quantile_ns(0.5),
+            "p99": service.quantile_ns(0.99),
+        },
     })
 }

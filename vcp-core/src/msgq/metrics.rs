@@ -5,10 +5,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use msgq::error::RULE_NAMES;
-use msgq::{COUNTERS, Channel};
+use msgq::{COUNTERS, Channel, Durations, LATENCY_STEPS};
 
 use super::listen::ListenerStats;
-use crate::metrics::{Family, Samples, Unit};
+use crate::metrics::{Family, LatencySnapshot, Samples, Unit};
 
 static CLIENTS: Family =
     Family::counter("vcp_msgq_clients", Unit::None, "Connections of msgq clients, by what came of them");
@@ -34,6 +34,21 @@ static HIGH: Family =
     Family::gauge("vcp_msgq_in_flight_high", Unit::None, "Most requests of this side in flight at a time");
 static VIOLATIONS: Family =
     Family::counter("vcp_msgq_violations", Unit::None, "Times that the client broke a rule, by rule");
+static LATENCY: Family = Family::latency(
+    "vcp_msgq_latency",
+    "From sending a request of this side to its completion, by the channel",
+);
+static SERVICE: Family = Family::latency(
+    "vcp_msgq_service",
+    "From receiving a request of the client to publishing its completion, by the channel",
+);
+
+/// A channel's histogram as the page has it.
+pub(super) fn snapshot(durations: &Durations) -> LatencySnapshot {
+    let bound = |step: usize| if step + 1 < LATENCY_STEPS { 1 << step } else { u64::MAX };
+    let buckets = durations.steps.iter().enumerate().map(|(step, count)| (bound(step), *count)).collect();
+    LatencySnapshot { buckets, sum_ns: durations.sum_ns, count: durations.count() }
+}
 
 /// Adds the numbers of these channels, and of their listener.
 pub(super) fn collect<'c>(
@@ -62,6 +77,8 @@ pub(super) fn collect<'c>(
             for (rule, count) in RULE_NAMES.into_iter().zip(stats.violations) {
                 samples.add(&VIOLATIONS, &[("rule", rule)], count);
             }
+            samples.add_snapshot(&LATENCY, &[], snapshot(&stats.latency));
+            samples.add_snapshot(&SERVICE, &[], snapshot(&stats.service));
         });
     }
 }

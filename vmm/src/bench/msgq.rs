@@ -32,7 +32,14 @@ impl MsgqQueue {
             WaitMode::Poll => Spin::Always,
         };
         let io_bytes = u32::try_from(args.bs).context("--bs is too large")?;
-        let options = Options { depth: args.qd, io_bytes, deadline: timeout, spin, reattach: Duration::ZERO };
+        let options = Options {
+            depth: args.qd,
+            io_bytes,
+            deadline: timeout,
+            spin,
+            reattach: Duration::ZERO,
+            latency: false,
+        };
         let one = || -> Result<Self> {
             let disk = Disk::open(&args.socket, &options)?;
             if disk.depth() < u32::from(args.qd) {
