@@ -11,6 +11,7 @@ use vcp_tests::Result;
 use vcp_tests::bad_target::BadTarget;
 use vcp_tests::guest::Outcome;
 use vcp_tests::proc::{Cmd, Stream};
+use vcp_tests::proxy::Proxy;
 use vcp_tests::target::{Kind, Spec, Target};
 use vcp_tests::{procfs, tool};
 
@@ -230,6 +231,65 @@ fn vcp_without_a_network_comes_back_to_its_target() -> Result<()> {
     kill_process(connects, Signal::KILL)?;
     bed.until("it is replaced", |b| b["restarts"].as_u64() > Some(restarts) && b["state"] == "serving")?;
     bed.moves()?;
+    bed.finish()?;
+    Ok(())
+}
+
+/// One that lives and does nothing would be noticed only when a connection is lost, and then nobody could connect.
+#[test]
+fn dialer_that_hangs_is_replaced() -> Result<()> {
+    if !ring3()? || !root() {
+        return Ok(());
+    }
+    let mut bed = Bed::start(",watchdog=2")?;
+    let old = dialer(bed.proc.pid())?;
+    kill_process(Pid::from_raw(old as i32).context("no pid")?, Signal::STOP)?;
+    let said = "the process that connects for the VCP has not answered for";
+    bed.proc.wait_line(Stream::Err, said, STEP)?;
+    bed.until("both are replaced", |b| b["restarts"].as_u64() > Some(0) && b["state"] == "serving")?;
+    ensure!(dialer(bed.proc.pid())? != old, "the old dialer is still there");
+    // What it is there for.
+    bed.target.kill()?;
+    bed.target.start_again()?;
+    bed.moves()?;
+    bed.finish()?;
+    Ok(())
+}
+
+/// Two portals, both reached through the dialer: one is cut off under the guest, which goes on by the other, and the first
+/// is used again when it is back.
+#[test]
+fn several_paths_lead_through_the_dialer() -> Result<()> {
+    if !ring3()? || !root() {
+        return Ok(());
+    }
+    let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+    let (first, second) = (Proxy::start(target.portal())?, Proxy::start(target.portal())?);
+    let disk = format!(
+        "url={},path=iscsi://{},network=portals,cpu=1",
+        target.url_at(first.addr(), 0),
+        second.addr()
+    );
+    let bed = Bed::with(target, &disk)?;
+    let backend = bed.backend()?;
+    ensure!(backend["network"] == "portals", "{backend}");
+    first.wait_accepted(1, STEP)?;
+    second.wait_accepted(1, STEP)?;
+    dialer(bed.proc.pid())?;
+    for (dies, stays) in [(&first, &second), (&second, &first)] {
+        let accepted = dies.accepted();
+        dies.refuse(true);
+        dies.cut_now(true);
+        bed.moves()?;
+        ensure!(stays.open() > 0, "there is no way left");
+        dies.refuse(false);
+        // It comes back through the dialer, and is used the next time.
+        dies.wait_accepted(accepted + 1, STEP)?;
+        dies.wait_open(1, STEP)?;
+        bed.moves()?;
+    }
+    let backend = bed.backend()?;
+    ensure!(backend["restarts"] == 0, "a path cost a process: {backend}");
     bed.finish()?;
     Ok(())
 }

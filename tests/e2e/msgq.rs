@@ -258,6 +258,68 @@ fn a_hostile_client_harms_only_itself() -> Result<()> {
     Ok(())
 }
 
+/// Everything that a channel counts is on the VCP's control socket, by channel; the client's own side is in its control memory,
+/// for whoever holds that.
+#[test]
+fn a_channel_tells_what_it_does() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(SIZE))?;
+    let dir = tempfile::tempdir()?;
+    let (path, control) = (dir.path().join("disk.msgq"), dir.path().join("ctl"));
+    let command = vcp_iscsi(["serve", "--exit-with-parent", "--msgq-path"])?.arg(&path);
+    let proc = command.arg("--control").arg(&control).arg(target.url(0)).spawn()?;
+    proc.wait_line(Stream::Out, "ready:", COMMAND)?;
+    let mut disk = Disk::open(&path, &options())?;
+    for tag in 0..40 {
+        disk.submit_read(tag * 8, 4096, tag)?;
+        finish(&mut disk, |_, done| Ok(done.result?))?;
+    }
+    let channel = disk.channel().context("a channel")?;
+    let keepsake = channel.keepsake();
+    let number = format!("{:032x}", keepsake.channel);
+    let metrics = vcp_tests::switch::ask(&control, &serde_json::json!({"cmd": "metrics"}))?;
+    let devices = metrics["devices"].as_array().context("devices")?;
+    let device = devices.iter().find(|device| device["name"] == "msgq0").context("msgq0")?;
+    let samples = device["samples"].as_array().context("samples")?;
+    let find = |name: &str, label: &str, value: &str| {
+        let fits = |sample: &&serde_json::Value| {
+            let labels = &sample["labels"];
+            sample["name"] == name && labels["channel"] == number.as_str() && labels[label] == value
+        };
+        samples.iter().find(fits).with_context(|| format!("no {name} with {label}={value} in {device}"))
+    };
+    // One more: what the disk is.
+    for (event, count) in [("rx_messages", 41), ("tx_messages", 41), ("replays", 0), ("replays_merged", 0)] {
+        ensure!(find("vcp_msgq_events_total", "event", event)?["value"] == count, "{event}: {device}");
+    }
+    for event in msgq::COUNTERS {
+        if !["spin_ns", "epoch", "in_flight_high"].contains(&event) {
+            find("vcp_msgq_events_total", "event", event)?;
+        }
+    }
+    for rule in msgq::error::RULE_NAMES {
+        ensure!(find("vcp_msgq_violations_total", "rule", rule)?["value"] == 0, "{device}");
+    }
+    for name in
+        ["vcp_msgq_in_flight", "vcp_msgq_in_flight_high", "vcp_msgq_epoch", "vcp_msgq_spin_seconds_total"]
+    {
+        find(name, "channel", &number)?;
+    }
+    let service = find("vcp_msgq_service_seconds", "channel", &number)?;
+    ensure!(service["count"] == 41 && service["sum_seconds"].as_f64() > Some(0.0), "{service}");
+    find("vcp_msgq_latency_seconds", "channel", &number)?;
+    let status = vcp_tests::switch::ask(&control, &serde_json::json!({"cmd": "status"}))?;
+    ensure!(status.to_string().contains("\"service_ns\":{\"count\":41"), "{status}");
+    // A request cannot take less time than what the VCP needs for it.
+    let stats = channel.stats();
+    ensure!(stats.latency.count() == 41, "{stats:?}");
+    let whole = stats.latency.sum_ns as f64 / 1e9;
+    ensure!(Some(whole) >= service["sum_seconds"].as_f64(), "{whole} s, and {service} of that in the VCP");
+    // It was written before the last sleep.
+    let seen = msgq::Observed::read(keepsake.control)?;
+    ensure!(seen.latency.count() <= 41 && seen.counters[0] > 0, "{seen:?}");
+    Ok(())
+}
+
 /// `vcp bench blk --msgq` verifies data through the same path.
 #[test]
 fn the_load_generator_speaks_msgq() -> Result<()> {

@@ -29,15 +29,19 @@ pub(crate) struct Bed {
 impl Bed {
     pub(crate) fn start(options: &str) -> Result<Self> {
         let target = Target::start(Kind::Ours, &Spec::disk(64 << 20))?;
+        let disk = format!("url={},cpu=1{options}", target.url(0));
+        Self::with(target, &disk)
+    }
+
+    /// With this disk, which leads to `target`.
+    pub(crate) fn with(target: Target, disk: &str) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let api = dir.path().join("api");
         let proc =
             vcp(["run", "--log", "info", "--cmdline", "job=churn secs=3600 region=8M qd=32 timeout=60"])?
                 .arg("--api-socket")
                 .arg(&api)
-                .arg("--disk")
-                .arg(format!("url={},cpu=1{options}", target.url(0)))
-                .arg("--kernel")
+                .args(["--disk", disk, "--kernel"])
                 .arg(bare::build()?)
                 .keep_stdin()
                 .spawn()?;

@@ -139,6 +139,10 @@ fn serve(rules: Rules, control: &OwnedFd) -> io::Result<()> {
                 Ok(Some((Hello::Channel, Some(channel)))) if channels.len() < MAX_CHANNELS => {
                     channels.push(channel);
                 }
+                Ok(Some((Hello::Ping, _))) => {
+                    // A monitor that does not read its answers asks in vain.
+                    let _ = message::send(control, &Pong::Pong, None);
+                }
                 Ok(Some(_)) => tracing::warn!("a channel is not taken: there are {}", channels.len()),
                 Ok(None) => {}
                 // The monitor is gone, or is not itself.
@@ -149,11 +153,21 @@ fn serve(rules: Rules, control: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// What the monitor says: the descriptor with it is another channel.
+/// What the monitor says.
 #[derive(serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Hello {
+    /// The descriptor with it is another channel.
     Channel,
+    /// Is anybody there?
+    Ping,
+}
+
+/// The answer to [`Hello::Ping`].
+#[derive(serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Pong {
+    Pong,
 }
 
 /// Carries out requests.
@@ -306,6 +320,19 @@ mod tests {
         assert!(connect(&next, other_address).is_err());
         let (network, _control) = office(&[], true);
         connect(&network, other_address).unwrap();
+    }
+
+    /// Between what it does for others: a monitor that hears nothing takes it for stuck.
+    #[test]
+    fn pings_are_answered() {
+        let (network, control) = office(&[], true);
+        for _ in 0..3 {
+            message::send(&control, &Hello::Ping, None).unwrap();
+            poll(&mut [PollFd::new(&control, PollFlags::IN)], None).unwrap();
+            assert!(matches!(message::receive(&control), Ok(Some((Pong::Pong, None)))));
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        connect(&network, listener.local_addr().unwrap()).unwrap();
     }
 
     #[test]

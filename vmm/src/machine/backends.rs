@@ -176,7 +176,8 @@ fn start_disk(
     if access != NetworkAccess::Host {
         let reach = Reach { portals: disk.portals(), any: access == NetworkAccess::Any };
         let group = vcp.cgroup.clone();
-        vcp.dialer = Some(Arc::new(Dialer::new(&programs.iscsi, name, reach, user_of(number), group)));
+        let dialer = Dialer::new(&programs.iscsi, name, reach, user_of(number), vcp.patience, group);
+        vcp.dialer = Some(Arc::new(dialer));
         vcp.spaces.net = true;
         // By default as much as the kernel allows; what was asked for is kept or refused.
         vcp.needs_net = disk.network.is_some();

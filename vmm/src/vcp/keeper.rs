@@ -111,6 +111,7 @@ impl Keeper {
             refreshing: false,
             dog: Watchdog::new(patience),
             look_at: now + LOOK_EVERY,
+            dialer_at: now + LOOK_EVERY,
             standby_at: now + STANDBY_AFTER,
             standby_pauses: Backoff::default(),
             pin: None,

@@ -46,6 +46,8 @@ pub(super) struct Work {
     pub(super) refreshing: bool,
     pub(super) dog: Watchdog,
     pub(super) look_at: Instant,
+    /// When the process that connects is looked at next.
+    pub(super) dialer_at: Instant,
     pub(super) standby_at: Instant,
     pub(super) standby_pauses: Backoff,
     /// Where the data thread is to run, if the user has said so since the start.
@@ -149,6 +151,7 @@ impl Work {
             self.life.deadline(),
             self.quiet_until,
             serving.then_some(self.look_at),
+            self.dialer().is_some().then_some(self.dialer_at),
             wants_standby.then_some(self.standby_at),
             self.leaving.as_ref().map(|(_, at)| *at),
         ]
@@ -238,6 +241,18 @@ impl Work {
         }
         if let Some((process, _)) = self.leaving.take_if(|(_, at)| *at <= now) {
             process.kill();
+        }
+        if self.dialer_at <= now
+            && let Some(dialer) = self.dialer()
+        {
+            // Whether the guest is served or not: a VCP that is being started waits for it.
+            if let Some(silent) = dialer.look() {
+                tracing::warn!(
+                    device = self.name,
+                    "the process that connects for the VCP has not answered for {silent:?}: it is killed"
+                );
+            }
+            self.dialer_at = now + LOOK_EVERY;
         }
         if !self.life.serves() {
             return;
