@@ -112,7 +112,7 @@ pub struct VcpPlace {
     pub node: Option<usize>,
     /// Its weight, for a control group.
     pub weight: u32,
-    /// The priority that gives about the same share where there is no control group.
+    /// The priority, in steps below the monitor's, that gives about the same share where there is no control group.
     pub nice: i32,
 }
 
@@ -331,8 +331,8 @@ fn place_vcpus(
     Ok(places.iter().map(|place| place.map(|cpu| vec![cpu]).or_else(|| others.clone())).collect())
 }
 
-/// The priority at which the scheduler gives about `weight` where others of the same thread have `most` and priority 0:
-/// each step is a factor of 1.25.
+/// How many steps lower the priority is at which the scheduler gives about `weight` where others of the same thread have
+/// `most`: each step is a factor of 1.25.
 fn nice(weight: u32, most: u32) -> i32 {
     let ratio = f64::from(most.max(1)) / f64::from(weight.max(1));
     (ratio.ln() / 1.25f64.ln()).round().clamp(0.0, 19.0) as i32

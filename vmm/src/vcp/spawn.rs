@@ -90,7 +90,7 @@ pub struct Plan {
     pub node: Option<usize>,
     /// Directory of its control group.
     pub cgroup: Option<OwnedFd>,
-    /// Its priority (0 is the usual one, 19 the least).
+    /// How many steps its priority is below the monitor's, 0 to 19; 19 is the lowest there is.
     pub nice: i32,
 }
 

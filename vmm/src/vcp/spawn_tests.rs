@@ -42,6 +42,21 @@ fn environment_descriptors_and_exit_code() {
 }
 
 #[test]
+fn its_priority_is_below_the_one_of_who_starts_it() {
+    let priority = |nice: i32| -> i32 {
+        let (plan, mut output) = plan("cut -d ' ' -f 19 /proc/self/stat", Spaces::NONE);
+        let spawned = spawn(Plan { nice, ..plan }).unwrap();
+        let mut text = String::new();
+        output.read_to_string(&mut text).unwrap();
+        assert_eq!(spawned.status(true).unwrap().unwrap(), Ended::Code(0));
+        text.trim().parse().unwrap()
+    };
+    let usual = priority(0);
+    assert_eq!(priority(3), (usual + 3).min(19));
+    assert_eq!(priority(19), 19);
+}
+
+#[test]
 fn it_can_be_killed_and_says_by_what() {
     let (_, _, ended) = run("kill -9 $$", Spaces::NONE);
     assert_eq!(ended, Ended::Signal(9));

@@ -43,7 +43,7 @@ pub struct VcpSpec {
     pub dialer: Option<Arc<Dialer>>,
     /// Number of the device among those of this monitor: makes its user.
     pub number: u32,
-    /// Priority, 0 to 19 (least).
+    /// Steps of priority below the monitor, 0 to 19.
     pub nice: i32,
     /// A process that is ready but for its login stands by for the case that this one dies.
     pub standby: bool,
