@@ -30,6 +30,7 @@ mod multipath;
 mod net;
 mod net_front;
 mod net_guest;
+mod net_kill;
 mod operate;
 mod ops;
 mod recovery;

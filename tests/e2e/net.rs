@@ -1,10 +1,11 @@
 //! `vcp run --net socket=PATH` against DPDK's vhost library, which we did not write: testpmd answers ARP and echo
-//! requests of a stock Debian guest. All of it in the helper VM, where KVM is whole.
+//! requests of a stock Debian guest; and `--net user`. All of it in the helper VM, where KVM is whole.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use guest_images::linux;
+use guest_images::linux::{self, Initramfs};
+use guest_images::modules::Kernel;
 use vcp_tests::guest::Outcome;
 use vcp_tests::{Result, tool};
 
@@ -95,5 +96,34 @@ fn debian_guest_pings_through_dpdk() -> Result<()> {
     // Both rings were stopped twice: at the reset and at power-off.
     assert_eq!(done.number("STOPPED")?, 4, "{}", done.console);
     assert_eq!(done.number("TESTPMD")?, 0, "{}", done.console);
+    Ok(())
+}
+
+const USER_GUEST_JOB: &str =
+    concat!(include_str!("devices/guest_common.sh"), include_str!("net/user_guest.sh"));
+const USER_HELPER_JOB: &str =
+    concat!(include_str!("devices/helper_common.sh"), include_str!("net/user_helper.sh"));
+
+/// A lease, names, echo, connections both ways: what a guest of people without rights on the host gets, under our monitor.
+#[test]
+fn debian_guest_on_the_user_mode_stack() -> Result<()> {
+    if !tool::have(&["qemu-system-x86_64"]) {
+        return Ok(());
+    }
+    let initrd = Initramfs::new().job(USER_GUEST_JOB)?.build(&Kernel::find()?)?;
+    let helper = helper_vm(&["vcp", "vcp-net"])?.program_at(&initrd, "/guest/user")?;
+    let ended = helper.run(USER_HELPER_JOB)?;
+    let done = Outcome { status: ended.status, console: ended.output };
+
+    ensure!(done.status == 0, "the helper VM's job failed:\n{}", done.console);
+    assert_eq!(done.number("RUN")?, 0, "{}", done.console);
+    assert_eq!(done.value("LEASE")?, "10.0.2.15 10.0.2.2 10.0.2.3", "{}", done.console);
+    assert_eq!((done.number("PING")?, done.number("BIG")?), (3, 3), "{}", done.console);
+    assert_eq!((done.number("NAME")?, done.number("OWN")?), (1, 1), "{}", done.console);
+    assert_eq!(done.value("SUM")?, done.value("FILE")?, "the file that the guest fetched");
+    assert_eq!(done.value("BACK")?, done.value("UP")?, "what came back to the guest");
+    for count in ["FAILED", "RX_ERRORS", "ERRORS", "KILLED"] {
+        assert_eq!(done.number(count)?, 0, "{count}:\n{}", done.console);
+    }
     Ok(())
 }

@@ -28,10 +28,19 @@ pub struct QemuGuest {
 
 #[derive(Clone, Debug)]
 struct Net {
-    socket: PathBuf,
+    behind: Behind,
     mac: String,
     /// Further properties of the device, each with a comma before it.
     properties: String,
+}
+
+/// What a network's frames go to.
+#[derive(Clone, Debug)]
+enum Behind {
+    /// A vhost-user back end.
+    Socket(PathBuf),
+    /// One of QEMU's own, as `-netdev` has it without its name.
+    Qemu(String),
 }
 
 #[derive(Clone, Debug)]
@@ -90,7 +99,16 @@ impl QemuGuest {
     /// it. QEMU connects again, every second, when its backend is gone.
     #[must_use]
     pub fn net(mut self, socket: &Path, mac: &str, properties: &str) -> Self {
-        self.nets.push(Net { socket: socket.to_owned(), mac: mac.into(), properties: properties.into() });
+        let behind = Behind::Socket(socket.to_owned());
+        self.nets.push(Net { behind, mac: mac.into(), properties: properties.into() });
+        self
+    }
+
+    /// Adds the next network, behind one of QEMU's own back ends: `-netdev` without `id=`.
+    #[must_use]
+    pub fn netdev(mut self, netdev: &str, mac: &str) -> Self {
+        let behind = Behind::Qemu(netdev.to_owned());
+        self.nets.push(Net { behind, mac: mac.into(), properties: String::new() });
         self
     }
 
@@ -129,6 +147,13 @@ impl QemuGuest {
         if let Some(disk) = self.disks.last_mut() {
             disk.reconnects = true;
         }
+        self
+    }
+
+    /// Sets the time after which the machine is killed.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
         self
     }
 
@@ -190,9 +215,16 @@ impl QemuGuest {
             let device = format!("vhost-user-blk-pci,chardev=c{n},{place}{properties}");
             args.extend(["-device".into(), device]);
         }
-        for (n, Net { socket, mac, properties }) in self.nets.iter().enumerate() {
-            args.extend(["-chardev".into(), format!("socket,id=n{n},path={},reconnect=1", socket.display())]);
-            args.extend(["-netdev".into(), format!("vhost-user,id=v{n},chardev=n{n}")]);
+        for (n, Net { behind, mac, properties }) in self.nets.iter().enumerate() {
+            let netdev = match behind {
+                Behind::Socket(socket) => {
+                    let chardev = format!("socket,id=n{n},path={},reconnect=1", socket.display());
+                    args.extend(["-chardev".into(), chardev]);
+                    format!("vhost-user,id=v{n},chardev=n{n}")
+                }
+                Behind::Qemu(netdev) => format!("{netdev},id=v{n}"),
+            };
+            args.extend(["-netdev".into(), netdev]);
             // Without vectors: this QEMU dies of MSI-X with vhost-user networks where there is no KVM.
             let place = format!("vectors=0,romfile=,addr={:#x}", n + 0x10);
             args.extend([
@@ -213,6 +245,12 @@ pub struct Running {
 }
 
 impl Running {
+    /// QEMU's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.qemu.pid()
+    }
+
     /// Waits until the job printed the value `name`.
     pub fn wait_value(&mut self, name: &str) -> Result<()> {
         Ok(self.qemu.wait_for(&format!("{VALUE}{name}="))?)

@@ -9,8 +9,16 @@ use crate::Result;
 
 /// Returns the CPU time (user and system) that a process, with all its threads, has used; resolution 10 ms.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    cpu_time_in(&format!("/proc/{pid}/stat"))
+}
+
+/// Returns the CPU time that the first thread of a process has used; resolution 10 ms.
+pub fn cpu_time_of_first(pid: u32) -> Result<Duration> {
+    cpu_time_in(&format!("/proc/{pid}/task/{pid}/stat"))
+}
+
+fn cpu_time_in(path: &str) -> Result<Duration> {
+    let stat = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
     // The name in parentheses may have spaces; utime and stime are fields 14 and 15.
     let rest = stat.rsplit_once(')').context("no name in stat")?.1;
     let ticks: Vec<u64> = rest.split_whitespace().skip(11).take(2).filter_map(|f| f.parse().ok()).collect();

@@ -17,6 +17,8 @@ pub(crate) enum Need {
     Test,
     /// `cargo xtask bench kernel`: also what starts the kernel's initiator.
     Kernel,
+    /// `cargo xtask bench net`: also what the front end is built with, the other user-mode stacks, and what measures times.
+    Net,
 }
 
 const DEMO: &[&str] = &[
@@ -48,6 +50,8 @@ const TEST: &[&str] = &[
 ];
 
 const KERNEL: &[&str] = &["open-iscsi"];
+
+const NET: &[&str] = &["libdpdk-dev", "pkgconf", "passt", "sockperf"];
 
 /// Versions of these must agree, or qemu-storage-daemon cannot load its iSCSI driver.
 const QEMU_TOOLS: &str = "qemu-utils";
@@ -97,6 +101,7 @@ pub(crate) fn ensure(need: Need) -> Result<()> {
         Need::Demo => vec![DEMO],
         Need::Test => vec![DEMO, TEST],
         Need::Kernel => vec![DEMO, TEST, KERNEL],
+        Need::Net => vec![DEMO, TEST, NET],
     };
     let wanted = lists.concat();
     let missing: Vec<&str> = wanted.iter().copied().filter(|package| installed(package).is_none()).collect();

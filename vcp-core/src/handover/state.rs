@@ -147,6 +147,9 @@ pub struct FrontEndState {
     pub fd: FdIndex,
     /// Protocol features that it took.
     pub protocol: u64,
+    /// The driver's status, as it told it last.
+    #[serde(default)]
+    pub status: u8,
     /// Its memory table.
     pub memory: Vec<RegionState>,
 }

@@ -63,7 +63,7 @@ impl Place {
     }
 
     /// Whether they say that the device used it.
-    fn is_used(self, flags: u16) -> bool {
+    pub(super) fn is_used(self, flags: u16) -> bool {
         (flags & F_AVAIL != 0) == self.wrap && (flags & F_USED != 0) == self.wrap
     }
 

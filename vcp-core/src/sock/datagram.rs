@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use super::iov::{self, header, repeat};
 use super::{Gather, Scatter};
 
-/// Room for control data: a segment size and an extended error with an address.
+/// Room for control data: a segment size, a count, and an extended error with an address.
 #[repr(C, align(8))]
 struct Control([u8; 128]);
 
@@ -25,6 +25,8 @@ pub struct Datagram {
     pub segment: Option<u16>,
     /// There was more than room for it; the rest is lost.
     pub truncated: bool,
+    /// Datagrams that the socket has had no room for so far, if it counts them (`SO_RXQ_OVFL`) and there were any.
+    pub overflowed: Option<u32>,
 }
 
 /// An error that a socket with `IP_RECVERR` keeps.
@@ -175,6 +177,7 @@ fn receive(
         from: decode(&name, message.msg_namelen),
         segment: None,
         truncated: message.msg_flags & libc::MSG_TRUNC != 0,
+        overflowed: None,
     };
     let mut error = None;
     // SAFETY: the message describes the control buffer as the kernel left it.
@@ -189,6 +192,9 @@ fn receive(
                 (libc::SOL_UDP, libc::UDP_GRO) if len >= size_of::<libc::c_int>() => {
                     let segment = data.cast::<libc::c_int>().read_unaligned();
                     datagram.segment = u16::try_from(segment).ok().filter(|&segment| segment != 0);
+                }
+                (libc::SOL_SOCKET, libc::SO_RXQ_OVFL) if len >= size_of::<u32>() => {
+                    datagram.overflowed = Some(data.cast::<u32>().read_unaligned());
                 }
                 (libc::SOL_IP, libc::IP_RECVERR) | (libc::SOL_IPV6, libc::IPV6_RECVERR)
                     if len >= size_of::<libc::sock_extended_err>() =>

@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 use rustix::io::IoSliceMut;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use super::status::{GET_STATUS, SET_STATUS};
+
 /// `VHOST_USER_SET_BACKEND_REQ_FD` and `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const SET_BACKEND_REQ_FD: u32 = 21;
 const CONFIG_CHANGE_MSG: u32 = 2;
@@ -25,6 +27,8 @@ pub(crate) enum Peeked {
     Other,
     /// It brings the back-end channel.
     Channel(UnixStream),
+    /// It tells the driver's status, or asks for it.
+    Status,
 }
 
 /// Waits for the next message header and looks at it without taking it.
@@ -40,6 +44,9 @@ pub(crate) fn peek(socket: &UnixStream) -> io::Result<Peeked> {
         }
     };
     let request = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]);
+    if got == header.len() && matches!(request, SET_STATUS | GET_STATUS) {
+        return Ok(Peeked::Status);
+    }
     if got < header.len() || request != SET_BACKEND_REQ_FD {
         return Ok(Peeked::Other);
     }

@@ -153,6 +153,19 @@ fn converse(
                     return Some(port_error(&error));
                 }
             }
+            Ok(Peeked::Status) => {
+                let mut handler = lock(handler);
+                if handler.has(VhostUserProtocolFeatures::STATUS) {
+                    let acks = handler.has(VhostUserProtocolFeatures::REPLY_ACK);
+                    match super::status::answer(peeker, &mut handler.status, acks) {
+                        Ok(()) => continue,
+                        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                            return Some(VhostError::InvalidMessage);
+                        }
+                        Err(error) => return Some(VhostError::SocketBroken(error)),
+                    }
+                }
+            }
             Err(error) => return Some(VhostError::SocketBroken(error)),
         }
         match requests.handle_request() {

@@ -252,7 +252,8 @@ fn device(entry: &Entry, port: PortState, fds: &mut Fds) -> io::Result<DeviceSta
             };
             let memory = handler.memory().regions().map(region).collect::<io::Result<Vec<_>>>()?;
             let protocol = handler.protocol().bits();
-            Some(FrontEndState { fd: fds.put_copy(&connection.stream)?, protocol, memory })
+            let (fd, status) = (fds.put_copy(&connection.stream)?, handler.status);
+            Some(FrontEndState { fd, protocol, status, memory })
         }
         _ => None,
     };

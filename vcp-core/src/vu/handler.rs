@@ -62,6 +62,8 @@ pub(crate) struct Handler {
     protocol: VhostUserProtocolFeatures,
     /// Messages are noted, not carried out: they only tell the crate what was before.
     pub(super) silent: bool,
+    /// The driver's status, as the front end told it last.
+    pub(super) status: u8,
     /// The format of the in-flight log; it follows the rings'.
     log_format: LogFormat,
 }
@@ -75,6 +77,7 @@ impl Handler {
             memory: MemTable::default(),
             protocol: VhostUserProtocolFeatures::empty(),
             silent: false,
+            status: 0,
             log_format: LogFormat::Split,
         }
     }
@@ -85,8 +88,9 @@ impl Handler {
         facts: Facts,
         mailbox: Arc<Mailbox<Command>>,
         memory: MemTable,
+        status: u8,
     ) -> Self {
-        Self { memory, ..Self::new(device, facts, mailbox) }
+        Self { memory, status, ..Self::new(device, facts, mailbox) }
     }
 
     /// The memory table.
@@ -340,13 +344,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 }
 
-/// The protocol features offered. `REPLY_ACK` is the crate's own work.
+/// The protocol features offered. `REPLY_ACK` is the crate's own work. `STATUS` tells a device with a log nothing that it
+/// needs, so only the others offer it.
 pub(crate) fn protocol_features(keeps_log: bool) -> VhostUserProtocolFeatures {
-    let log = if keeps_log {
-        VhostUserProtocolFeatures::INFLIGHT_SHMFD
-    } else {
-        VhostUserProtocolFeatures::empty()
-    };
+    let log =
+        if keeps_log { VhostUserProtocolFeatures::INFLIGHT_SHMFD } else { VhostUserProtocolFeatures::STATUS };
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK

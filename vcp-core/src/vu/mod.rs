@@ -20,6 +20,7 @@ pub mod port;
 mod resume;
 mod rings;
 pub mod server;
+mod status;
 mod take;
 mod vring;
 

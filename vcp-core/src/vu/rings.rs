@@ -320,7 +320,8 @@ impl RingSet {
         };
         // A running ring is armed only while the loop sleeps; one that never sleeps needs no kick at all.
         ring.disarm(&self.map).map_err(failed)?;
-        vring.recovered |= logged.is_some();
+        let goes_on = ring.burst().is_some_and(|ring| !ring.is_fresh());
+        vring.recovered |= logged.is_some() || goes_on;
         match logged {
             Some(heads) => {
                 if !heads.is_empty() {

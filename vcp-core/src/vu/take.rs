@@ -160,7 +160,8 @@ impl Parts {
             front_ends.push(match front_end {
                 Some(state) => {
                     let stream = UnixStream::from(fds.take(state.fd)?);
-                    let handler = Handler::resume(index, facts, Arc::clone(&self.mailbox), memory);
+                    let handler =
+                        Handler::resume(index, facts, Arc::clone(&self.mailbox), memory, state.status);
                     let handler = Arc::new(Mutex::new(handler));
                     let failed = |source| BadState::System { what: "go on with a front end", source };
                     let requests = resume::requests(&stream, &handler, features, state.protocol);

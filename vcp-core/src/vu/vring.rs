@@ -36,7 +36,7 @@ pub(super) struct Vring {
     pub(super) ring: Option<Ring>,
     /// The ring that was stopped last, and where.
     pub(super) kept: Option<(Position, Ring)>,
-    /// It went on after a crash: the driver may never have been told of what was published last.
+    /// It went on, perhaps after a crash: the driver may never have been told of what was published last.
     pub(super) recovered: bool,
     pub(super) enabled: bool,
     pub(super) kick: Option<Arc<OwnedFd>>,

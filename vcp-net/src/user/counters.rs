@@ -30,6 +30,11 @@ pub struct Counters {
     pub tcp_short: u64,
     /// Datagrams to and from the outside.
     pub udp: (u64, u64),
+    /// Times that a datagram from outside waited for room in a guest's ring: none is lost there, and the socket is not
+    /// read meanwhile.
+    pub udp_waits: u64,
+    /// Datagrams from outside that the host's socket had no room for, because their guest took none, or not as fast.
+    pub udp_overflow: u64,
     /// Echo requests that went outside, and answers.
     pub pings: (u64, u64),
     /// Queries answered here, and passed on.

@@ -29,6 +29,11 @@ pub(super) fn set_udp_gro(socket: impl AsFd) -> io::Result<()> {
     set(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
+/// What has no room in the socket is counted (socket(7)).
+pub(super) fn set_count_overflow(socket: impl AsFd) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
+}
+
 /// Errors are kept with the datagram that they are about (ip(7)).
 pub(super) fn set_recv_errors(socket: impl AsFd, v6: bool) -> io::Result<()> {
     let (level, name) =

@@ -34,12 +34,15 @@ pub(crate) struct Args {
     /// blk: the whole matrix of sizes, kinds, depths and queues, in about half an hour
     #[arg(long)]
     full: bool,
-    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, kernel 3, vmm 3, isolation 3, msgq 3]
+    /// Rounds; the contenders take turns, medians are reported [default: blk 3, target 5, net 3, kernel 3, vmm 3, isolation 3, msgq 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: Option<u32>,
-    /// Seconds of load per case, contender and round [default: blk 0.8, target 2, kernel 2, isolation 2]
+    /// Seconds of load per case, contender and round [default: blk 0.8, target 2, net 4, kernel 2, isolation 2]
     #[arg(long)]
     secs: Option<f64>,
+    /// net: only this part
+    #[arg(long)]
+    part: Option<net::Part>,
 }
 
 /// The benchmarks.
@@ -47,7 +50,7 @@ pub(crate) struct Args {
 enum Name {
     /// `vcp-iscsi` beside qemu-storage-daemon's iSCSI export, both as vhost-user-blk backends of the same LUN
     Blk,
-    /// `vcp-net` beside DPDK's vhost back end, under testpmd
+    /// `vcp-net` beside DPDK's vhost back end (testpmd, RFC 2544), and its user-mode stack beside passt and libslirp
     Net,
     /// `iscsi-target` beside tgtd, under libiscsi's `iscsi-perf`
     Target,
@@ -78,8 +81,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         target::run(&bin, args.rounds.unwrap_or(5), secs)?;
     }
     if args.name == Some(Name::Net) {
-        let secs = args.secs.map_or(4, |secs| secs.ceil().max(2.0) as u32);
-        net::run(&bin, args.rounds.unwrap_or(3), secs)?;
+        packages::ensure(Need::Net)?;
+        net::run(&bin, args.part, args.rounds.unwrap_or(3), args.secs.unwrap_or(4.0))?;
     }
     if args.name == Some(Name::Kernel) {
         packages::ensure(Need::Kernel)?;

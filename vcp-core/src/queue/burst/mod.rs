@@ -2,7 +2,8 @@
 //!
 //! [`BurstRing`] is a virtqueue of either format of which many chains are taken at once ([`Batch`]), looked at where they
 //! lie ([`Frame`]), and given back in the order in which they came. Between two passes of the data thread nothing is in
-//! flight, so that a stop, a hand-over and a crash need no log: a split ring goes on from its used index.
+//! flight, so that a stop, a hand-over and a crash need no log: a split ring goes on from its used index, a packed one from
+//! what its slots say (`recover`).
 //!
 //! Against [`VirtQueue`](super::VirtQueue)'s rings it saves what a request of 64 bytes cannot pay for: addresses are
 //! translated once per ring (not once per access), no mapping is reference-counted per chain, used elements of a burst
@@ -17,6 +18,7 @@ mod batch;
 mod frame;
 mod memory;
 mod packed;
+mod recover;
 mod ring;
 mod split;
 #[cfg(test)]

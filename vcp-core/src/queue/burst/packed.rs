@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::batch::{Batch, Reading};
 use super::memory::Memory;
+use super::recover;
 use super::split::{DESC_BYTES, Dialect, F_INDIRECT, F_NEXT, F_WRITE, indirect_entries};
 use crate::queue::notify::{ArmSteps, arm_then_look};
 use crate::queue::packed::{EVENTS_DESC, EVENTS_OFF, EVENTS_ON, MAX_SIZE, Place};
@@ -30,7 +31,8 @@ pub(super) struct PackedBurst {
 }
 
 impl PackedBurst {
-    /// A ring that starts where the front end says: as with nothing in flight, positions of both sides are one.
+    /// A ring that starts where the front end says, or where its slots say if that cannot be: with nothing in flight,
+    /// positions of both sides are one.
     pub(super) fn start(
         at: RingAddresses,
         dialect: Dialect,
@@ -61,7 +63,37 @@ impl PackedBurst {
             published: next,
         };
         this.locate(memory)?;
+        // Where one used element stands for many, the slots do not tell.
+        if !dialect.in_order {
+            this.recover();
+        }
         Ok(this)
+    }
+
+    /// Goes on where the process before stopped, if it had no time to tell.
+    fn recover(&mut self) {
+        let half = |index| u64::from_le(self.half(index).load(Ordering::Acquire));
+        let flags: Vec<u16> = (0..self.at.size).map(|index| (half(index) >> 48) as u16).collect();
+        let recover::Found { next, held_back } = recover::position(&flags, self.next);
+        if let Some(first) = held_back {
+            // The others of its burst were never seen by the driver: all of them come back empty, this one last.
+            let empty = |place: Place| {
+                let word = half(place.index);
+                let flags = place.used_flags() | (word >> 48) as u16 & F_WRITE;
+                let word = word & 0xffff << 32 | u64::from(flags) << 48;
+                self.half(place.index).store(word.to_le(), Ordering::Release);
+            };
+            let mut at = first.advanced(1, self.at.size);
+            while at != next {
+                empty(at);
+                at = at.advanced(1, self.at.size);
+            }
+            empty(first);
+        }
+        if next != self.next || held_back.is_some() {
+            tracing::info!(told = ?self.next, found = ?next, ?held_back, "a packed ring goes on where its slots say");
+        }
+        (self.next, self.look, self.published) = (next, next, next);
     }
 
     /// Finds the ring in memory (again, after the front end changed it).

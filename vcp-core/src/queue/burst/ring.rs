@@ -465,6 +465,11 @@ impl BurstRing {
         }
     }
 
+    /// Whether it is where every ring begins: no process served it before this one, as far as can be told.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.base() == if matches!(self.format, Format::Packed(_)) { 0x8000_8000 } else { 0 }
+    }
+
     pub(crate) fn position(&self) -> Position {
         match &self.format {
             Format::Split(ring) => {

@@ -324,6 +324,50 @@ fn a_split_ring_goes_on_from_its_used_index() {
     }
 }
 
+/// What was under way when the process was killed comes again (or back, empty), whatever the front end remembers, and from
+/// then on the ring goes on as ever.
+#[test]
+fn a_packed_ring_goes_on_from_what_its_slots_say() {
+    for published in [false, true] {
+        for before in 0..3 * usize::from(SIZE) {
+            let map = memory();
+            let mut driver = Driver::new(&map, true);
+            let setup = driver.setup(Direction::FromDriver);
+            let mut batch = Batch::default();
+            let send = |driver: &mut Driver, n: usize| {
+                let at = DATA + STRIDE * (n % usize::from(SIZE)) as u64;
+                driver.add(&pieces(at, &[60], false), None).unwrap()
+            };
+            let mut ring = BurstRing::new(&setup, &map).unwrap();
+            for n in 0..before {
+                send(&mut driver, n);
+                assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 1);
+                ring.give_back(&batch, 1);
+                ring.publish();
+                driver.take_used().unwrap();
+            }
+            let ids: Vec<u16> = (0..5).map(|n| send(&mut driver, before + n)).collect();
+            assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 5);
+            ring.give_back(&batch, 3);
+            if published {
+                ring.publish();
+            }
+            // Killed here.
+            let mut ring = BurstRing::new(&setup, &map).unwrap();
+            for id in &ids[..3] {
+                assert_eq!(driver.take_used().map(|(id, _)| id), Some(*id), "{before} before");
+            }
+            assert!(driver.take_used().is_none());
+            assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 2, "{before} before");
+            ring.give_back(&batch, 2);
+            ring.publish();
+            for id in &ids[3..] {
+                assert_eq!(driver.take_used().map(|(id, _)| id), Some(*id));
+            }
+        }
+    }
+}
+
 #[test]
 fn breaches_are_named() {
     let map = memory();

@@ -110,3 +110,49 @@ fn datagrams_wait_for_a_guest_without_room_and_a_flow_goes_on() {
         expected == MANY
     });
 }
+
+/// More than the host's socket has room for: what is missing at the guest is what is counted, to the last one.
+#[test]
+fn datagrams_that_are_lost_are_lost_in_one_place_and_counted() {
+    const MANY: u32 = 8_000;
+    let mut bed = Bed::new("", Stage { room: 4, ..Stage::default() });
+    let there = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 64], vec![0; 65_536]);
+    let mut socket = udp::Socket::new(buffer(), buffer());
+    socket.bind(5000).unwrap();
+    let handle = bed.sockets.add(socket);
+    let to = (GATEWAY, there.local_addr().unwrap().port());
+    bed.sockets.get_mut::<udp::Socket<'_>>(handle).send_slice(b"hello", to).unwrap();
+    bed.step();
+    bed.step();
+    let (_, from) = there.recv_from(&mut [0; 16]).unwrap();
+    let message = |number: u32| [&number.to_le_bytes()[..], &[0; 1200]].concat();
+    // The guest has no turn meanwhile.
+    for number in 0..MANY {
+        there.send_to(&message(number), from).unwrap();
+    }
+    let (mut got, mut last) = (0u32, None);
+    let mut take = |bed: &mut Bed, until: u32| {
+        let socket = bed.sockets.get_mut::<udp::Socket<'_>>(handle);
+        while let Ok((bytes, _)) = socket.recv() {
+            let number = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+            assert!(last.is_none_or(|last| last < number), "{number} after {last:?}");
+            (got, last) = (got + 1, Some(number));
+        }
+        (last == Some(until)).then_some(got)
+    };
+    // What had no room is told with the next one that has.
+    let mut number = MANY;
+    let mut arrived = None;
+    bed.until("the rest, and one that tells what is missing", |bed| {
+        if bed.stack.udp.is_drained() && number == MANY {
+            there.send_to(&message(number), from).unwrap();
+            number += 1;
+        }
+        arrived = take(bed, MANY);
+        arrived.is_some()
+    });
+    let lost = bed.counter("/udp_overflow");
+    assert_eq!(u64::from(arrived.unwrap()) + lost, u64::from(MANY) + 1, "{lost} counted");
+    assert!(lost != 0 && bed.counter("/udp_waits") != 0, "too few to tell");
+}

@@ -97,6 +97,10 @@ impl UdpFlows {
                 }
             };
             any = true;
+            if let Some(total) = got.overflowed {
+                let before = flow.overflowed.replace(total).unwrap_or(total);
+                shared.counters.udp_overflow += u64::from(total.wrapping_sub(before));
+            }
             let Some(from) = got.from else { continue };
             let Some(link) = flow.link else {
                 shared.counters.drops.no_guest += 1;
@@ -181,6 +185,7 @@ impl UdpFlows {
         };
         let bytes = &buffer[start..HEADROOM + len];
         if into.frame(&OutFrame::of(meta, bytes)) == Taken::Full {
+            shared.counters.udp_waits += 1;
             flow.held.push_back((meta, bytes.to_vec()));
         }
         shared.counters.udp.1 += 1;

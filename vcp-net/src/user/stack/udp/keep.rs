@@ -87,6 +87,7 @@ impl UdpFlows {
                 queued: false,
                 held: VecDeque::new(),
                 used: state.used,
+                overflowed: None,
                 forward: state.forward,
             };
             let at = this.flows.insert(flow);

@@ -68,6 +68,8 @@ struct Flow {
     /// Frames for which the guest had no room: they go first, and the socket keeps what comes behind them.
     held: VecDeque<(VnetHeader, Vec<u8>)>,
     used: Ms,
+    /// What the socket has had no room for, as far as is known: not at all where another process made it.
+    overflowed: Option<u32>,
     /// It is there for good, and any address may send.
     forward: Option<Forward>,
 }
@@ -84,6 +86,12 @@ pub(super) struct UdpFlows {
 impl UdpFlows {
     pub(super) fn len(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Whether every socket was read to its end, and no frame waits for room.
+    #[cfg(test)]
+    pub(super) fn is_drained(&self) -> bool {
+        self.flows.iter().all(|(_, flow)| !flow.ready && flow.held.is_empty())
     }
 
     pub(super) fn deadline(&self) -> Option<Ms> {
@@ -142,12 +150,13 @@ impl UdpFlows {
         if !shared.take_flow(port) {
             return None;
         }
-        shared.counters.calls += 3;
+        shared.counters.calls += 4;
         if !key.ping {
             let _ = sys::set_udp_gro(&socket);
         }
         // A guest that stands still for a moment loses nothing; the kernel has a limit of its own.
         let _ = sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BYTES);
+        let _ = sys::set_count_overflow(&socket);
         let _ = sys::set_recv_errors(&socket, key.guest.0.is_ipv6());
         let flow = Flow {
             key,
@@ -162,6 +171,7 @@ impl UdpFlows {
             queued: false,
             held: VecDeque::new(),
             used: shared.ms,
+            overflowed: Some(0),
             forward,
         };
         let at = self.flows.insert(flow);

@@ -1,6 +1,12 @@
-//! `bench net`: `vcp-net` beside DPDK's own vhost back end, each passing frames between two ports of one testpmd with
-//! virtio_user, which sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front
-//! end on another.
+//! `bench net`: `vcp-net` beside its peers.
+//!
+//! Here: beside DPDK's own vhost back end, each passing frames between two ports of one testpmd with virtio_user, which
+//! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
+//! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
+//! beside passt and libslirp.
+
+mod guests;
+mod rates;
 
 use std::path::Path;
 use std::time::Duration;
@@ -28,11 +34,37 @@ const END: Duration = Duration::from_secs(20);
 /// What it takes to start, before it sends its first frame.
 const START: Duration = Duration::from_secs(2);
 
-/// Measures and reports.
+/// A part of the benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    /// Frames as fast as testpmd sends them, beside DPDK's vhost
+    Frames,
+    /// RFC 2544: rates without a loss, and times below them, beside DPDK's vhost
+    Rates,
+    /// TCP and UDP of a Debian guest, beside passt and libslirp
+    Guests,
+}
+
+/// Measures and reports: everything, or a part.
 ///
 /// # Errors
 /// A program is missing, or a run failed.
-pub(crate) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
+pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Result<()> {
+    let chosen = |one| part.is_none_or(|only| only == one);
+    let whole = secs.ceil().max(2.0) as u32;
+    if chosen(Part::Frames) {
+        frames(bin, rounds, whole)?;
+    }
+    if chosen(Part::Rates) {
+        rates::run(bin, rounds, Duration::from_secs_f64(secs.max(0.1) / 4.0))?;
+    }
+    if chosen(Part::Guests) {
+        guests::run(bin, rounds, whole)?;
+    }
+    Ok(())
+}
+
+fn frames(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let scratch = tempfile::tempdir().context("no directory for sockets")?;
     let mut rows = Vec::new();
     for &(case, frame_bytes, _) in CASES {
@@ -75,20 +107,24 @@ fn judge(rows: &[Row]) -> Vec<Goal> {
     CASES.iter().filter_map(goal).collect()
 }
 
+/// A back end on hardware thread 1 behind these sockets.
+fn back_end(bin: &Path, contender: &str, sockets: [&Path; 2]) -> Result<(Option<Server>, Option<Testpmd>)> {
+    for socket in sockets {
+        let _ = std::fs::remove_file(socket);
+    }
+    if contender != CONTENDERS[0] {
+        return Ok((None, Some(Testpmd::back_end(sockets, "0@1,1@1")?)));
+    }
+    let [a, b] = sockets.map(|socket| format!("socket={}", socket.display()));
+    let args = ["serve", "--cpu", "1", "--poll-us", "always", "--port", &a, "--port", &b];
+    Ok((Some(Server::start(&bin.join("vcp-net"), &args)?), None))
+}
+
 /// One run: frames received per second by both ports together, in millions.
 fn one(bin: &Path, dir: &Path, contender: &str, frame_bytes: usize, secs: u32) -> Result<f64> {
     let sockets = [dir.join("p0"), dir.join("p1")];
-    for socket in &sockets {
-        let _ = std::fs::remove_file(socket);
-    }
     let [a, b] = [&*sockets[0], &*sockets[1]];
-    let (ours, theirs) = if contender == CONTENDERS[0] {
-        let port = |socket: &Path| format!("socket={}", socket.display());
-        let args = ["serve", "--cpu", "1", "--poll-us", "always", "--port", &port(a), "--port", &port(b)];
-        (Some(Server::start(&bin.join("vcp-net"), &args)?), None)
-    } else {
-        (None, Some(Testpmd::back_end([a, b], "0@1,1@1")?))
-    };
+    let (ours, theirs) = back_end(bin, contender, [a, b])?;
     let options = Options { frame_bytes, stats_period_s: 1, ..Options::default() };
     let front = Testpmd::start([a, b], &options)?;
     // It measures by its own clock, once a second; nothing is waited for here but time.
