@@ -121,7 +121,7 @@ fn debian_guest_on_the_user_mode_stack() -> Result<()> {
     assert_eq!((done.number("PING")?, done.number("BIG")?), (3, 3), "{}", done.console);
     assert_eq!((done.number("NAME")?, done.number("OWN")?), (1, 1), "{}", done.console);
     assert_eq!(done.value("SUM")?, done.value("FILE")?, "the file that the guest fetched");
-    assert_eq!(done.value("BACK")?, done.value("UP")?, "what came back to the guest");
+    assert_eq!(done.value("BACK")?, done.value("UP")?, "what the guest sent");
     for count in ["FAILED", "RX_ERRORS", "ERRORS", "KILLED"] {
         assert_eq!(done.number(count)?, 0, "{count}:\n{}", done.console);
     }

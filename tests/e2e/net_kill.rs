@@ -19,10 +19,10 @@ const KILLS: u32 = 4;
 const JOB: &str = r#"
 ip link set lo up
 for n in 0 1; do ip link set eth$n up; ip addr add 10.0.$((n + 2)).15/24 dev eth$n; done
-fetch() { wget -q -T 5 -O - http://$1:$port/ 2>/dev/null; }
+fetch() { timeout 5 wget -q -O - http://$1:$port/ 2>&1; }
 seen() {
     n=80; until [ "$(fetch $1)" = $2 ]; do
-        n=$((n - 1)); [ $n -gt 0 ] || die "nothing comes through $1 after $2 kills; $(ip -s link)"
+        n=$((n - 1)); [ $n -gt 0 ] || die "nothing comes through $1 after $2 kills: $(fetch $1 2>&1)"
         sleep 0.2
     done
 }

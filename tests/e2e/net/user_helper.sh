@@ -2,7 +2,7 @@
 ip link set lo up
 mkdir -p /tmp/www; dd if=/dev/urandom of=/tmp/www/file bs=64k count=64 2>/dev/null
 httpd -p 127.0.0.1:8000 -h /tmp/www
-nc -ll -p 7000 -e /bin/cat &
+nc -ll -p 7000 -e /bin/md5sum &
 value FILE $(md5sum </tmp/www/file | cut -d' ' -f1)
 monitor=$$
 timeout 240 vcp run --log info --api-socket /tmp/api --kernel /guest/vmlinuz --initrd /guest/user \
