@@ -4,6 +4,7 @@ pub mod confine;
 mod log;
 pub mod named;
 pub mod notify;
+pub mod seccomp;
 mod signals;
 
 pub use log::{LOG_FORMAT_VARIABLE, LogError, LogFormat, init_log, init_log_as, log_format, set_log_level};
