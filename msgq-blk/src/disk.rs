@@ -463,7 +463,14 @@ impl Disk {
     /// # Errors
     /// Nobody serves there (yet), or setting up failed: try again. Meanwhile nothing can be submitted.
     pub fn reconnect(&mut self, path: &Path) -> Result<(), Error> {
-        let link = dial(path)?;
+        self.reconnect_on(dial(path)?)
+    }
+
+    /// As [`reconnect`](Self::reconnect), on a connected socket, say one that a monitor gave.
+    ///
+    /// # Errors
+    /// Setting up failed: try again, on another one.
+    pub fn reconnect_on(&mut self, link: Link) -> Result<(), Error> {
         let rest = match (self.rest.take(), self.channel.take()) {
             (Some(rest), _) => rest,
             (None, Some(channel)) => Box::new(channel.into_dormant()),

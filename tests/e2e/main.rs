@@ -25,6 +25,7 @@ mod memory;
 mod monitor;
 mod monitor_kill;
 mod msgq;
+mod msgq_seats;
 mod msgq_upgrade;
 mod multipath;
 mod net;

@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -40,6 +41,7 @@ pub struct Cmd {
     env: Vec<(OsString, OsString)>,
     stdin: Vec<u8>,
     keep_stdin: bool,
+    stdin_fd: Option<OwnedFd>,
     user: Option<u32>,
 }
 
@@ -60,6 +62,7 @@ impl Cmd {
             env,
             stdin: Vec::new(),
             keep_stdin: false,
+            stdin_fd: None,
             user: None,
         }
     }
@@ -92,6 +95,13 @@ impl Cmd {
         self
     }
 
+    /// Makes this descriptor its standard input.
+    #[must_use]
+    pub fn stdin_fd(mut self, fd: OwnedFd) -> Self {
+        self.stdin_fd = Some(fd);
+        self
+    }
+
     /// Keeps its standard input open, for [`Proc::say`].
     #[must_use]
     pub fn keep_stdin(mut self) -> Self {
@@ -117,7 +127,8 @@ impl Cmd {
         command.arg("--").arg(&self.program).args(&self.args);
         command.envs(self.env.iter().map(|(k, v)| (k, v)));
         command.env("PATH", tool::search_path());
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(self.stdin_fd.map_or_else(Stdio::piped, Stdio::from));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let mut child = fork(command).with_context(|| format!("start {}", self.name))?;
         let log = Arc::new(Log::default());

@@ -143,8 +143,9 @@ pub struct ServeArgs {
     /// session of its own
     #[arg(long, value_name = "SOCKET", group = "front", conflicts_with = "disk")]
     pub msgq_path: Option<PathBuf>,
-    /// The same on a descriptor that this process was started with: a SOCK_SEQPACKET Unix socket that listens. Whoever
-    /// started it keeps the file, and clients wait there while it is started again
+    /// The same on a descriptor that this process was started with: a SOCK_SEQPACKET Unix socket that listens (whoever
+    /// started it keeps the file, and clients wait there while it is started again), or a seat, on which a monitor sends the
+    /// sockets of clients
     #[arg(long, value_name = "FDNUM", group = "front", conflicts_with_all = ["disk", "msgq_path"])]
     pub msgq_fd: Option<i32>,
     /// One of several devices: `socket=SOCKET,url=URL[,read-only][,queues=N]`, and its own limits:

@@ -1,4 +1,4 @@
-//! [`Listener`]: the socket where programs on this host connect.
+//! [`Listener`]: the socket where programs on this host connect, or the [seat](super::Seat) on which a monitor says who does.
 //!
 //! A thread accepts; each set-up runs on a thread of its own against its deadline, so that one who connects and says
 //! nothing keeps nobody waiting. Only those with the right user (by the kernel's word, `SO_PEERCRED`) get an answer. A
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use msgq::Channel;
-use msgq::handshake::{Config, HandshakeError, Link, read_hello};
+use msgq::handshake::{Config, HandshakeError, Link, LinkError, read_hello};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -25,6 +25,7 @@ use rustix::net::{
 };
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
+use super::Seat;
 use crate::handover::Fds;
 use crate::handover::state::{BadState, SocketState};
 use crate::mailbox::Mailbox;
@@ -68,6 +69,8 @@ pub struct Listener {
     /// Whoever gave the socket sees to who may connect: by the file's mode. (In a user namespace of its own, a process does not
     /// know the users outside.)
     vouched: bool,
+    /// It does not listen: it is a seat, and ends come on it.
+    is_seat: bool,
 }
 
 impl Listener {
@@ -108,14 +111,15 @@ impl Listener {
         listen(&socket, BACKLOG)?;
         let meta = std::fs::symlink_metadata(path)?;
         let path = std::path::absolute(path)?;
-        Ok(Self { socket, path, identity: Some((meta.dev(), meta.ino())), vouched: false })
+        Ok(Self { socket, path, identity: Some((meta.dev(), meta.ino())), vouched: false, is_seat: false })
     }
 
-    /// The socket that this process was started with as descriptor `fd`, which whoever started it listens on: a monitor
-    /// keeps the file, and clients wait there while a VCP that died is started again.
+    /// The socket that this process was started with as descriptor `fd`. Either whoever started it listens on it: a monitor
+    /// keeps the file, and clients wait there while a VCP that died is started again. Or it is a [seat](super::Seat), on which
+    /// the monitor sends an end whenever another VCP is to be a client.
     ///
     /// # Errors
-    /// It is no Unix socket of whole messages that listens.
+    /// It is no Unix socket of whole messages that listens or is connected.
     pub fn adopt(fd: i32) -> io::Result<Self> {
         let wrong =
             |why: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {fd}: {why}"));
@@ -135,14 +139,16 @@ impl Listener {
         if sockopt::socket_type(&socket) != Ok(SocketType::SEQPACKET) {
             return Err("it is no socket of whole messages (SOCK_SEQPACKET)");
         }
-        if sockopt::socket_acceptconn(&socket) != Ok(true) {
-            return Err("it does not listen");
+        let listens = sockopt::socket_acceptconn(&socket) == Ok(true);
+        if !listens && rustix::net::getpeername(&socket).is_err() {
+            return Err("it neither listens nor is connected");
         }
         rustix::io::ioctl_fionbio(&socket, true).map_err(|_| "it cannot be set up")?;
         let name = rustix::net::getsockname(&socket).ok();
         let name = name.and_then(|name| SocketAddrUnix::try_from(name).ok());
         let name = name.and_then(|name| Some(PathBuf::from(OsStr::from_bytes(name.path()?.to_bytes()))));
-        Ok(Self { socket, path: name.unwrap_or(otherwise), identity: None, vouched: true })
+        let path = name.filter(|_| listens).unwrap_or(otherwise);
+        Ok(Self { socket, path, identity: None, vouched: true, is_seat: !listens })
     }
 
     /// From another process ([`Serving::export`]).
@@ -188,6 +194,7 @@ impl Listener {
         let door = Arc::new(Door {
             socket: self.socket.try_clone()?,
             vouched: self.vouched,
+            is_seat: self.is_seat,
             wake,
             state: AtomicU32::new(OPEN),
             guests: AtomicU32::new(0),
@@ -226,6 +233,7 @@ const SHUT: u32 = 2;
 struct Door {
     socket: OwnedFd,
     vouched: bool,
+    is_seat: bool,
     /// Readable once the state has changed.
     wake: OwnedFd,
     state: AtomicU32,
@@ -243,6 +251,19 @@ impl Door {
     fn nudge(&self) {
         // Full: it is readable already.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The next client's socket, if there is one.
+    fn next(&self) -> Result<Option<OwnedFd>, LinkError> {
+        if self.is_seat {
+            let seat = self.socket.try_clone().map_err(|_| LinkError::Gone).and_then(Seat::new)?;
+            return Ok(seat.try_next()?.map(Link::into_socket));
+        }
+        match accept_with(&self.socket, SocketFlags::CLOEXEC) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+            Err(error) => Err(LinkError::System { what: "accept", error }),
+        }
     }
 
     fn accept(
@@ -275,11 +296,16 @@ impl Door {
             if self.state.load(Ordering::SeqCst) != OPEN {
                 continue;
             }
-            let socket = match accept_with(&self.socket, SocketFlags::CLOEXEC) {
-                Ok(socket) => socket,
-                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => continue,
+            let socket = match self.next() {
+                Ok(Some(socket)) => socket,
+                Ok(None) => continue,
+                Err(error) if self.is_seat => {
+                    // The monitor is gone, or not itself; those that are connected stay so.
+                    tracing::debug!(error = crate::process::chain(&error), "no more msgq clients come");
+                    return;
+                }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a msgq client");
+                    tracing::warn!(error = crate::process::chain(&error), "cannot accept a msgq client");
                     std::thread::park_timeout(Duration::from_millis(10));
                     continue;
                 }

@@ -115,13 +115,46 @@ fn a_socket_goes_on_in_another_process() {
     assert!(!bed.path.exists());
 }
 
+/// Who has a seat serves whoever its monitor sends, one after the other, and goes on with those it has when the monitor
+/// is gone.
+#[test]
+fn clients_come_by_a_seat() {
+    let bed = Bed::new();
+    let mut broker = super::super::Broker::new();
+    let seat = broker.seat("disk0", super::super::Role::Server).unwrap();
+    let listener = Listener::adopt(seat.as_raw_fd()).unwrap();
+    let mut serving = bed.serve(listener);
+    for _ in 0..3 {
+        let client = Seat::new(broker.seat("disk0", super::super::Role::Client).unwrap()).unwrap();
+        let link = client.next(Instant::now() + LONG).unwrap();
+        let _channel = Channel::connect(link, &config(LONG), &[]).unwrap();
+        bed.arrived();
+    }
+    // In another process.
+    let mut fds = Fds::default();
+    let next = Listener::import(serving.export(&mut fds).unwrap(), &mut fds).unwrap();
+    serving.release();
+    drop(serving);
+    let _serving = bed.serve(next);
+    let client = Seat::new(broker.seat("disk0", super::super::Role::Client).unwrap()).unwrap();
+    let link = client.next(Instant::now() + LONG).unwrap();
+    let mut channel = Channel::connect(link, &config(LONG), &[]).unwrap();
+    let mut server = bed.arrived();
+    drop(broker);
+    channel.send(0, 1, b"still here").unwrap();
+    channel.commit();
+    assert!(server.wait(Some(Instant::now() + LONG)).unwrap());
+    assert!(matches!(server.receive(), Ok(Some(msgq::Incoming::OneWay(_)))));
+}
+
 #[test]
 fn other_descriptors_are_refused() {
     let file = std::fs::File::open("/dev/null").unwrap();
     let (one, _two) = std::os::unix::net::UnixStream::pair().unwrap();
     let bed = Bed::new();
     let stream = std::os::unix::net::UnixListener::bind(&bed.path).unwrap();
-    for fd in [-1, file.as_raw_fd(), one.as_raw_fd(), stream.as_raw_fd()] {
+    let lonely = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    for fd in [-1, file.as_raw_fd(), one.as_raw_fd(), stream.as_raw_fd(), lonely.as_raw_fd()] {
         let error = Listener::adopt(fd).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{fd}: {error}");
     }
