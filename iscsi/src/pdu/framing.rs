@@ -385,6 +385,25 @@ impl Receiver {
         }
     }
 
+    /// Like [`data`](Self::data) for a caller that digests on its own: `len_bytes` were put in place, and `crc` has digested
+    /// them behind all that [`digest`](Self::digest) has.
+    #[inline]
+    pub fn data_digested(&mut self, len_bytes: u32, crc: Crc32c) {
+        if let State::Data { done } = self.state {
+            let left = self.bhs.data_len_bytes() - done;
+            debug_assert!(len_bytes <= left);
+            self.crc = crc;
+            self.data_advance(done, len_bytes.min(left));
+        }
+    }
+
+    /// What the data segment's bytes come to so far; means something in [`Step::Data`] and with a data digest only.
+    #[inline]
+    #[must_use]
+    pub const fn digest(&self) -> &Crc32c {
+        &self.crc
+    }
+
     #[inline]
     fn data_advance(&mut self, done: u32, len_bytes: u32) {
         let done = done + len_bytes;

@@ -7,6 +7,8 @@
 #![allow(unsafe_code)] // Pointers into mappings shared with the guest have no safe form.
 
 mod buf;
+mod crc32c;
+mod digested;
 mod table;
 
 pub use buf::{BufError, GuestBuf};

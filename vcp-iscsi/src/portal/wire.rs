@@ -2,7 +2,7 @@
 //! where it belongs.
 //!
 //! - Sending: headers, padding and digests are built in an arena; payload is named, not copied, and the kernel takes
-//!   it from guest memory. With data digests the payload is copied once and digested there: the guest may change its
+//!   it from guest memory. With data digests the payload is copied once and digested on the way: the guest may change its
 //!   memory between digest and transmission, or retransmission (the field's oldest digest trouble).
 //! - Receiving: one large receive into a staging buffer takes many headers and small payloads at once. Where payloads
 //!   are long, only a header and what little comes with it is staged; the rest is received into guest memory directly,
@@ -42,9 +42,6 @@ pub const RX_DIRECT_MIN_BYTES: u32 = 32 << 10;
 /// Bytes staged where the next payload is expected to be long, and behind a payload that is received directly: room for
 /// the next header, and for short PDUs between long ones.
 pub const RX_HEADER_ROOM_BYTES: usize = 1 << 10;
-/// Bytes copied and digested in one go where data digests are in use: what was just copied is digested from the
-/// first-level cache.
-const DIGEST_PIECE_BYTES: usize = 16 << 10;
 /// What a ring received is taken for the start of a batch from here on, if it is not one PDU and nothing else.
 const RX_BATCH_BYTES: usize = 16 << 10;
 /// Passes in a row that may leave out the receive on an emptied socket. A guest that queues request after request keeps
@@ -293,17 +290,18 @@ impl Wire {
         let Some(data) = pdu.data else { return };
         let (at, len_bytes) = (data.offset_bytes as usize, data.len_bytes as usize);
         if pdu.data_digest {
-            let (source, end) = (jobs.data(data.slot), at + len_bytes);
+            let source = jobs.data(data.slot);
             self.private(|arena| {
                 let mut crc = Crc32c::new();
-                for at in (at..at + len_bytes).step_by(DIGEST_PIECE_BYTES) {
-                    let end = (at + DIGEST_PIECE_BYTES).min(end);
-                    let from = arena.len();
-                    match source {
-                        Data::Guest(guest) => guest.append_to(at, end - at, arena),
-                        Data::Private(bytes) => arena.extend_from_slice(&bytes[at..end]),
+                match source {
+                    Data::Guest(guest) => {
+                        let register = guest.append_to_digested(at, len_bytes, arena, crc.register());
+                        crc = Crc32c::from_register(register);
                     }
-                    crc.update(&arena[from..]);
+                    Data::Private(bytes) => {
+                        arena.extend_from_slice(&bytes[at..at + len_bytes]);
+                        crc.update(&bytes[at..at + len_bytes]);
+                    }
                 }
                 arena.extend_from_slice(Trailer::new(data.len_bytes, Some(crc)).as_bytes());
             });
@@ -466,25 +464,35 @@ impl Wire {
                     if staged.is_empty() {
                         return Ok(());
                     }
-                    let most = if self.rx.digests().data { DIGEST_PIECE_BYTES } else { usize::MAX };
-                    let bytes = &staged[..staged.len().min(len_bytes as usize).min(most)];
+                    let bytes = &staged[..staged.len().min(len_bytes as usize)];
+                    let (digested, taken) = (self.rx.digests().data, bytes.len());
                     self.recorder.received_data(bytes);
                     match self.place {
                         Place::Task { slot, offset_bytes, .. } => {
                             if let Data::Guest(guest) = jobs.data(slot) {
-                                guest.copy_from((offset_bytes + done) as usize, bytes);
-                                self.stats.copied_bytes += bytes.len() as u64;
+                                let at = (offset_bytes + done) as usize;
+                                self.stats.copied_bytes += taken as u64;
+                                self.staged.start += taken;
+                                if digested {
+                                    let crc =
+                                        guest.copy_from_digested(at, bytes, self.rx.digest().register());
+                                    self.rx.data_digested(taken as u32, Crc32c::from_register(crc));
+                                } else {
+                                    guest.copy_from(at, bytes);
+                                    self.rx.data_len(taken as u32);
+                                }
+                                continue;
                             }
                         }
                         Place::Inline { .. } => self.inline.extend_from_slice(bytes),
                         Place::None | Place::Discard { .. } => {}
                     }
-                    if self.rx.digests().data {
+                    if digested {
                         self.rx.data(bytes);
                     } else {
-                        self.rx.data_len(bytes.len() as u32);
+                        self.rx.data_len(taken as u32);
                     }
-                    self.staged.start += bytes.len();
+                    self.staged.start += taken;
                 }
                 Step::Done { data_digest_ok } => {
                     self.pdus = self.pdus.wrapping_add(1);
