@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use vcp_tests::backend::Backend;
 use vcp_tests::front::Driver;
 use vcp_tests::load::Load;
@@ -92,7 +92,14 @@ fn soak() -> Result<()> {
     let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
     let cuts = number("VCP_SOAK_CUTS").unwrap_or(200) as usize;
     let seed = number("VCP_SOAK_SEED").unwrap_or(1);
-    survives(Kind::Ours, cuts, seed, &[])?;
-    survives(Kind::Tgtd, cuts / 4, seed + 1, &[])?;
-    survives(Kind::Ours, cuts / 4, seed + 2, &["--sessions", "2"])
+    match std::env::var("VCP_SOAK_TARGET").as_deref() {
+        Ok("ours") => survives(Kind::Ours, cuts, seed, &[]),
+        Ok("tgtd") => survives(Kind::Tgtd, cuts, seed, &[]),
+        Ok(other) => bail!("VCP_SOAK_TARGET={other}: ours or tgtd"),
+        Err(_) => {
+            survives(Kind::Ours, cuts, seed, &[])?;
+            survives(Kind::Tgtd, cuts / 4, seed + 1, &[])?;
+            survives(Kind::Ours, cuts / 4, seed + 2, &["--sessions", "2"])
+        }
+    }
 }

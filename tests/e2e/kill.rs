@@ -52,6 +52,18 @@ impl Phoenix {
         Ok(())
     }
 
+    /// How it ended, or that it runs, and the last that it said: for messages.
+    fn last_words(&self) -> String {
+        let end = match self.proc.is_running() {
+            true => "it runs".to_owned(),
+            false => match self.proc.wait(Duration::from_secs(10)) {
+                Ok(status) => status.to_string(),
+                Err(error) => format!("{error:#}"),
+            },
+        };
+        format!("backend (pid {}): {end}; it said:\n{}", self.proc.pid(), self.proc.tail())
+    }
+
     fn count(&mut self) {
         let text = self.proc.text();
         let lines = text.lines().filter(|line| line.contains("taking again"));
@@ -214,15 +226,17 @@ fn survives(kind: Kind, packed: bool, kills: u32, args: &[&str]) -> Result<()> {
             // It ended before it began to answer: nobody need wait.
             drop(running);
             let at = killer.join().expect("the killer does not panic")?;
-            lived.with_context(|| format!("kill {kill}, {delay:?} after the start"))?;
+            lived.with_context(|| {
+                format!("kill {kill}, {delay:?} after the start; {}", backend.last_words())
+            })?;
             Ok(at)
         })?;
         backend.rise()?;
         load.fill(&mut front).context("requests without a backend")?;
         longest = longest.max(at.elapsed());
     }
-    front.connect(&backend.socket)?;
-    load.finish(&mut front)?;
+    front.connect(&backend.socket).with_context(|| backend.last_words())?;
+    load.finish(&mut front).with_context(|| backend.last_words())?;
     backend.count();
     ensure!(kills < 10 || backend.taken_again > 0, "nothing was ever in flight");
     println!(
@@ -252,6 +266,22 @@ fn live(front: &mut Survivor, socket: &Path, load: &mut Load, running: &Sender<(
         // The killer may not wait for it.
         let _ = running.send(());
     }
+}
+
+/// The end of a connection is not taken for that of the next one, even if a child that is being started still has it.
+#[test]
+fn an_old_connection_that_lingers_is_not_the_new_ones_end() -> Result<()> {
+    let target = Target::start(Kind::Ours, &Spec::disk(16 << 20))?;
+    let mut backend = Phoenix::start(&target.url(0), &["--queues", "2"])?;
+    let mut front = Survivor::new(QUEUES, false)?;
+    front.connect(&backend.socket)?;
+    let lingers = front.duplicate()?;
+    backend.proc.kill()?;
+    backend.rise()?;
+    front.connect(&backend.socket)?;
+    write(&mut front, 0, 1).with_context(|| backend.last_words())?;
+    drop(lingers);
+    Ok(())
 }
 
 #[test]

@@ -141,13 +141,11 @@ impl Survivor {
 
     /// Connects to a backend and hands it everything; what the log says is in flight is its business now.
     pub fn connect(&mut self, socket: &Path) -> Result<()> {
-        self.connection = None;
+        self.leave()?;
         let stream = UnixStream::connect(socket).context("connect")?;
         stream.set_read_timeout(Some(MESSAGE))?;
         stream.set_write_timeout(Some(MESSAGE))?;
         let watch = stream.try_clone()?;
-        let event = EpollEvent::new(EventSet::READ_HANG_UP, GONE);
-        self.waiting.ctl(ControlOperation::Add, watch.as_raw_fd(), event)?;
         let mut front = Frontend::from_stream(stream, self.queues.len() as u64);
         front.set_owner()?;
         let mut wanted = VERSION_1 | INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | BLK_FLUSH;
@@ -193,8 +191,27 @@ impl Survivor {
             front.set_vring_call(n, &queue.call)?;
             front.set_vring_enable(n, true)?;
         }
+        // Level-triggered: an end that came before is told as well.
+        let event = EpollEvent::new(EventSet::READ_HANG_UP, GONE);
+        self.waiting.ctl(ControlOperation::Add, watch.as_raw_fd(), event)?;
         self.connection = Some((front, watch));
         Ok(())
+    }
+
+    /// Ends the connection. It is told not to be watched any more: closing it is not enough for that while another process has
+    /// it, too (any child between its fork and its exec), and then the end of this one would be taken for the next one's.
+    fn leave(&mut self) -> Result<()> {
+        if let Some((_, watch)) = self.connection.take() {
+            let none = EpollEvent::default();
+            self.waiting.ctl(ControlOperation::Delete, watch.as_raw_fd(), none).context("watch no longer")?;
+        }
+        Ok(())
+    }
+
+    /// The connection once more, as a child has it between its fork and its exec.
+    pub fn duplicate(&self) -> Result<UnixStream> {
+        let (_, watch) = self.connection.as_ref().context("not connected")?;
+        Ok(watch.try_clone()?)
     }
 
     /// Requests in flight on `queue`.
