@@ -14,6 +14,8 @@ use crate::storage::Extent;
 const MAX_PIECES: usize = 256;
 /// A batch is full with this much data.
 const MAX_BATCH_BYTES: usize = 2 << 20;
+/// The same where data is digested: what was read for that is still in the second-level cache when the kernel copies it.
+const MAX_DIGESTED_BYTES: usize = 256 << 10;
 /// Pieces that one PDU with the smallest data can take, kept free so that a batch never overflows by much.
 const PDU_PIECES: usize = 4;
 
@@ -36,6 +38,8 @@ pub(super) struct Batch {
     sent_pieces: usize,
     sent_bytes: usize,
     data_bytes: usize,
+    /// Of these, bytes that were read to digest them.
+    digested_bytes: usize,
 }
 
 impl Batch {
@@ -44,7 +48,9 @@ impl Batch {
     }
 
     pub(super) fn is_full(&self) -> bool {
-        self.pieces.len() + PDU_PIECES > MAX_PIECES || self.data_bytes >= MAX_BATCH_BYTES
+        self.pieces.len() + PDU_PIECES > MAX_PIECES
+            || self.data_bytes >= MAX_BATCH_BYTES
+            || self.digested_bytes >= MAX_DIGESTED_BYTES
     }
 
     fn push_bytes(&mut self, bytes: &[u8]) {
@@ -90,6 +96,7 @@ impl Batch {
         }
         self.data_bytes += len;
         if len > 0 {
+            self.digested_bytes += if crc.is_some() { len } else { 0 };
             self.push_trailer(len, crc);
         }
     }
@@ -139,7 +146,7 @@ impl Batch {
         }
         self.bytes.clear();
         self.pieces.clear();
-        (self.sent_pieces, self.sent_bytes, self.data_bytes) = (0, 0, 0);
+        (self.sent_pieces, self.sent_bytes, self.data_bytes, self.digested_bytes) = (0, 0, 0, 0);
         Ok(true)
     }
 
