@@ -189,6 +189,7 @@ pub(crate) fn run(bin: &Path, extent: &Extent) -> Result<()> {
             extent.rounds, extent.secs
         ),
         layout.describe(),
+        super::space::describe()?,
         "vcp-iscsi: default polling; poll=N: --poll-us N; crc32c: header and data digests; \
          msgq: default polling, loaded by a program without a guest"
             .into(),
