@@ -341,6 +341,11 @@ impl Front {
             let position = session.link().call_within(super::link::STOP_TIMEOUT, "GET_VRING_BASE", |f| {
                 f.get_vring_base(usize::from(*queue))
             })?;
+            let (avail, used) = (position & 0xffff, position >> 16);
+            // Backends that know one half only leave the other 0.
+            if run.activation.features & F_RING_PACKED != 0 && used != 0 && used != avail {
+                return refuse("its backend stopped a ring with requests in flight");
+            }
             run.positions.insert(*queue, position);
         }
         run.resting = true;

@@ -279,7 +279,7 @@ fn packed_rings_begin_with_both_wrap_counters_set() {
 
 #[test]
 fn packed_rings_that_rest_go_on_where_their_backend_stopped_them() {
-    const STOPPED: u32 = 0x0003_8003;
+    const STOPPED: u32 = 0x8003_8003;
     let features = F_VERSION_1 | F_PROTOCOL | F_RING_PACKED;
     let stops_at = |base: u32| {
         let answer = move |request: u32, payload: &[u8], _: &[u32]| {
@@ -310,8 +310,14 @@ fn packed_rings_that_rest_go_on_where_their_backend_stopped_them() {
     other.device.restore(&saved, activation).unwrap();
     assert_eq!(other.log.pairs(SET_VRING_BASE), [(0, STOPPED), (1, STOPPED)]);
 
+    // One that does not wait for what is in flight.
+    let mut hasty = bed_of(blk::kind(2, true), &stops_at(0x8003_8005));
+    start(&mut hasty);
+    let error = hasty.device.quiesce().unwrap_err().to_string();
+    assert!(error.contains("stopped a ring with requests in flight"), "{error}");
+
     // What is beyond the ring is no position.
-    for lie in [0x8000_8010, 0x8010_8000] {
+    for lie in [0x8010_8010, 0x8010] {
         let mut bed = bed_of(blk::kind(2, true), &stops_at(lie));
         start(&mut bed);
         bed.device.quiesce().unwrap();
