@@ -5,6 +5,7 @@
 //! connections; `cargo xtask soak net --connections N` sets it.
 #![allow(missing_docs)]
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -70,6 +71,8 @@ struct Bed {
     closed: u16,
     forwarded: u16,
     port: u16,
+    /// Ports of the guest that it left without a word: their connections are there for minutes yet.
+    left: HashSet<u16>,
 }
 
 fn free_port() -> u16 {
@@ -84,7 +87,16 @@ impl Bed {
         let stack = UserStack::open(config).unwrap();
         let listeners = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let (now, frames) = (Instant::now(), Frames::default());
-        Self { stack, now, frames, listeners, closed: free_port(), forwarded, port: 1024 }
+        Self {
+            stack,
+            now,
+            frames,
+            listeners,
+            closed: free_port(),
+            forwarded,
+            port: 1024,
+            left: HashSet::new(),
+        }
     }
 
     fn send(&mut self, end: &mut End, flags: u8, payload: &[u8]) {
@@ -139,6 +151,9 @@ impl Bed {
 
     fn asks(&mut self, theirs: u16) -> End {
         self.port = if self.port == u16::MAX { 1024 } else { self.port + 1 };
+        while self.left.contains(&self.port) {
+            self.port = if self.port == u16::MAX { 1024 } else { self.port + 1 };
+        }
         let mut end = End { ours: self.port, theirs, seq: ISN, ack: 0 };
         self.send(&mut end, SYN, &[]);
         end
@@ -217,7 +232,8 @@ impl Bed {
             // The guest goes away without a word, at one moment or another.
             _ => match n / SILENT % 3 {
                 0 => {
-                    self.asks(self.listens(n));
+                    let end = self.asks(self.listens(n));
+                    self.left.insert(end.ours);
                     drop(self.accept(n));
                     self.turn();
                 }
@@ -229,6 +245,7 @@ impl Bed {
                     let (mut end, stream) = self.open(n);
                     stream.shutdown(Shutdown::Write).unwrap();
                     self.hear(&mut end, FIN);
+                    self.left.insert(end.ours);
                 }
             },
         }
