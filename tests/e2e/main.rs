@@ -31,6 +31,7 @@ mod multipath;
 mod net;
 mod net_front;
 mod net_guest;
+mod net_ipxe;
 mod net_kill;
 mod operate;
 mod ops;
