@@ -1,5 +1,6 @@
 //! What people ask a switch: status, stations, groups, counters; and what they change while it runs.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
@@ -8,6 +9,7 @@ use vcp_core::metrics::{Family, Samples, Unit};
 use vcp_core::vu::port::Port;
 
 use super::account::Tally;
+use super::cost::Stage;
 use super::fabric::{Switch, SwitchFabric};
 use super::line::Member;
 use super::work::PortId;
@@ -26,6 +28,16 @@ static FINISHED: Family = Family::counter(
     "vcp_net_finished",
     Unit::None,
     "Frames whose checksum or segmentation was done in software, by the port that needed it",
+);
+static TIMED_FRAMES: Family = Family::counter(
+    "vcp_net_timed_frames",
+    Unit::None,
+    "Frames in the bursts of which the operations were timed",
+);
+static TIMED_NS: Family = Family::counter(
+    "vcp_net_timed_nanoseconds",
+    Unit::None,
+    "Nanoseconds that an operation took with the frames that were timed",
 );
 static STATIONS: Family = Family::gauge("vcp_net_stations", Unit::None, "Stations that are known, by switch");
 
@@ -68,6 +80,11 @@ fn operations(switch: &Switch) -> Value {
             "retagged": line.enqueue.rewrite.retagged,
         },
         "enqueue": { "held": line.enqueue.held },
+        // Of one burst in many: nanoseconds in each operation, and the frames that went through it then.
+        "timed": {
+            "frames": line.costs.frames(),
+            "ns": Stage::ALL.map(|stage| (stage.name(), line.costs.ns(stage))).into_iter().collect::<BTreeMap<_, _>>(),
+        },
     })
 }
 
@@ -99,6 +116,11 @@ pub(super) fn collect(fabric: &SwitchFabric, samples: &mut Samples) {
         }
         let stations = switch.line.table.stations(switch.line.seconds(fabric.now())).count();
         samples.add(&STATIONS, &[("switch", &number)], stations as u64);
+        samples.add(&TIMED_FRAMES, &[("switch", &number)], switch.line.costs.frames());
+        for stage in Stage::ALL {
+            let labels = [("switch", number.as_str()), ("operation", stage.name())];
+            samples.add(&TIMED_NS, &labels, switch.line.costs.ns(stage));
+        }
     }
 }
 

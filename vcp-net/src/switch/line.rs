@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::cost::{Costs, Stage};
 use super::drr::Credit;
 use super::enqueue::{Enqueue, Targets};
 use super::learn::Learn;
@@ -103,6 +104,8 @@ pub struct Line {
     pub enqueue: Enqueue,
     /// Stations.
     pub table: MacTable,
+    /// What the operations take.
+    pub costs: Costs,
     start: Instant,
 }
 
@@ -120,6 +123,7 @@ impl Line {
             lookup: Lookup::default(),
             enqueue: Enqueue::default(),
             table: MacTable::new(secret),
+            costs: Costs::default(),
             start: now,
         }
     }
@@ -136,8 +140,10 @@ impl Line {
     pub fn run(&mut self, from: From, frames: &Frames<'_>, targets: &mut Targets<'_>) -> usize {
         let now = targets.now;
         let now_s = self.seconds(now);
-        let work = &mut self.work;
+        let (work, costs) = (&mut self.work, &mut self.costs);
+        let mut lap = costs.begin(frames.len());
         self.parse.run(work, frames, from.host);
+        costs.lap(&mut lap, Stage::Parse);
         if let Some(member) = targets.members.get_mut(from.port.index()) {
             self.police.run(work, from.port, member, &self.table, now);
             if member.spec.pairs > 1 {
@@ -146,10 +152,15 @@ impl Line {
         } else {
             self.police.run_uplink(work, from.port, &self.table);
         }
+        costs.lap(&mut lap, Stage::Police);
         self.learn.run(work, from.port, &mut self.table, now_s);
+        costs.lap(&mut lap, Stage::Learn);
         self.snoop.run(work, frames, from.port, now_s);
+        costs.lap(&mut lap, Stage::Snoop);
         self.lookup.run(work, from.port, self.members, &self.table, &self.snoop, now_s);
+        costs.lap(&mut lap, Stage::Lookup);
         let done = self.enqueue.run(work, frames, from, targets);
+        costs.lap(&mut lap, Stage::Enqueue);
         if done < work.items().len()
             && let Some(member) = targets.members.get_mut(from.port.index())
         {

@@ -16,6 +16,7 @@
 
 pub mod account;
 mod command;
+pub mod cost;
 pub mod drr;
 pub mod enqueue;
 pub mod fabric;

@@ -8,10 +8,11 @@
 mod guests;
 mod rates;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use vcp_tests::testpmd::{Options, Testpmd};
 
 use super::goals::Goal;
@@ -28,6 +29,9 @@ const METRICS: &[Metric] = &[
 
 /// Who passes frames on.
 const CONTENDERS: [&str; 2] = ["vcp-net", "DPDK vhost"];
+
+/// Nanoseconds per frame by operation.
+type Costs = Vec<(String, f64)>;
 
 /// How long a testpmd may take to end.
 const END: Duration = Duration::from_secs(20);
@@ -66,12 +70,13 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
 
 fn frames(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
     let scratch = tempfile::tempdir().context("no directory for sockets")?;
-    let mut rows = Vec::new();
+    let (mut rows, mut operations) = (Vec::new(), Vec::new());
     for &(case, frame_bytes, _) in CASES {
-        let mut measured = vec![Vec::new(); CONTENDERS.len()];
+        let (mut measured, mut costs) = (vec![Vec::new(); CONTENDERS.len()], Vec::new());
         for _ in 0..rounds {
             for (contender, values) in CONTENDERS.iter().zip(&mut measured) {
-                let mpps = one(bin, scratch.path(), contender, frame_bytes, secs)?;
+                let (mpps, told) = one(bin, scratch.path(), contender, frame_bytes, secs)?;
+                costs.extend(told);
                 values.push(vec![mpps, mpps * frame_bytes as f64 * 8.0 / 1000.0]);
             }
         }
@@ -85,13 +90,15 @@ fn frames(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
             });
         }
         eprintln!("measured: {case}");
+        operations.push(format!("vcp-net's operations, ns per frame, {case}: {}", in_words(&costs)));
     }
-    let preface = vec![
+    let mut preface = vec![
         format!(
             "two ports of one testpmd (flowgen, 1 queue of 1024, bursts of 32); {rounds} rounds of {secs} s"
         ),
         "back end on hardware thread 1, front end on 0; rates are those that the front end receives".into(),
     ];
+    preface.extend(operations);
     Report { name: "net", preface, metrics: METRICS.to_vec(), rows, goals: Vec::new() }.finish(judge)
 }
 
@@ -107,6 +114,32 @@ fn judge(rows: &[Row]) -> Vec<Goal> {
     CASES.iter().filter_map(goal).collect()
 }
 
+/// The control socket of a switch with a port at `socket`.
+fn control(socket: &Path) -> PathBuf {
+    socket.with_file_name("control")
+}
+
+/// What the operations of our switch took, nanoseconds per frame.
+fn operations(socket: &Path) -> Result<Costs> {
+    let told = vcp_tests::switch::ask(&control(socket), &json!({"cmd": "ports"}))?;
+    let timed = told.pointer("/answer/switches/0/operations/timed").context("the switch times nothing")?;
+    let frames = timed["frames"].as_f64().filter(|frames| *frames > 0.0).context("no frame was timed")?;
+    let each = timed["ns"].as_object().context("no operations")?.iter();
+    Ok(each.map(|(name, ns)| (name.clone(), ns.as_f64().unwrap_or(0.0) / frames)).collect())
+}
+
+/// Medians of what [`operations`] told in each round, in words.
+fn in_words(rounds: &[Costs]) -> String {
+    let names = rounds.first().into_iter().flatten().map(|(name, _)| name);
+    let median = |name: &String| {
+        let of = |round: &Costs| round.iter().find(|(it, _)| it == name).map(|(_, ns)| *ns);
+        let mut all: Vec<f64> = rounds.iter().filter_map(of).collect();
+        all.sort_by(f64::total_cmp);
+        all.get(all.len() / 2).copied().unwrap_or(0.0)
+    };
+    names.map(|name| format!("{name} {:.1}", median(name))).collect::<Vec<_>>().join(", ")
+}
+
 /// A back end on hardware thread 1 behind these sockets.
 fn back_end(bin: &Path, contender: &str, sockets: [&Path; 2]) -> Result<(Option<Server>, Option<Testpmd>)> {
     for socket in sockets {
@@ -116,12 +149,21 @@ fn back_end(bin: &Path, contender: &str, sockets: [&Path; 2]) -> Result<(Option<
         return Ok((None, Some(Testpmd::back_end(sockets, "0@1,1@1")?)));
     }
     let [a, b] = sockets.map(|socket| format!("socket={}", socket.display()));
-    let args = ["serve", "--cpu", "1", "--poll-us", "always", "--port", &a, "--port", &b];
+    let control = control(sockets[0]).display().to_string();
+    let _ = std::fs::remove_file(&control);
+    let args =
+        ["serve", "--cpu", "1", "--poll-us", "always", "--control", &control, "--port", &a, "--port", &b];
     Ok((Some(Server::start(&bin.join("vcp-net"), &args)?), None))
 }
 
-/// One run: frames received per second by both ports together, in millions.
-fn one(bin: &Path, dir: &Path, contender: &str, frame_bytes: usize, secs: u32) -> Result<f64> {
+/// One run: frames received per second by both ports together, in millions; and what our operations took.
+fn one(
+    bin: &Path,
+    dir: &Path,
+    contender: &str,
+    frame_bytes: usize,
+    secs: u32,
+) -> Result<(f64, Option<Costs>)> {
     let sockets = [dir.join("p0"), dir.join("p1")];
     let [a, b] = [&*sockets[0], &*sockets[1]];
     let (ours, theirs) = back_end(bin, contender, [a, b])?;
@@ -129,6 +171,7 @@ fn one(bin: &Path, dir: &Path, contender: &str, frame_bytes: usize, secs: u32) -
     let front = Testpmd::start([a, b], &options)?;
     // It measures by its own clock, once a second; nothing is waited for here but time.
     std::thread::sleep(START + Duration::from_secs(secs.into()));
+    let costs = ours.is_some().then(|| operations(a)).transpose()?;
     let text = front.end(END)?;
     drop(ours);
     if let Some(theirs) = theirs {
@@ -136,7 +179,7 @@ fn one(bin: &Path, dir: &Path, contender: &str, frame_bytes: usize, secs: u32) -
     }
     let rates = rates(&text);
     ensure!(rates.len() >= 2, "testpmd gave no rates: {text}");
-    Ok(rates[rates.len() / 2] / 1e6)
+    Ok((rates[rates.len() / 2] / 1e6, costs))
 }
 
 /// Frames received by both ports together in each second in which traffic ran, from the lowest to the highest.
@@ -154,6 +197,14 @@ fn rates(text: &str) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn medians_of_operations_are_told_by_name() {
+        let round =
+            |parse: f64, enqueue: f64| vec![("parse".to_owned(), parse), ("enqueue".to_owned(), enqueue)];
+        let told = in_words(&[round(1.0, 9.0), round(3.0, 7.0), round(2.0, 30.0)]);
+        assert_eq!(told, "parse 2.0, enqueue 9.0");
+    }
 
     #[test]
     fn rates_are_those_of_both_ports() {
