@@ -268,6 +268,7 @@ pg() { echo "$2" >/proc/net/pktgen/$1 || die pktgen $2; }
 pg kpktgend_0 "add_device eth0"
 for it in "count $frames" "pkt_size 60" "delay 0" "dst 10.9.0.2" "dst_mac 52:54:00:00:00:02"; do pg eth0 "$it"; done
 pg pgctrl start
+for it in tx_packets tx_dropped tx_fifo_errors; do value $it $(cat /sys/class/net/eth0/statistics/$it); done
 value PKTGEN $(grep -o 'pkts-sofar: [0-9]*' /proc/net/pktgen/eth0 | cut -d' ' -f2)
 nc 10.9.0.2 99 </dev/null
 "#;
@@ -315,7 +316,8 @@ fn stock_guests_reach_each_other_in_their_vlan() -> Result<()> {
     let dropped = server["drops"]["to.enqueue.full"].as_u64().unwrap_or(0);
     ensure!(
         got + dropped >= before + sent,
-        "{sent} sent, {before} became {got}, {dropped} dropped: {server:#}"
+        "{sent} sent, {before} became {got}, {dropped} dropped: {counters:#?}\n{}",
+        done.console
     );
     Ok(())
 }

@@ -73,6 +73,8 @@ struct Bed {
     port: u16,
     /// Ports of the guest that it left without a word: their connections are there for minutes yet.
     left: HashSet<u16>,
+    /// Ports of peers that the guest never answered: they ask again, until they are told off or give up with a reset.
+    ignored: HashSet<u16>,
 }
 
 fn free_port() -> u16 {
@@ -96,6 +98,7 @@ impl Bed {
             forwarded,
             port: 1024,
             left: HashSet::new(),
+            ignored: HashSet::new(),
         }
     }
 
@@ -132,6 +135,16 @@ impl Bed {
             let mut heard = false;
             for frame in std::mem::take(&mut self.frames.0) {
                 let Some(seg) = of_tcp(&frame) else { continue };
+                if seg.to == SERVED && self.ignored.contains(&seg.from) {
+                    if seg.has(RST) {
+                        self.ignored.remove(&seg.from);
+                    }
+                    continue;
+                }
+                // Somebody new asks; what others still have to say is not for this one.
+                if end.theirs == 0 && !seg.has(SYN) {
+                    continue;
+                }
                 if seg.to != end.ours || (end.theirs != 0 && seg.from != end.theirs) {
                     continue;
                 }
@@ -238,7 +251,8 @@ impl Bed {
                     self.turn();
                 }
                 1 => {
-                    self.asked();
+                    let (end, _) = self.asked();
+                    self.ignored.insert(end.theirs);
                     self.turn();
                 }
                 _ => {

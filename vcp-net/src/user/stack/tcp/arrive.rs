@@ -108,6 +108,8 @@ impl TcpFlows {
                 }
             }
             flow.peek_at = flow.peek_at.saturating_sub(outcome.acked);
+            // Where the kernel cannot peek at an offset, what is thrown away now has hidden the end behind it.
+            flow.readable |= flow.hung_up && !flow.conn.host_ended();
         }
         if outcome.deliver != 0 || outcome.fin {
             let offset = packet.l4_at + usize::from(seg.header_bytes) + outcome.skip as usize;

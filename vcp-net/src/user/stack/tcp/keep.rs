@@ -64,8 +64,19 @@ impl TcpFlows {
             }
             // All may have changed meanwhile: each is looked at once.
             let (token, timer, lost) = (0, Ms::MAX, link.is_none());
-            let flow =
-                Flow { key, conn, link, port, socket, token, peek_at, readable: true, queued: false, timer };
+            let flow = Flow {
+                key,
+                conn,
+                link,
+                port,
+                socket,
+                token,
+                peek_at,
+                readable: true,
+                hung_up: false,
+                queued: false,
+                timer,
+            };
             let at = this.flows.insert(flow);
             let token = this.flows.token(TCP_TOKEN, at);
             if let Some(flow) = this.flows.get_mut(at) {

@@ -54,6 +54,8 @@ struct Flow {
     peek_at: u32,
     /// The socket may have more than was read.
     readable: bool,
+    /// The kernel has told of the socket's end, which it does once.
+    hung_up: bool,
     /// It is in the queue of those that have something to do.
     queued: bool,
     /// It is in the set of timers with this deadline.
@@ -143,6 +145,7 @@ impl TcpFlows {
         }
         if flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP) {
             flow.readable = true;
+            flow.hung_up |= flags.intersects(EventFlags::RDHUP | EventFlags::HUP);
         }
         if flags.contains(EventFlags::OUT) {
             Self::measure(flow, shared);

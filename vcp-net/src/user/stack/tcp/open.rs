@@ -138,6 +138,7 @@ impl TcpFlows {
             token: 0,
             peek_at: 0,
             readable: false,
+            hung_up: false,
             queued: false,
             timer: Ms::MAX,
         };
