@@ -122,7 +122,7 @@ fn control(socket: &Path) -> PathBuf {
 /// What the operations of our switch took, nanoseconds per frame.
 fn operations(socket: &Path) -> Result<Costs> {
     let told = vcp_tests::switch::ask(&control(socket), &json!({"cmd": "ports"}))?;
-    let timed = told.pointer("/answer/switches/0/operations/timed").context("the switch times nothing")?;
+    let timed = told.pointer("/switches/0/operations/timed").context("the switch times nothing")?;
     let frames = timed["frames"].as_f64().filter(|frames| *frames > 0.0).context("no frame was timed")?;
     let each = timed["ns"].as_object().context("no operations")?.iter();
     Ok(each.map(|(name, ns)| (name.clone(), ns.as_f64().unwrap_or(0.0) / frames)).collect())
