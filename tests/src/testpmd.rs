@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use rustix::process::Signal;
 
 use crate::Result;
 use crate::proc::{Cmd, Proc, Stream};
@@ -15,6 +16,8 @@ const START: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Testpmd {
     proc: Proc,
+    /// It prints statistics from time to time.
+    prints: bool,
 }
 
 /// What its ports are like.
@@ -71,7 +74,7 @@ impl Testpmd {
             .keep_stdin()
             .spawn()?;
         // It does not say when it begins before it ends: its output is not a terminal. Its traffic says so.
-        Ok(Self { proc })
+        Ok(Self { proc, prints: options.stats_period_s != 0 })
     }
 
     /// Starts DPDK's own vhost back end on two sockets, which passes frames from one to the other.
@@ -90,7 +93,7 @@ impl Testpmd {
             ensure!(proc.is_running() && Instant::now() < end, "no back end: {}", proc.tail());
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(Self { proc })
+        Ok(Self { proc, prints: false })
     }
 
     fn command(prefix: &str, lcores: &str) -> Cmd {
@@ -106,9 +109,14 @@ impl Testpmd {
 
     /// Ends it; what it says at the end.
     pub fn end(self, deadline: Duration) -> Result<String> {
-        // It ends at the end of its input.
-        self.proc.say(b"\n")?;
-        self.proc.close_stdin();
+        if self.prints {
+            // It reads nothing while it prints statistics.
+            self.proc.signal(Signal::INT)?;
+        } else {
+            // It ends at the end of its input.
+            self.proc.say(b"\n")?;
+            self.proc.close_stdin();
+        }
         self.proc.wait(deadline)?;
         Ok(self.proc.stream(Stream::Out))
     }
