@@ -57,7 +57,8 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
     let chosen = |one| part.is_none_or(|only| only == one);
     let whole = secs.ceil().max(2.0) as u32;
     if chosen(Part::Frames) {
-        frames(bin, rounds, whole)?;
+        // It prints every other second.
+        frames(bin, rounds, whole.max(6))?;
     }
     if chosen(Part::Rates) {
         rates::run(bin, rounds, Duration::from_secs_f64(secs.max(0.1) / 4.0))?;
