@@ -1,4 +1,4 @@
-//! What each operation of the line takes, by the clock: one burst in [`ONE_IN`] is timed, so that knowing it costs next to
+//! What each operation of the line takes, by the clock: one burst in 128 is timed, so that knowing it costs next to
 //! nothing. A division of two counters gives nanoseconds per frame, live and without a special build.
 
 use std::time::Instant;

@@ -14,7 +14,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 200)]
     kills: u32,
     /// Connections
-    #[arg(long, default_value_t = 50_000)]
+    #[arg(long, default_value_t = 1_000_000)]
     connections: u64,
 }
 
