@@ -247,6 +247,7 @@ rx() { cat /sys/class/net/eth0/statistics/rx_packets; }
 const SERVER_JOB: &str = r#"
 iperf3 -s -D >/dev/null 2>&1; value UP yes
 nc -l -p 98 >/tmp/before; value RX_BEFORE $(rx)
+nc -l -p 97 >/tmp/noted
 nc -l -p 99 >/tmp/after; value RX $(rx)
 "#;
 
@@ -264,6 +265,8 @@ value ALONE $(replies 10.9.0.2 1)
 n=30; until [ "$(replies 10.9.0.2 1)" = 1 ] || [ $n = 0 ]; do n=$((n - 1)); done
 value AGAIN $(replies 10.9.0.2 3)
 nc 10.9.0.2 98 </dev/null
+# Nothing is sent before the other one has noted what it has: on a busy host that may take a while.
+n=150; until nc 10.9.0.2 97 </dev/null || [ $n = 0 ]; do n=$((n - 1)); sleep 0.2; done
 pg() { echo "$2" >/proc/net/pktgen/$1 || die pktgen $2; }
 pg kpktgend_0 "add_device eth0"
 for it in "count $frames" "pkt_size 60" "delay 0" "dst 10.9.0.2" "dst_mac 52:54:00:00:00:02"; do pg eth0 "$it"; done
