@@ -124,7 +124,8 @@ fuzz_target!(|data: &[u8]| {
                     time: (kind & 0x40 != 0).then(|| (input.near(), world.now as u32)),
                     sack: [(world.last.seq.wrapping_add(input.near()), world.last.seq), (0, 0), (0, 0)],
                     sack_ok: true,
-                    scale: Some(input.byte()),
+                    // As far as its parser lets it.
+                    scale: Some(input.byte().min(14)),
                     mss: input.word(),
                     ..Segment::default()
                 };

@@ -31,8 +31,8 @@ const MAC: Mac = Mac(0x5254_0000_0001);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const ECHO: u16 = 7;
-/// Frames that one of the guest may be answered with, beside data.
-const ANSWERS: usize = 8;
+/// Frames that one of the guest may be answered with, beside data: a burst of ICMP errors among them.
+const ANSWERS: usize = 8 + 32;
 const PORT: PortId = PortId(0);
 
 /// The peer on the host's side.

@@ -43,6 +43,8 @@ pub struct Counters {
     pub leases: (u64, u64),
     /// ICMP errors told to guests.
     pub unreachable: u64,
+    /// ICMP errors not told, because there were too many: a port is told 32 at once and 200 in a second.
+    pub unreachable_limited: u64,
     /// System calls on sockets.
     pub calls: u64,
     /// Frames not passed on.

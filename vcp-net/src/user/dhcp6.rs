@@ -9,6 +9,12 @@ pub const SERVER: u16 = 547;
 /// See [`SERVER`].
 pub const CLIENT: u16 = 546;
 const LIFETIME_S: u32 = 86_400;
+/// Longest answer: it goes into one packet of any link (RFC 8200, 5).
+const ANSWER_BYTES: usize = 1280 - 40 - 8;
+/// Longest identifier of a client (RFC 8415, 11.1).
+const DUID_BYTES: usize = 130;
+/// Most bytes of the domains in which names are looked for, of which the host may have any number.
+const SEARCH_BYTES: usize = 512;
 const SOLICIT: u8 = 1;
 const ADVERTISE: u8 = 2;
 const REQUEST: u8 = 3;
@@ -68,8 +74,8 @@ pub fn answer(
         INFORMATION if server.is_none_or(|server| server == duid) => REPLY,
         _ => return None,
     };
-    if kind != INFORMATION {
-        client?;
+    if client.is_none() && kind != INFORMATION || client.is_some_and(|client| client.len() > DUID_BYTES) {
+        return None;
     }
     let at = leases.of(config, from)?;
     if let Some(name) = get(39).and_then(|it| it.get(1..)).and_then(first_label) {
@@ -133,9 +139,18 @@ pub fn answer(
     push(&mut out, 23, &config.dns6().octets());
     let mut names = Vec::new();
     for domain in std::iter::once(&config.domain).chain(search) {
+        let len = names.len();
         super::dns::push_name(&mut names, domain);
+        if names.len() > SEARCH_BYTES {
+            names.truncate(len);
+            break;
+        }
     }
     push(&mut out, 24, &names);
+    // Nobody has that many addresses to ask for.
+    if out.len() > ANSWER_BYTES {
+        return None;
+    }
     if let (Some(bound), Some(lease)) = (bound, leases.get_mut(at)) {
         lease.bound6 = bound;
     }
@@ -177,6 +192,21 @@ mod tests {
         assert_eq!(ask(&message(RENEW, &[(1, b"me"), (2, b"other"), (3, ia)])), None);
         assert_eq!(ask(&message(INFORMATION, &[])).unwrap()[0], REPLY);
         assert_eq!(leases.by_name(&config, "web").unwrap().1, Some(config.guest6(0)));
+    }
+
+    #[test]
+    fn an_answer_fits_into_a_packet_whatever_is_asked_and_searched() {
+        let (config, mut leases) = (UserConfig::default(), Leases::default());
+        let ia: &[u8] = &[0; 12];
+        let many = |count| [&[(1, &b"me"[..])][..], &vec![(3, ia); count]].concat();
+        let search: Vec<String> =
+            (0..100).map(|at| format!("a-rather-long-domain-{at}.example.org")).collect();
+        let mut ask = |parts: &[(u16, &[u8])]| {
+            answer(&message(SOLICIT, parts), LINK, &config, &search, &mut leases).map(|got| got.len())
+        };
+        assert!(ask(&many(8)).is_some_and(|len| len <= ANSWER_BYTES));
+        assert_eq!(ask(&many(100)), None);
+        assert_eq!(ask(&[(1, &[7; 131]), (3, ia)]), None);
     }
 
     #[test]

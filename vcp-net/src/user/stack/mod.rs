@@ -5,6 +5,7 @@
 //! each frame; while it sleeps, it is waited for.
 
 mod control;
+mod errors;
 mod forward;
 mod keep;
 mod shared;
@@ -153,7 +154,7 @@ impl UserStack {
                 && !shared.config.is_ours(packet.dst)
                 && !shared.config.is_inside(packet.dst) =>
             {
-                shared.unreachable(&packet, head, link, super::icmp::Why::Hops);
+                shared.unreachable(&packet, head, (link, from.port), super::icmp::Why::Hops);
             }
             TCP => self.tcp.segment(frame, l4, &packet, link, from, shared),
             UDP => self.udp.datagram(frame, l4, &packet, link, from, shared),
@@ -161,7 +162,7 @@ impl UserStack {
             _ => {
                 shared.counters.drops.not_ours += 1;
                 if !packet.dst.is_multicast() {
-                    shared.unreachable(&packet, head, link, super::icmp::Why::Protocol);
+                    shared.unreachable(&packet, head, (link, from.port), super::icmp::Why::Protocol);
                 }
             }
         }

@@ -18,6 +18,7 @@ use super::super::packet::{Arp, Link, Packet};
 use super::super::resolv::{RESOLV_CONF, Resolver};
 use super::super::tcp::Ms;
 use super::super::{dns, ndp};
+use super::errors::ErrorRate;
 use crate::frame::Mac;
 use crate::switch::work::PortId;
 
@@ -58,6 +59,7 @@ pub(super) struct Shared {
     /// Flows of each port; the last is for those of which it is not known.
     per_port: Vec<u32>,
     total: u32,
+    errors: ErrorRate,
     /// When the router advertises itself again.
     pub(super) advertise_at: Ms,
 }
@@ -87,6 +89,7 @@ impl Shared {
             found: Vec::new(),
             per_port: vec![0; usize::from(u8::MAX) + 1],
             total: 0,
+            errors: ErrorRate::new(),
             advertise_at: 0,
             config,
         })
@@ -234,7 +237,13 @@ impl Shared {
     }
 
     /// Tells a guest why its packet did not arrive.
-    pub(super) fn unreachable(&mut self, packet: &Packet, head: &[u8], link: Link, why: Why) {
+    pub(super) fn unreachable(
+        &mut self,
+        packet: &Packet,
+        head: &[u8],
+        (link, port): (Link, PortId),
+        why: Why,
+    ) {
         let quote = &head[packet.l3_at..packet.end.min(head.len())];
         let quote = &quote[..quote.len().min(if packet.src.is_ipv4() { 60 + 68 } else { HEADROOM })];
         // The one who says it: the target itself for what only it can know, the gateway else.
@@ -242,9 +251,17 @@ impl Shared {
         if from.is_multicast() || packet.dst.is_multicast() {
             return;
         }
-        let frame = icmp::unreachable(self.config.mac, link, (from, packet.src), why, quote);
+        self.tell(link, port, (from, packet.src), why, quote);
+    }
+
+    /// Tells a station behind `port` what became of its packet that began with `quote`, unless it was told too much of late.
+    pub(super) fn tell(&mut self, link: Link, port: PortId, ends: (IpAddr, IpAddr), why: Why, quote: &[u8]) {
+        if !self.errors.take(port, self.ms) {
+            self.counters.unreachable_limited += 1;
+            return;
+        }
         self.counters.unreachable += 1;
-        self.push(frame);
+        self.push(icmp::unreachable(self.config.mac, link, ends, why, quote));
     }
 
     /// An initial sequence number (RFC 6528): a clock, and a keyed hash of the connection.

@@ -22,8 +22,8 @@ impl TcpFlows {
                 Self::as_question(&mut quote, &flow.conn, guest.0.is_ipv6());
                 let from = shared.config.gateway_like(remote.0);
                 let ends = (from, guest.0);
-                shared.counters.unreachable += 1;
-                shared.push(icmp::unreachable(shared.config.mac, link, ends, why, &quote));
+                let port = flow.port;
+                shared.tell(link, port, ends, why, &quote);
                 self.end(at, End::Well, shared);
                 return;
             }

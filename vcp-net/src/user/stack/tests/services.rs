@@ -3,8 +3,10 @@
 use smoltcp::socket::{dhcpv4, tcp};
 
 use super::bed::{Bed, MAC, Stage};
-use crate::frame::Mac;
 use crate::frame::ether::{ARP, IPV4};
+use crate::frame::{Mac, OutFrame, VnetHeader};
+use crate::switch::work::PortId;
+use crate::uplink::{Sender, Sent, Uplink};
 use crate::user::packet::{Arp, Link, Packet, ether, finished, udp};
 use crate::user::{UserConfig, dns, icmp};
 
@@ -111,4 +113,18 @@ fn a_guest_has_its_quota_of_flows() {
         open == 2
     });
     assert_eq!(bed.stack.flows().0, 2);
+}
+
+#[test]
+fn a_row_of_datagrams_that_nobody_takes_is_not_answered_one_by_one() {
+    let mut bed = Bed::new("", Stage::default());
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let payload = vec![7; 2000];
+    let bytes = udp(MAC, ours(), (super::GUEST.into(), 5000), (super::GATEWAY, free), &payload);
+    let frame = OutFrame::of(VnetHeader::udp(34, 1), &bytes);
+    let from = Sender { port: PortId(0), vid: 0, now: std::time::Instant::now() };
+    assert_eq!(bed.stack.send(&frame, from), Sent::Done);
+    bed.until("limit", |bed| bed.counter("/unreachable_limited") != 0);
+    let told = bed.counter("/unreachable");
+    assert!((1..=2 * 32).contains(&told), "{told}");
 }

@@ -231,9 +231,7 @@ impl UdpFlows {
         let payload = shared.buffer[HEADROOM..HEADROOM + error.len_bytes.min(64)].to_vec();
         let quote = icmp::quote_udp(guest, remote, &payload);
         let from = if why == Why::Port { remote.0 } else { shared.config.gateway_like(remote.0) };
-        let frame = icmp::unreachable(shared.config.mac, link, (from, guest.0), why, &quote);
-        shared.counters.unreachable += 1;
-        shared.push(frame);
+        shared.tell(link, flow.port, (from, guest.0), why, &quote);
         true
     }
 }

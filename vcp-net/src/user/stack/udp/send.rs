@@ -61,7 +61,7 @@ impl UdpFlows {
             Ok(target) => target,
             Err(Why::Port) => {
                 let head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
-                shared.unreachable(packet, &head, link, Why::Port);
+                shared.unreachable(packet, &head, (link, from.port), Why::Port);
                 return;
             }
             Err(_) => {
@@ -170,7 +170,7 @@ impl UdpFlows {
                     None => None,
                 };
                 if let Some(why) = why {
-                    shared.unreachable(packet, &head, link, why);
+                    shared.unreachable(packet, &head, (link, flow.port), why);
                 }
             }
         }
@@ -204,7 +204,7 @@ impl UdpFlows {
         if !shared.can_ping(v6) {
             shared.counters.drops.not_ours += 1;
             let head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
-            shared.unreachable(packet, &head, link, Why::Admin);
+            shared.unreachable(packet, &head, (link, from.port), Why::Admin);
             return;
         }
         let id = u16::from_be_bytes([message[4], message[5]]);
