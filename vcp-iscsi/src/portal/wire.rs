@@ -54,8 +54,8 @@ const TX_PIECES: usize = 256;
 /// Bytes queued for one send at most: more than a socket buffer takes brings nothing.
 const TX_BYTES: usize = 1 << 20;
 /// The same where data digests are in use: what was copied and digested is still in the second-level cache when the kernel
-/// takes it.
-const TX_DIGESTED_BYTES: usize = 256 << 10;
+/// takes it, and it is few enough calls (`docs/decisions/data-path.md`).
+const TX_DIGESTED_BYTES: usize = 512 << 10;
 
 /// Where the rest of a payload goes that is worth a receive of its own: guest memory, offset, and how much of it is due.
 fn direct<'a>(rx: &Receiver, place: Place, long: bool, jobs: &'a Jobs) -> Option<(&'a GuestBuf, usize, u32)> {
