@@ -18,13 +18,13 @@ use super::super::stats::ratio;
 use crate::server::Server;
 
 const MAC: &str = "52:54:00:00:00:01";
-const IPERF: &str = "/usr/bin/iperf3";
+pub(super) const IPERF: &str = "/usr/bin/iperf3";
 const SOCKPERF: &str = "/usr/bin/sockperf";
 /// How long something that starts may take.
 const START: Duration = Duration::from_secs(20);
 
 /// Who serves the guest. Ours first: others are compared with it.
-const CONTENDERS: [&str; 4] = ["vcp-net", "vcp-net poll=always", "passt", "libslirp"];
+pub(super) const CONTENDERS: [&str; 4] = ["vcp-net", "vcp-net poll=always", "passt", "libslirp"];
 
 /// A load: its name, and the arguments of iperf3.
 const LOADS: [(&str, &str); 8] = [
@@ -50,21 +50,25 @@ const TIMES: &[Metric] = &[
 ];
 const PING_PONG: &str = "TCP request and response, 64 bytes";
 
+/// Shell: `load NUMBER ARGS` runs iperf3, and tells of the rate and the loss at the receiver.
+pub(super) const LOAD: &str = r#"lease guest1; value LEASE $(cat /tmp/lease)
+load() {
+    at=$1; shift; n=20; value START$at now
+    until iperf3 -c 10.0.2.2 -f m "$@" >/tmp/iperf 2>&1; do
+        n=$((n - 1)); [ $n -gt 0 ] || { cat /tmp/iperf; die iperf3 $at; }
+        sleep 0.2
+        value START$at again
+    done
+    value RATE$at $(grep receiver /tmp/iperf | grep -v SUM | awk '{ for (i = 1; i <= NF; i++) if ($i ~ /bits.sec/) sum += $(i - 1) } END { printf "%.1f", sum }')
+    value LOST$at $(grep receiver /tmp/iperf | grep -o '([0-9.e+-]*%)' | tr -d '(%)')
+    value SENT$at $(grep receiver /tmp/iperf | grep -o '/[0-9]* ' | tr -d '/ ')
+    value DONE$at now
+}
+"#;
+
 /// What the guest does. The host looks at clocks where it says START and DONE.
 fn job(iperf: u16, sockperf: u16, secs: u32) -> String {
-    let mut job = String::from(
-        "lease guest1; value LEASE $(cat /tmp/lease)\n\
-         load() {\n\
-             at=$1; shift; n=20; value START$at now\n\
-             until iperf3 -c 10.0.2.2 -f m \"$@\" >/tmp/iperf 2>&1; do\n\
-                 n=$((n - 1)); [ $n -gt 0 ] || { cat /tmp/iperf; die iperf3 $at; }\n\
-                 sleep 0.2; value START$at again\n\
-             done\n\
-             value RATE$at $(grep receiver /tmp/iperf | grep -v SUM | awk '{ for (i = 1; i <= NF; i++) if ($i ~ /bits.sec/) sum += $(i - 1) } END { printf \"%.1f\", sum }')\n\
-             value LOST$at $(grep receiver /tmp/iperf | grep -o '([0-9.e+-]*%)' | tr -d '(%)')\n\
-             value DONE$at now\n\
-         }\n",
-    );
+    let mut job = LOAD.to_owned();
     for (at, (_, args)) in LOADS.iter().enumerate() {
         job.push_str(&format!("load {at} -p {iperf} -t {secs} {args}\n"));
     }
@@ -78,14 +82,14 @@ fn job(iperf: u16, sockperf: u16, secs: u32) -> String {
 }
 
 /// The processes that serve a guest besides QEMU, which end with this.
-enum BackEnd {
+pub(super) enum BackEnd {
     Ours(Server),
     Theirs(Proc),
     Inside,
 }
 
 impl BackEnd {
-    fn start(bin: &Path, dir: &Path, contender: &str) -> Result<(Self, QemuGuest)> {
+    pub(super) fn start(bin: &Path, dir: &Path, contender: &str) -> Result<(Self, QemuGuest)> {
         let socket = dir.join("p0");
         let _ = std::fs::remove_file(&socket);
         let guest = QemuGuest::new();
@@ -106,7 +110,9 @@ impl BackEnd {
             }
             _ => {
                 let port = format!("socket={}", socket.display());
-                let mut args = vec!["serve", "--port", &port, "--uplink", "user"];
+                let control = super::control(&socket).display().to_string();
+                let _ = std::fs::remove_file(&control);
+                let mut args = vec!["serve", "--control", &control, "--port", &port, "--uplink", "user"];
                 if contender != CONTENDERS[0] {
                     args.extend(["--poll-us", "always"]);
                 }
@@ -134,15 +140,20 @@ struct Seen {
     times: [f64; 3],
 }
 
+/// A directory for sockets. passt does not stay root.
+pub(super) fn scratch() -> Result<tempfile::TempDir> {
+    let scratch = tempfile::tempdir().context("no directory for sockets")?;
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(scratch.path(), open).context("cannot open the directory for passt")?;
+    Ok(scratch)
+}
+
 /// Measures and reports.
 ///
 /// # Errors
 /// A program is missing, or a run failed.
 pub(super) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
-    let scratch = tempfile::tempdir().context("no directory for sockets")?;
-    // passt does not stay root.
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
-    std::fs::set_permissions(scratch.path(), open).context("cannot open the directory for passt")?;
+    let scratch = scratch()?;
     let mut seen: Vec<Vec<Seen>> = CONTENDERS.iter().map(|_| Vec::new()).collect();
     for _ in 0..rounds {
         for (contender, seen) in CONTENDERS.iter().zip(&mut seen) {
@@ -263,7 +274,7 @@ fn one(bin: &Path, dir: &Path, contender: &str, secs: u32) -> Result<Seen> {
     Ok(Seen { loads, times })
 }
 
-fn number(done: &Outcome, name: &str) -> Result<f64> {
+pub(super) fn number(done: &Outcome, name: &str) -> Result<f64> {
     let value = done.value(name)?;
     value
         .split_whitespace()

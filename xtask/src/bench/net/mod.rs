@@ -3,8 +3,9 @@
 //! Here: beside DPDK's own vhost back end, each passing frames between two ports of one testpmd with virtio_user, which
 //! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
 //! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
-//! beside passt and libslirp.
+//! beside passt and libslirp; [`datagrams`]: what of a guest's datagrams is lost with each of them, and where.
 
+mod datagrams;
 mod guests;
 mod rates;
 
@@ -47,6 +48,8 @@ pub(crate) enum Part {
     Rates,
     /// TCP and UDP of a Debian guest, beside passt and libslirp
     Guests,
+    /// UDP from a Debian guest at the same offered rates, beside passt and libslirp, and where datagrams are lost
+    Datagrams,
 }
 
 /// Measures and reports: everything, or a part.
@@ -65,6 +68,9 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
     }
     if chosen(Part::Guests) {
         guests::run(bin, rounds, whole)?;
+    }
+    if chosen(Part::Datagrams) {
+        datagrams::run(bin, rounds, whole)?;
     }
     Ok(())
 }
