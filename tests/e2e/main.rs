@@ -33,6 +33,7 @@ mod net_front;
 mod net_guest;
 mod net_ipxe;
 mod net_kill;
+mod net_loss;
 mod operate;
 mod ops;
 mod recovery;

@@ -11,7 +11,7 @@ use vcp_tests::proc::{Cmd, Proc, Stream};
 use vcp_tests::switch::Switch;
 use vcp_tests::{Result, tool};
 
-const IPERF: &str = "/usr/bin/iperf3";
+pub(crate) const IPERF: &str = "/usr/bin/iperf3";
 /// The file that is fetched.
 const FILE_BYTES: usize = 64 << 20;
 const START: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ const START: Duration = Duration::from_secs(20);
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Shell functions: megabits per second at the receiver, and datagrams lost there, of a run of iperf3.
-const IPERF_JOB: &str = r#"
+pub(crate) const IPERF_JOB: &str = r#"
 iperf() {
     name=$1; shift
     # A server that has just ended one run says that it is busy.
@@ -108,7 +108,7 @@ fn web(bytes: Vec<u8>) -> Result<u16> {
     })
 }
 
-fn echo() -> Result<u16> {
+pub(crate) fn echo() -> Result<u16> {
     serve(|stream| {
         let mut reader = stream;
         let Ok(mut writer) = reader.try_clone() else { return };
@@ -151,18 +151,18 @@ fn looked_at(switch: &Switch) -> Result<()> {
 }
 
 /// An iperf3 server of the host, on a port that was free.
-fn iperf(bind: &str) -> Result<(Proc, u16)> {
+pub(crate) fn iperf(bind: &str) -> Result<(Proc, u16)> {
     let port = TcpListener::bind((bind, 0))?.local_addr()?.port();
     let proc = Cmd::new(IPERF).args(["-s", "--forceflush", "-B", bind, "-p", &port.to_string()]).spawn()?;
     proc.wait_line(Stream::Out, "Server listening", START)?;
     Ok((proc, port))
 }
 
-fn have() -> bool {
+pub(crate) fn have() -> bool {
     tool::have(&["qemu-system-x86_64", "iperf3", "busybox", "md5sum"])
 }
 
-fn sound(switch: &Switch, done: &Outcome) -> Result<()> {
+pub(crate) fn sound(switch: &Switch, done: &Outcome) -> Result<()> {
     ensure!(done.status == 0, "the guest's job failed:\n{}\n{}", done.console, switch.proc().tail());
     let metrics = switch.ask(&json!({"cmd": "metrics"}))?;
     for device in metrics["devices"].as_array().context("no devices")? {

@@ -75,7 +75,7 @@ pub struct ServeArgs {
     /// Where frames go besides: `none`, `tap=NAME` (a TAP device of the host), `packet=IFNAME` (a network interface of
     /// the host), `user` (a network of our own behind sockets of this process, without any rights). Options of `user`
     /// behind commas: `hostfwd=tcp|udp:ADDR:PORT-[GUEST:]PORT`, `net=A/LEN`, `net6=P/64`, `dns=A`, `domain=D`, `mac=M`,
-    /// `mtu=N`, `flows=N` for each guest, `host=on|off` (the gateway's address leads to the host's loopback).
+    /// `mtu=N`, `flows=N` for each guest, `ahead=MIB` for TCP out of order, `host=on|off` (the gateway's address leads to the host's loopback).
     /// Given several times: one for each switch, in their order
     #[arg(long, value_name = "SPEC")]
     pub uplink: Vec<UplinkArg>,

@@ -35,10 +35,19 @@ pub struct UserConfig {
     pub mtu: u16,
     /// Most connections of a guest at once.
     pub flows: u32,
+    /// Memory for what guests send behind a gap of TCP, for all of them together. A guest has a quarter of it at most, and a
+    /// connection an eighth.
+    #[serde(default = "ahead_bytes")]
+    pub ahead_bytes: u32,
     /// Name servers instead of those of the host.
     pub dns: Vec<IpAddr>,
     /// What listens for whom.
     pub forwards: Vec<Forward>,
+}
+
+/// What is meant if nothing is said.
+fn ahead_bytes() -> u32 {
+    8 << 20
 }
 
 impl Default for UserConfig {
@@ -52,6 +61,7 @@ impl Default for UserConfig {
             host: true,
             mtu: 1500,
             flows: FLOWS,
+            ahead_bytes: ahead_bytes(),
             dns: Vec::new(),
             forwards: Vec::new(),
         }
@@ -278,10 +288,14 @@ impl FromStr for UserConfig {
                     let flows = value.parse().ok().filter(|flows| (1..=65536).contains(flows));
                     this.flows = flows.ok_or_else(|| bad("1 to 65536 is wanted"))?;
                 }
+                "ahead" => {
+                    let mib: Option<u32> = value.parse().ok().filter(|mib| *mib <= 256);
+                    this.ahead_bytes = mib.ok_or_else(|| bad("0 to 256 (MiB) is wanted"))? << 20;
+                }
                 "dns" => this.dns.push(value.parse().map_err(|_| bad("not an address"))?),
                 _ => {
                     return Err(bad(
-                        "not an option of `user` (hostfwd, net, net6, mac, domain, host, mtu, flows, dns)",
+                        "not an option of `user` (hostfwd, net, net6, mac, domain, host, mtu, flows, ahead, dns)",
                     ));
                 }
             }
@@ -322,9 +336,13 @@ mod tests {
             config.is_inside("10.0.2.99".parse().unwrap()) && !config.is_inside("10.0.3.1".parse().unwrap())
         );
         assert!(config.is_ours("10.0.2.3".parse().unwrap()) && config.link_local().is_unicast_link_local());
-        let config: UserConfig = "net=192.168.7.0/24,host=off,mtu=9000,hostfwd=tcp::1-2".parse().unwrap();
+        let config: UserConfig =
+            "net=192.168.7.0/24,host=off,mtu=9000,hostfwd=tcp::1-2,ahead=2".parse().unwrap();
         assert_eq!((config.gateway4, config.host, config.mtu), (Ipv4Addr::new(192, 168, 7, 2), false, 9000));
-        for bad in ["net=1", "host=1", "mtu=100", "x=1", "host", "domain=a b", "mac=ff:ff:ff:ff:ff:ff"] {
+        assert_eq!(config.ahead_bytes, 2 << 20);
+        for bad in
+            ["net=1", "host=1", "ahead=257", "mtu=100", "x=1", "host", "domain=a b", "mac=ff:ff:ff:ff:ff:ff"]
+        {
             assert!(bad.parse::<UserConfig>().is_err(), "{bad}");
         }
     }

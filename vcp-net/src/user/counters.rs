@@ -26,6 +26,16 @@ pub struct Counters {
     pub tcp_odd: u64,
     /// Times that something was repeated because nobody answered.
     pub tcp_repeats: u64,
+    /// Times that the end of what was sent was repeated to hear what is missing.
+    pub tcp_probes: u64,
+    /// Bytes that came behind a gap and were kept; and those for which there was no room.
+    pub tcp_kept_bytes: u64,
+    /// See [`tcp_kept_bytes`](Self::tcp_kept_bytes).
+    pub tcp_not_kept_bytes: u64,
+    /// Of those that were kept, bytes that went to sockets when the gap was filled.
+    pub tcp_filled_bytes: u64,
+    /// Acknowledgements that told a guest what is kept of its data, or what came twice.
+    pub tcp_sacks: u64,
     /// Times that a socket took less than a guest sent.
     pub tcp_short: u64,
     /// Datagrams to and from the outside.

@@ -49,6 +49,11 @@ static DROPS: Family =
     Family::counter("vcp_net_user_drops", Unit::None, "Frames that the user-mode stack dropped, by reason");
 static FLOWS: Family =
     Family::gauge("vcp_net_user_flows", Unit::None, "Flows of the user-mode stack, by protocol");
+static AHEAD: Family = Family::gauge(
+    "vcp_net_user_ahead",
+    Unit::Bytes,
+    "Memory that holds what guests sent behind a gap of TCP",
+);
 static COUNTS: Family =
     Family::counter("vcp_net_user_events", Unit::None, "What the user-mode stack counts besides, by name");
 
@@ -78,7 +83,8 @@ impl UserStack {
                 std::io::Error::new(error.kind(), format!("cannot forward {forward}: {error}"))
             })?;
         }
-        Ok(Self { shared, tcp: TcpFlows::default(), udp, forwards, looked: None, gone: Vec::new() })
+        let tcp = TcpFlows::new(shared.config.ahead_bytes);
+        Ok(Self { shared, tcp, udp, forwards, looked: None, gone: Vec::new() })
     }
 
     /// Flows of TCP and of the others.
@@ -273,7 +279,7 @@ impl Uplink for UserStack {
             "kind": "user", "gateway4": config.gateway4, "gateway6": config.gateway6, "dns4": config.dns4(),
             "domain": config.domain, "servers": self.shared.resolver.servers, "ping": self.shared.pings(),
             "leases": leases.collect::<Vec<_>>(), "forwards": self.forwards.list(),
-            "flows": { "tcp": self.tcp.len(), "udp": self.udp.len() },
+            "flows": { "tcp": self.tcp.len(), "udp": self.udp.len() }, "ahead_bytes": self.tcp.ahead_bytes(),
             "counters": self.shared.counters,
         })
     }
@@ -290,6 +296,7 @@ impl Uplink for UserStack {
         }
         samples.add(&FLOWS, &[("protocol", "tcp")], self.tcp.len() as u64);
         samples.add(&FLOWS, &[("protocol", "udp")], self.udp.len() as u64);
+        samples.add(&AHEAD, &[], self.tcp.ahead_bytes());
     }
 
     fn command(

@@ -137,6 +137,11 @@ impl Shared {
         self.total -= 1;
     }
 
+    /// Whether what can be said later as well may be said now: the queue is for what cannot.
+    pub(super) fn has_room(&self) -> bool {
+        self.out.len() < OUT_MAX / 2
+    }
+
     /// A frame goes out as soon as it can.
     pub(super) fn push(&mut self, frame: Vec<u8>) {
         if self.out.len() >= OUT_MAX {

@@ -1,12 +1,16 @@
-//! One side of a TCP connection towards a guest, as a state machine without I/O and without buffers (RFC 9293, 7323, 6298;
-//! 2018 as the receiver of blocks).
+//! One side of a TCP connection towards a guest, as a state machine without I/O and without buffers (RFC 9293, 7323, 6298,
+//! 2018, 2883, 6675).
 //!
 //! The other side is a socket of the host, which the owner of a [`Conn`] has. What the guest sends goes into that socket
 //! at once, as far as it takes it; what comes from there stays in it until the guest has acknowledged it, so that every
 //! repetition is read from the socket again: the offset of a sequence number in the socket's queue is its distance from the
 //! first one that is not acknowledged. There is no congestion control: between a guest and its switch there is memory, and
-//! the guest's window says how much of it.
+//! the guest's window says how much of it. What the guest sends behind a gap its owner keeps in a [`Reassembly`], as long as
+//! it likes, and says so ([`Conn::holds`]).
 
+pub mod pool;
+pub mod reassembly;
+mod scoreboard;
 pub mod segment;
 mod send;
 #[cfg(test)]
@@ -15,11 +19,15 @@ mod time;
 
 use serde::{Deserialize, Serialize};
 
+pub use pool::Pool;
+pub use reassembly::Reassembly;
 pub use segment::{Segment, before};
 pub use send::Next;
 pub use time::{Late, Ms};
 
-use segment::{ACK, FIN, RST, SYN};
+use reassembly::Block;
+use scoreboard::Scoreboard;
+use segment::{ACK, FIN, RST, SACK_MAX, SYN};
 use time::Timer;
 
 /// Shift of the windows that are told to guests: up to 16 MiB.
@@ -53,8 +61,13 @@ pub struct Outcome {
     pub skip: u32,
     /// So many bytes behind them are next for the socket; [`Conn::received`] is told how many it took.
     pub deliver: u32,
-    /// The guest's end follows these.
+    /// The guest's end follows these, or those that are ahead.
     pub fin: bool,
+    /// So many bytes at the front of the payload are in the window, but behind a gap. They may be kept, and an answer is
+    /// due at once ([`Conn::ack`]), as it is for what was there already.
+    pub ahead: u32,
+    /// The segment is behind a gap, or was there already.
+    pub out_of_order: bool,
     /// The guest agreed just now.
     pub opened: bool,
     /// The guest gave up, or refused: the connection is no more.
@@ -80,10 +93,16 @@ pub struct Conn {
     sack: bool,
     /// A question that must be answered is due.
     probe: bool,
-    /// A repetition up to `retx_to` is due.
+    /// A repetition from `retx_at` up to `retx_to` is due.
     retx: bool,
     /// What was lost is being made up for, up to `recover`.
     recovering: bool,
+    /// The deadline is that of a tail that nobody answers (RFC 8985, 7).
+    #[serde(default)]
+    tail: bool,
+    /// The last of it was repeated.
+    #[serde(default)]
+    tail_sent: bool,
     /// The guest's shift.
     scale: u8,
     /// Ours; 0 if the guest does not scale.
@@ -98,7 +117,15 @@ pub struct Conn {
     max: u32,
     eof_at: u32,
     recover: u32,
+    #[serde(default)]
+    retx_at: u32,
     retx_to: u32,
+    /// Up to here gaps were repeated in this round of a recovery, which began when `round` was the next to be sent: who has
+    /// something from behind that, and still has a gap, has missed the repetition as well.
+    #[serde(default)]
+    rtx: u32,
+    #[serde(default)]
+    round: u32,
     window: u32,
     wl1: u32,
     wl2: u32,
@@ -108,6 +135,17 @@ pub struct Conn {
     edge: u32,
     ts_recent: u32,
     timer: Timer,
+    /// What the acknowledgement of a byte without timestamps is timed by, and since when.
+    #[serde(default)]
+    timed: Option<(u32, Ms)>,
+    /// What the guest has behind a gap. Who goes on with the connection finds out again.
+    #[serde(skip)]
+    board: Scoreboard,
+    /// What is kept of the guest's behind a gap, and what came twice.
+    #[serde(skip)]
+    blocks: [Block; SACK_MAX],
+    #[serde(skip)]
+    again: Option<Block>,
 }
 
 impl Conn {
@@ -141,6 +179,8 @@ impl Conn {
             probe: false,
             retx: false,
             recovering: false,
+            tail: false,
+            tail_sent: false,
             scale: 0,
             our_scale: 0,
             dup_acks: 0,
@@ -150,7 +190,10 @@ impl Conn {
             max: isn,
             eof_at: 0,
             recover: isn,
+            retx_at: isn,
             retx_to: isn,
+            rtx: isn,
+            round: isn,
             window: 0,
             wl1: 0,
             wl2: 0,
@@ -158,6 +201,10 @@ impl Conn {
             edge: 0,
             ts_recent: 0,
             timer: Timer::new(now),
+            timed: None,
+            board: Scoreboard::default(),
+            blocks: [(0, 0); SACK_MAX],
+            again: None,
         }
     }
 
@@ -192,10 +239,19 @@ impl Conn {
         self.scale <= 14 && self.our_scale <= 14 && self.mss >= MIN_MSS
     }
 
-    /// Largest payload of a segment to the guest.
+    /// Largest payload of a segment to the guest, beside the options that it has now.
     #[must_use]
     pub fn mss(&self) -> u16 {
-        if self.stamps { self.mss - 12 } else { self.mss }
+        self.mss - self.option_bytes() as u16
+    }
+
+    /// Bytes of the options of a segment with data.
+    fn option_bytes(&self) -> usize {
+        let stamps = if self.stamps { 12 } else { 0 };
+        match self.blocks.iter().filter(|block| **block != (0, 0)).count() {
+            0 => stamps,
+            blocks => stamps + 4 + 8 * blocks,
+        }
     }
 
     /// A router on the way (or the guest) takes less.
@@ -315,7 +371,7 @@ impl Conn {
             self.nxt = seg.ack;
             self.timer.reset(now);
             // From here on windows are scaled.
-            self.set_window(seg);
+            self.set_window(seg, false);
             outcome.opened = true;
         }
         outcome.acked = self.acknowledged(seg, payload, now);
@@ -342,20 +398,57 @@ impl Conn {
         // Everything that takes up sequence numbers is answered.
         self.ack_due = true;
         let skip = self.rcv.wrapping_sub(seg.seq);
-        if before(self.rcv, seg.seq) || self.guest_fin {
+        if self.guest_fin {
             outcome.odd = true;
+        } else if before(self.rcv, seg.seq) {
+            outcome.odd = true;
+            outcome.out_of_order = true;
+            if before(seg.seq, self.edge) {
+                outcome.ahead = payload.min(self.edge.wrapping_sub(seg.seq));
+                outcome.fin = fin && outcome.ahead == payload;
+            }
         } else if skip < payload || (fin && skip == payload) {
             outcome.skip = skip;
             outcome.deliver = payload - skip;
             outcome.fin = fin;
         } else {
             outcome.odd = true;
+            outcome.out_of_order = true;
+            if self.sack && payload != 0 {
+                self.again = Some((seg.seq, seg.seq.wrapping_add(payload)));
+            }
+        }
+    }
+
+    /// The next that is expected from the guest.
+    #[must_use]
+    pub fn expects(&self) -> u32 {
+        self.rcv
+    }
+
+    /// Whether the guest understands what it is told of what is kept.
+    #[must_use]
+    pub fn can_sack(&self) -> bool {
+        self.sack
+    }
+
+    /// The edge of the window that the guest knows of.
+    #[must_use]
+    pub fn edge(&self) -> u32 {
+        self.edge
+    }
+
+    /// What is kept of the guest's data behind a gap is this ([`Reassembly::told`]), of which `again` was there already.
+    pub fn holds(&mut self, blocks: [Block; SACK_MAX], again: Option<Block>) {
+        if self.sack {
+            self.blocks = blocks;
+            self.again = again.or(self.again);
         }
     }
 
     /// The socket took `bytes` of what was to be delivered; `fin`: and the guest's end behind it.
     pub fn received(&mut self, bytes: u32, fin: bool, now: Ms) {
-        self.rcv = self.rcv.wrapping_add(bytes + u32::from(fin));
+        self.rcv = self.rcv.wrapping_add(bytes.wrapping_add(u32::from(fin)));
         if before(self.edge, self.rcv) {
             self.edge = self.rcv;
         }

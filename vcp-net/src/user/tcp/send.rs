@@ -37,55 +37,131 @@ impl Conn {
                 self.nxt = self.una;
             }
             self.dup_acks = 0;
-            let rtt = seg.time.filter(|_| self.stamps).map(|(_, echo)| Self::stamp(now).wrapping_sub(echo));
-            self.timer.progress(rtt.filter(|&rtt| rtt < 600_000), self.max != self.una, now);
-            if self.recovering {
-                if before(self.una, self.recover) {
-                    self.repeat_hole(seg);
-                } else {
-                    self.recovering = false;
-                    self.retx = false;
-                }
+            self.tail_sent = false;
+            let round_trip = self.round_trip(seg, now);
+            self.timer.progress(round_trip, now);
+            self.board.advance(self.una);
+            self.heard(seg);
+            if self.recovering && !before(self.una, self.recover) {
+                (self.recovering, self.retx) = (false, false);
             }
-            self.set_window(seg);
+            self.make_up(true, now);
+            if self.max != self.una {
+                self.watch(now);
+            }
+            self.set_window(seg, true);
             return acked;
         }
         let window = self.window;
         if seg.ack == self.una {
-            self.set_window(seg);
-        }
-        let same = window == self.window && payload == 0 && !seg.has(FIN) && waiting;
-        if seg.ack == self.una && same && self.window != 0 {
-            self.dup_acks = self.dup_acks.saturating_add(1);
-            // With SACK, what is missing is known at once (RFC 6675 waits for three as well: networks reorder).
-            if self.dup_acks == 3 && !self.recovering {
-                self.recovering = true;
-                self.recover = self.max;
-                self.repeat_hole(seg);
-                self.timer.wait(now);
+            self.set_window(seg, false);
+            if waiting {
+                let same = window == self.window && payload == 0 && !seg.has(FIN) && window != 0;
+                let news = self.heard(seg);
+                self.dup_acks = self.dup_acks.saturating_add(u8::from(same));
+                if same || news {
+                    self.make_up(false, now);
+                }
             }
         }
         0
     }
 
-    /// Marks the first hole for repetition.
-    fn repeat_hole(&mut self, seg: &Segment) {
-        let blocks = seg.sack.iter().filter(|(left, right)| left != right);
-        let left = blocks
-            .map(|&(left, _)| left)
-            .filter(|&left| before(self.una, left) && !before(self.max, left))
-            .min_by_key(|left| left.wrapping_sub(self.una));
-        let default = self.una.wrapping_add(u32::from(self.mss()));
-        self.retx_to = left.filter(|_| self.sack).unwrap_or(default);
-        if before(self.max, self.retx_to) {
-            self.retx_to = self.max;
+    /// What the guest's blocks say; whether that is new.
+    fn heard(&mut self, seg: &Segment) -> bool {
+        let mut news = false;
+        if self.sack && seg.sack[0] != (0, 0) {
+            for &block in &seg.sack {
+                news |= self.board.add(block, self.una, self.max);
+            }
         }
-        self.retx = true;
+        news
     }
 
-    pub(super) fn set_window(&mut self, seg: &Segment) {
+    /// How long a byte that is acknowledged by `seg` was on its way.
+    fn round_trip(&mut self, seg: &Segment, now: Ms) -> Option<u32> {
+        if self.stamps {
+            let echo = seg.time.map(|(_, echo)| Self::stamp(now).wrapping_sub(echo));
+            return echo.filter(|&rtt| rtt < 600_000);
+        }
+        let (_, since) = self.timed.take_if(|(end, _)| !before(self.una, *end))?;
+        u32::try_from(now.saturating_sub(since)).ok()
+    }
+
+    /// Sees to it that what was lost is repeated (RFC 6675, 5, without a congestion window). `progress`: more was
+    /// acknowledged.
+    fn make_up(&mut self, progress: bool, now: Ms) {
+        if !self.recovering {
+            // Three segments came behind a gap; or the last one did, which was repeated after all others were sent.
+            let lost = self.dup_acks >= 3
+                || self.board.bytes() > 2 * u32::from(self.mss())
+                || (self.tail_sent && !self.board.is_empty());
+            if !lost || self.una == self.max {
+                return;
+            }
+            self.recovering = true;
+            (self.recover, self.round, self.rtx) = (self.max, self.max, self.una);
+            self.timed = None;
+            if self.sack && !self.board.is_empty() {
+                self.repeat_from(self.una);
+            } else {
+                self.repeat_first();
+            }
+            self.tail = false;
+            self.timer.wait(now);
+            return;
+        }
+        if self.board.is_empty() {
+            if progress && !self.sack {
+                // The next one is missing as well (RFC 6582).
+                self.repeat_first();
+            } else if progress {
+                // All gaps are filled. Whether the rest arrives is a new question.
+                (self.recovering, self.retx) = (false, false);
+            }
+            return;
+        }
+        let again = self.board.highest().is_some_and(|highest| before(self.round, highest));
+        if again && before(self.una, self.rtx) && !self.retx {
+            (self.round, self.rtx) = (self.max, self.una);
+        }
+        if !self.retx || before(self.retx_at, self.una) {
+            self.repeat_from(if before(self.rtx, self.una) { self.una } else { self.rtx });
+        }
+    }
+
+    /// The first gap from `from` on is repeated.
+    fn repeat_from(&mut self, from: u32) {
+        let hole = self.board.hole(from);
+        self.retx = hole.is_some();
+        (self.retx_at, self.retx_to) = hole.unwrap_or((from, from));
+    }
+
+    /// The first segment is repeated.
+    fn repeat_first(&mut self) {
+        let to = self.una.wrapping_add(u32::from(self.mss()));
+        self.retx = true;
+        (self.retx_at, self.retx_to) = (self.una, if before(self.max, to) { self.max } else { to });
+    }
+
+    /// Waits for an answer to what was sent.
+    fn watch(&mut self, now: Ms) {
+        let some = self.max.wrapping_sub(self.una) > u32::from(self.mss());
+        let tail =
+            self.state == State::Open && some && self.window != 0 && !self.recovering && !self.tail_sent;
+        let after = if tail { self.timer.tail() } else { None };
+        self.tail = after.is_some();
+        match after {
+            Some(after) => self.timer.at(now + after),
+            None => self.timer.wait(now),
+        }
+    }
+
+    /// The guest's window, unless `seg` is older than the one that told of it last. Who acknowledges more is not old, even
+    /// if it is a repetition with old numbers: its window counts from there.
+    pub(super) fn set_window(&mut self, seg: &Segment, more: bool) {
         let newer = before(self.wl1, seg.seq) || (self.wl1 == seg.seq && !before(seg.ack, self.wl2));
-        if newer {
+        if more || newer {
             let scale = if seg.has(SYN) { 0 } else { self.scale };
             self.window = u32::from(seg.window) << scale;
             (self.wl1, self.wl2) = (seg.seq, seg.ack);
@@ -110,14 +186,24 @@ impl Conn {
         let end = self.data_end();
         if self.retx {
             let to = end.filter(|&end| before(end, self.retx_to)).unwrap_or(self.retx_to);
-            if before(self.una, to) {
-                return Next::Data { offset: 0, max: to.wrapping_sub(self.una) };
+            let sound = !before(self.retx_at, self.una) && !before(self.max, to);
+            if sound && before(self.retx_at, to) {
+                return Next::Data {
+                    offset: self.retx_at.wrapping_sub(self.una),
+                    max: to.wrapping_sub(self.retx_at),
+                };
             }
             // Only the end is missing.
             self.retx = false;
-            if end == Some(self.una) && self.una != self.max {
+            if sound && end == Some(self.una) && self.una != self.max {
                 self.nxt = self.una;
             }
+        }
+        let mut gap = u32::MAX;
+        if !self.board.is_empty() && before(self.nxt, self.max) {
+            // What the guest has is not sent to it again.
+            self.nxt = self.board.skip(self.nxt);
+            gap = self.board.hole(self.nxt).map_or(u32::MAX, |(from, to)| to.wrapping_sub(from));
         }
         let used = self.nxt.wrapping_sub(self.una);
         let left = self.window.saturating_sub(used);
@@ -130,7 +216,7 @@ impl Conn {
             let worth =
                 (self.window / 4).clamp(u32::from(self.mss()), WORTH_BYTES.max(u32::from(self.mss())));
             if left != 0 && (left >= worth.min(known) || used == 0 || repeated) {
-                return Next::Data { offset: used, max: left.min(known) };
+                return Next::Data { offset: used, max: left.min(known).min(gap) };
             }
             if left == 0 && used == 0 && self.timer_is_idle(now) {
                 self.timer.wait(now);
@@ -154,6 +240,7 @@ impl Conn {
     fn header(&mut self, seq: u32, flags: u8, now: Ms) -> Segment {
         self.ack_due = false;
         Segment {
+            sack: self.blocks,
             seq,
             ack: if flags & ACK != 0 { self.rcv } else { 0 },
             flags,
@@ -189,15 +276,36 @@ impl Conn {
             _ => {
                 // A number that was acknowledged must be answered.
                 let back = u32::from(std::mem::take(&mut self.probe));
-                self.header(self.nxt.wrapping_sub(back), ACK, now)
+                let mut segment = self.header(self.nxt.wrapping_sub(back), ACK, now);
+                self.tell_again(&mut segment);
+                segment
             }
         }
+    }
+
+    /// What came twice is told first, once (RFC 2883).
+    fn tell_again(&mut self, segment: &mut Segment) {
+        if let Some(block) = self.again.take() {
+            segment.sack.rotate_right(1);
+            segment.sack[0] = block;
+        }
+    }
+
+    /// An acknowledgement that does not wait for anything: of what came out of order (RFC 5681, 4.2). `None` if there is none
+    /// now.
+    pub fn ack(&mut self, now: Ms) -> Option<Segment> {
+        if self.state != State::Open {
+            return None;
+        }
+        let mut segment = self.header(self.nxt, ACK, now);
+        self.tell_again(&mut segment);
+        Some(segment)
     }
 
     /// Bytes of the header that [`data`](Self::data) gives.
     #[must_use]
     pub fn data_header_bytes(&self) -> usize {
-        if self.stamps { 32 } else { 20 }
+        20 + self.option_bytes()
     }
 
     /// The header of `len` bytes from `offset` on, which [`next`](Self::next) allowed. `last`: the socket has no more for
@@ -207,18 +315,29 @@ impl Conn {
         let segment = self.header(seq, if last { ACK | PSH } else { ACK }, now);
         let end = seq.wrapping_add(len);
         let idle = self.max == self.una;
-        if offset == 0 {
-            // What is left of a hole follows with the next acknowledgement.
-            self.retx = false;
+        if self.retx && seq == self.retx_at {
+            self.retx_at = end;
+            if self.recovering {
+                self.rtx = end;
+            }
+            if !before(end, self.retx_to) {
+                self.retx = false;
+                if self.recovering && !self.board.is_empty() {
+                    self.repeat_from(end);
+                }
+            }
         }
         if before(self.nxt, end) {
             self.nxt = end;
         }
         if before(self.max, self.nxt) {
             self.max = self.nxt;
+            if self.timed.is_none() && !self.stamps && !self.recovering {
+                self.timed = Some((self.max, now));
+            }
         }
         if idle || self.timer_is_idle(now) {
-            self.timer.wait(now);
+            self.watch(now);
         }
         segment
     }
@@ -270,12 +389,30 @@ impl Conn {
             }
             State::Open => {}
         }
+        if std::mem::take(&mut self.tail) {
+            if self.max == self.una || self.window == 0 {
+                self.timer.wait(now);
+                return Late::No;
+            }
+            let last = self.data_end().filter(|&end| before(end, self.max)).unwrap_or(self.max);
+            let first = last.wrapping_sub(u32::from(self.mss()));
+            self.tail_sent = true;
+            self.retx = before(self.una, last);
+            (self.retx_at, self.retx_to) = (if before(first, self.una) { self.una } else { first }, last);
+            self.timer.wait(now);
+            return Late::Probe;
+        }
         let late = self.timer.late(false);
         self.timer.wait(now);
         if self.max != self.una {
-            // Everything again, as it is acknowledged.
+            // Everything again, but for what the guest said that it had: unless that does not help.
+            if self.timer.tries() > 2 {
+                self.board.clear();
+            }
             self.nxt = self.una;
-            (self.recovering, self.retx, self.dup_acks) = (false, false, 0);
+            (self.retx, self.dup_acks, self.timed) = (false, 0, None);
+            self.recovering = !self.board.is_empty();
+            (self.recover, self.round, self.rtx) = (self.max, self.max, self.max);
         }
         if self.window == 0 || self.max == self.una {
             // A question that has to be answered (RFC 9293, 3.8.6.1, 3.8.4): a number that was acknowledged.

@@ -15,6 +15,9 @@ const IDLE_MS: Ms = 7_200_000;
 const RTO_MIN_MS: u32 = 200;
 const RTO_MAX_MS: u32 = 60_000;
 const RTO_FIRST_MS: u32 = 1_000;
+/// The least time after which the end of what was sent is repeated to have an answer (RFC 8985, 7.2, whose 2 round trips
+/// are of real networks; a guest may be busy for a while).
+const TAIL_MIN_MS: u32 = 20;
 /// How often something is repeated before the connection is given up.
 const TRIES: u8 = 10;
 /// The same while it is being opened.
@@ -27,6 +30,8 @@ pub enum Late {
     No,
     /// Something is repeated: [`Conn::next`](super::Conn::next) has it.
     Repeat,
+    /// The last bytes are sent again, to hear which of those before them are missing.
+    Probe,
     /// Nobody answers any more.
     GiveUp,
     /// The connection is over, as it should be.
@@ -75,7 +80,7 @@ impl Timer {
     }
 
     /// It acknowledged something new; `rtt`: so long after it was sent.
-    pub(super) fn progress(&mut self, rtt: Option<u32>, waiting: bool, now: Ms) {
+    pub(super) fn progress(&mut self, rtt: Option<u32>, now: Ms) {
         if let Some(rtt) = rtt {
             let rtt = rtt.min(RTO_MAX_MS);
             if self.srtt8 == 0 {
@@ -87,9 +92,17 @@ impl Timer {
             }
         }
         self.reset(now);
-        if waiting {
-            self.wait(now);
-        }
+    }
+
+    /// How long the end of what was sent may go without an answer, if that is less than what is waited anyway.
+    pub(super) fn tail(&self) -> Option<Ms> {
+        let after = (self.srtt8 / 4).max(TAIL_MIN_MS);
+        (self.srtt8 != 0 && self.backoff == 0 && after < self.rto()).then_some(after.into())
+    }
+
+    /// Repetitions since the guest was heard.
+    pub(super) fn tries(&self) -> u8 {
+        self.tries
     }
 
     fn rto(&self) -> u32 {

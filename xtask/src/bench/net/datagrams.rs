@@ -54,7 +54,9 @@ pub(super) fn run(bin: &Path, rounds: u32, secs: u32) -> Result<()> {
         }
     }
     let preface = vec![
-        format!("UDP from the guest, 1400 bytes, through user-mode stacks (iperf3); {rounds} rounds of {secs} s"),
+        format!(
+            "UDP from the guest, 1400 bytes, through user-mode stacks (iperf3); {rounds} rounds of {secs} s"
+        ),
         "a stock Debian guest in QEMU (TCG, 2 CPUs), the server on the host's loopback".into(),
     ];
     Report { name: "net-datagrams", preface, metrics: METRICS.to_vec(), rows, goals: Vec::new() }

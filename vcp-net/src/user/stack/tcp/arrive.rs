@@ -16,7 +16,7 @@ use crate::user::tcp::State;
 use crate::user::tcp::segment::{SYN, Segment};
 
 /// Room that a guest knows of below which the socket is asked for more.
-const LOW_ROOM: u32 = 256 << 10;
+pub(super) const LOW_ROOM: u32 = 256 << 10;
 
 impl TcpFlows {
     /// Takes a segment of a guest.
@@ -111,7 +111,9 @@ impl TcpFlows {
             // Where the kernel cannot peek at an offset, what is thrown away now has hidden the end behind it.
             flow.readable |= flow.hung_up && !flow.conn.host_ended();
         }
-        if outcome.deliver != 0 || outcome.fin {
+        if outcome.out_of_order {
+            self.out_of_order(at, frame, seg, &outcome, packet, shared);
+        } else if outcome.deliver != 0 || outcome.fin {
             let offset = packet.l4_at + usize::from(seg.header_bytes) + outcome.skip as usize;
             let len = outcome.deliver as usize;
             let taken = match send(socket, frame, offset, len, shared) {
@@ -130,6 +132,7 @@ impl TcpFlows {
             }
             flow.conn.received(taken as u32, fin, now);
             let short = taken < len;
+            let gap = flow.ahead.is_some();
             shared.counters.tcp_short += u64::from(short);
             if !fin && (short || flow.conn.told_room() < LOW_ROOM) {
                 Self::measure(flow, shared);
@@ -139,6 +142,9 @@ impl TcpFlows {
                         shared.watch_again(socket, token);
                     }
                 }
+            }
+            if gap && !self.fill(at, shared) {
+                return;
             }
         }
         self.finish(at, shared);

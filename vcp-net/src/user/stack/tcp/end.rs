@@ -50,6 +50,9 @@ impl TcpFlows {
         self.keys.remove(&flow.key);
         self.timers.remove(&(flow.timer, at));
         shared.give_flow(flow.port);
+        if let Some(mut ahead) = flow.ahead.take() {
+            ahead.clear(&mut self.pool);
+        }
         if how == End::Host
             && let Some(link) = flow.link
         {

@@ -51,7 +51,7 @@ impl TcpFlows {
         fds: &mut Fds,
         shared: &mut Shared,
     ) -> Result<Self, BadState> {
-        let mut this = Self::default();
+        let mut this = Self::new(shared.config.ahead_bytes);
         for state in states {
             let FlowState { guest, remote, vid, conn, link, port, socket, peek_at } = state;
             let (key, port) = (Key { guest, remote, vid }, PortId(port));
@@ -69,6 +69,8 @@ impl TcpFlows {
                 conn,
                 link,
                 port,
+                // It was not acknowledged: the guest sends it again.
+                ahead: None,
                 socket,
                 token,
                 peek_at,

@@ -1,8 +1,9 @@
 //! TCP: connections of guests, each with a socket of the host on the other side.
 //!
-//! [`open`] begins them, [`arrive`] takes what guests send, [`serve`] sends to them, [`end`] is for those that end early,
+//! [`open`] begins them, [`arrive`] takes what guests send, [`ahead`] keeps what they send behind a gap, [`serve`] sends to them, [`end`] is for those that end early,
 //! [`keep`] for those that go on in another process. Here is what all share: the table, whose turn it is, and deadlines.
 
+mod ahead;
 mod arrive;
 mod end;
 mod keep;
@@ -24,7 +25,7 @@ pub(super) use self::keep::FlowState;
 use super::super::packet::Link;
 use super::super::slab::Slab;
 use super::super::sys;
-use super::super::tcp::{Conn, Late, Ms, State};
+use super::super::tcp::{Conn, Late, Ms, Pool, Reassembly, State};
 use super::shared::Shared;
 use crate::switch::work::PortId;
 use crate::uplink::Ingress;
@@ -47,6 +48,8 @@ struct Flow {
     /// Its station, if it is known.
     link: Option<Link>,
     port: PortId,
+    /// What the guest sent behind a gap.
+    ahead: Option<Box<Reassembly>>,
     /// None once all is over.
     socket: Option<OwnedFd>,
     token: u64,
@@ -63,7 +66,7 @@ struct Flow {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct TcpFlows {
     flows: Slab<Flow>,
     keys: HashMap<Key, u32, RandomState>,
@@ -71,6 +74,8 @@ pub(super) struct TcpFlows {
     timers: BTreeSet<(Ms, u32)>,
     /// Whose station is not known.
     lost: Vec<u32>,
+    /// Memory for what comes out of order.
+    pool: Pool,
 }
 
 /// What became of a turn of a connection.
@@ -101,6 +106,23 @@ fn errno(error: &io::Error) -> i32 {
 }
 
 impl TcpFlows {
+    /// No connections, and so many bytes for what comes out of order.
+    pub(super) fn new(ahead_bytes: u32) -> Self {
+        Self {
+            flows: Slab::default(),
+            keys: HashMap::default(),
+            ready: VecDeque::new(),
+            timers: BTreeSet::new(),
+            lost: Vec::new(),
+            pool: Pool::new(ahead_bytes),
+        }
+    }
+
+    /// Bytes of memory that hold what came out of order.
+    pub(super) fn ahead_bytes(&self) -> u64 {
+        self.pool.used_bytes()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.flows.len()
     }
@@ -149,6 +171,9 @@ impl TcpFlows {
         }
         if flags.contains(EventFlags::OUT) {
             Self::measure(flow, shared);
+            if flow.ahead.is_some() && !self.fill(at, shared) {
+                return;
+            }
         }
         self.queue(at);
         self.schedule(at);
@@ -236,6 +261,10 @@ impl TcpFlows {
             flow.timer = Ms::MAX;
             match flow.conn.late(shared.ms) {
                 Late::No => {}
+                Late::Probe => {
+                    shared.counters.tcp_probes += 1;
+                    self.queue(at);
+                }
                 Late::Repeat => {
                     shared.counters.tcp_repeats += 1;
                     if flow.link.is_none() {

@@ -134,6 +134,7 @@ impl TcpFlows {
             conn,
             link,
             port,
+            ahead: None,
             socket: None,
             token: 0,
             peek_at: 0,

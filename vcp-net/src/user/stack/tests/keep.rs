@@ -24,39 +24,48 @@ fn replace(bed: &mut Bed) {
 
 #[test]
 fn a_transfer_goes_on_in_one_stack_after_another() {
-    const LEN: usize = 1_500_000;
-    let mut bed = Bed::new("hostfwd=tcp:127.0.0.1:0-80", Stage { rows: true, ..Stage::default() });
-    let (port, there) = peer(|mut stream| {
+    goes_on(Stage { rows: true, ..Stage::default() }, 1_500_000);
+}
+
+#[test]
+fn a_hand_over_throws_away_what_came_out_of_order_and_loses_nothing() {
+    let delay = std::time::Duration::from_millis(3);
+    goes_on(Stage { rows: true, loss: 20, delay, ..Stage::default() }, 400_000);
+}
+
+fn goes_on(stage: Stage, len: usize) {
+    let mut bed = Bed::new("hostfwd=tcp:127.0.0.1:0-80", stage);
+    let (port, there) = peer(move |mut stream| {
         let mut writer = stream.try_clone().unwrap();
         let sender = std::thread::spawn(move || {
-            writer.write_all(&bytes(LEN)).unwrap();
+            writer.write_all(&bytes(len)).unwrap();
             writer.shutdown(std::net::Shutdown::Write).unwrap();
         });
         let mut got = Vec::new();
         stream.read_to_end(&mut got).unwrap();
         sender.join().unwrap();
-        got == bytes(LEN)
+        got == bytes(len)
     });
     let bound = bed.stack.status()["forwards"].clone();
     let handle = bed.connect((GATEWAY, port), 60_000);
-    let (data, mut sent, mut got, mut steps) = (bytes(LEN), 0, Vec::new(), 0u32);
+    let (data, mut sent, mut got, mut steps) = (bytes(len), 0, Vec::new(), 0u32);
     bed.until("transfer", |bed| {
         steps += 1;
         if steps.is_multiple_of(40) {
             replace(bed);
         }
         let socket = bed.socket(handle);
-        if socket.can_send() && sent < LEN {
+        if socket.can_send() && sent < len {
             sent += socket.send_slice(&data[sent..]).unwrap();
-            if sent == LEN {
+            if sent == len {
                 socket.close();
             }
         }
         let mut buffer = [0; 65_536];
-        if let Ok(len) = socket.recv_slice(&mut buffer) {
-            got.extend_from_slice(&buffer[..len]);
+        if let Ok(more) = socket.recv_slice(&mut buffer) {
+            got.extend_from_slice(&buffer[..more]);
         }
-        sent == LEN && got.len() >= LEN && socket.state() == State::TimeWait
+        sent == len && got.len() >= len && socket.state() == State::TimeWait
     });
     assert!(steps > 80, "it was hardly ever replaced");
     assert!(got == data && there.join().unwrap());
