@@ -56,7 +56,7 @@ impl World {
         assert!(put.bytes + put.refused <= ahead && self.pool.used_bytes() <= POOL.into());
         if put.bytes == 0 {
             // What was placed was one range too many.
-            fresh.iter().for_each(|seq| drop(kept.remove(seq)));
+            kept.retain(|seq, _| !fresh.contains(seq));
         }
         let told = self.ahead.told(next);
         self.conn.holds(told, put.again);
