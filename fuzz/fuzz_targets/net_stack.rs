@@ -93,6 +93,8 @@ impl Guest {
         }
         let protocol = if v4 { bytes[23] } else { bytes[20] };
         let whole = !v4 || (bytes[20] & 0x3f == 0 && bytes[21] == 0);
+        // A part of a packet is data.
+        self.data += usize::from(!whole);
         if matches!(protocol, TCP | UDP) && whole {
             let check = verify(meta, bytes).unwrap_or_else(|error| panic!("{error}: {meta:?} {bytes:02x?}"));
             self.data += usize::from(!check.payload.is_empty());
