@@ -20,6 +20,7 @@ const TC: &str = "/usr/sbin/tc";
 const STAGES: [(u32, &str); 5] = [(0, "0"), (0, "1"), (10, "1"), (50, "0.1"), (200, "1")];
 
 const JOB: &str = r#"
+tc() { /usr/sbin/tc "$@"; }
 lease guest1
 ip link set ifb0 up || die ifb0
 tc qdisc add dev eth0 handle ffff: ingress || die ingress

@@ -40,6 +40,8 @@ pub struct Counters {
     pub tcp_short: u64,
     /// Datagrams to and from the outside.
     pub udp: (u64, u64),
+    /// Times that a guest's datagram waited for room in a socket.
+    pub udp_send_waits: u64,
     /// Times that a datagram from outside waited for room in a guest's ring: none is lost there, and the socket is not
     /// read meanwhile.
     pub udp_waits: u64,

@@ -116,7 +116,7 @@ impl UserStack {
             let token = event.data.u64();
             match (token >> 56) as u8 {
                 TCP_TOKEN => self.tcp.event(token, event.flags, &mut self.shared),
-                UDP_TOKEN => self.udp.event(token, event.flags),
+                UDP_TOKEN => self.udp.event(token, event.flags, &mut self.shared),
                 LISTEN_TOKEN => self.forwards.event(token),
                 _ => {}
             }
@@ -124,29 +124,29 @@ impl UserStack {
         count != 0
     }
 
-    fn packet(&mut self, frame: &OutFrame<'_>, head: &[u8], ether: &Ether, from: Sender) {
+    fn packet(&mut self, frame: &OutFrame<'_>, head: &[u8], ether: &Ether, from: Sender) -> Sent {
         let shared = &mut self.shared;
         let drops = &mut shared.counters.drops;
         let total = frame.total_bytes();
         let l3_at = usize::from(ether.len_bytes);
         let Some(packet) = Packet::parse(head, ether.ethertype, l3_at, total) else {
             drops.malformed += 1;
-            return;
+            return Sent::Done;
         };
         let link = Link { mac: ether.src, vid: from.vid };
         let config = &shared.config;
         let fresh = packet.src.is_unspecified();
         if !fresh && (!config.is_inside(packet.src) || config.is_ours(packet.src)) {
             drops.bad_source += 1;
-            return;
+            return Sent::Done;
         }
         if packet.part.is_some() {
             drops.fragment += 1;
-            return;
+            return Sent::Done;
         }
         if !packet.is_sound(frame) {
             drops.checksum += 1;
-            return;
+            return Sent::Done;
         }
         let l4 = &head[packet.l4_at.min(head.len())..packet.end.min(head.len())];
         if !fresh {
@@ -163,7 +163,7 @@ impl UserStack {
                 shared.unreachable(&packet, head, (link, from.port), super::icmp::Why::Hops);
             }
             TCP => self.tcp.segment(frame, l4, &packet, link, from, shared),
-            UDP => self.udp.datagram(frame, l4, &packet, link, from, shared),
+            UDP => return self.udp.datagram(frame, l4, &packet, link, from, shared),
             ICMP | ICMPV6 => self.udp.message(frame, &packet, link, from, shared),
             _ => {
                 shared.counters.drops.not_ours += 1;
@@ -172,6 +172,7 @@ impl UserStack {
                 }
             }
         }
+        Sent::Done
     }
 
     /// Ends the flows of guests that did not come back.
@@ -203,6 +204,10 @@ impl Uplink for UserStack {
         Offloads::ALL
     }
 
+    fn waits_when_full(&self) -> bool {
+        true
+    }
+
     fn send(&mut self, frame: &OutFrame<'_>, from: Sender) -> Sent {
         self.shared.now(from.now);
         self.shared.counters.frames += 1;
@@ -227,7 +232,12 @@ impl Uplink for UserStack {
         let link = Link { mac: ether.src, vid: from.vid };
         match ether.ethertype {
             ARP => control::arp(&mut self.shared, &head[usize::from(ether.len_bytes)..], link),
-            IPV4 | IPV6 => self.packet(frame, head, &ether, from),
+            IPV4 | IPV6 => {
+                let sent = self.packet(frame, head, &ether, from);
+                // What waits is counted when it has gone.
+                self.shared.counters.frames -= u64::from(sent == Sent::Full);
+                return sent;
+            }
             _ => self.shared.counters.drops.not_ours += 1,
         }
         Sent::Done

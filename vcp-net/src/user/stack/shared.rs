@@ -287,6 +287,13 @@ impl Shared {
         Ok(())
     }
 
+    /// Says no more when there is room, but what comes.
+    pub(super) fn watch_input(&mut self, socket: &OwnedFd, token: u64) {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET | epoll::EventFlags::RDHUP;
+        self.counters.calls += 1;
+        let _ = epoll::modify(&self.epoll, socket, epoll::EventData::new_u64(token), flags);
+    }
+
     /// Says again when a socket that was ready is so, even if nothing changed.
     pub(super) fn watch_again(&mut self, socket: &OwnedFd, token: u64) {
         let flags =

@@ -13,6 +13,7 @@ use crate::user::dns;
 use crate::user::icmp::{self, Why};
 use crate::user::packet::{ICMP, ICMPV6, Link, UDP, ether_bytes, finished, ip, parts, pseudo, udp};
 use crate::user::stack::shared::{BUFFER_BYTES, HEADROOM, Shared};
+use crate::user::tcp::Ms;
 
 impl UdpFlows {
     /// Brings in what came; whether there was anything.
@@ -27,6 +28,10 @@ impl UdpFlows {
             old.into_iter().for_each(|at| self.end(at, shared));
         }
         let mut moved = false;
+        if shared.ms >= self.patience_at {
+            self.patience_at = Ms::MAX;
+            moved = true;
+        }
         for _ in 0..self.ready.len() {
             let Some(at) = self.ready.pop_front() else { break };
             let Some(flow) = self.flows.get_mut(at) else { continue };

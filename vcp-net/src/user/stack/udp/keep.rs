@@ -87,6 +87,7 @@ impl UdpFlows {
                 queued: false,
                 held: VecDeque::new(),
                 used: state.used,
+                blocked: None,
                 overflowed: None,
                 forward: state.forward,
             };

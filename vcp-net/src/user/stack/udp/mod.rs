@@ -39,6 +39,8 @@ const PER_TURN: usize = 32;
 const PEERS_MAX: usize = 64;
 /// Room that the kernel is asked for in a socket, for what a guest cannot take yet.
 const SOCKET_BYTES: usize = 4 << 20;
+/// How long a guest's frames wait for a socket that has no room: the kernel may be asking for an address that nobody has.
+const PATIENCE_MS: Ms = 20;
 /// Most bytes of a message.
 const MESSAGE_MAX: usize = 65_507;
 
@@ -68,6 +70,8 @@ struct Flow {
     /// Frames for which the guest had no room: they go first, and the socket keeps what comes behind them.
     held: VecDeque<(VnetHeader, Vec<u8>)>,
     used: Ms,
+    /// The socket has had no room since then.
+    blocked: Option<Ms>,
     /// What the socket has had no room for, as far as is known: not at all where another process made it.
     overflowed: Option<u32>,
     /// It is there for good, and any address may send.
@@ -75,12 +79,26 @@ struct Flow {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct UdpFlows {
     flows: Slab<Flow>,
     keys: HashMap<Key, u32, RandomState>,
     ready: VecDeque<u32>,
     sweep_at: Ms,
+    /// When a frame has waited for room long enough.
+    patience_at: Ms,
+}
+
+impl Default for UdpFlows {
+    fn default() -> Self {
+        Self {
+            flows: Slab::default(),
+            keys: HashMap::default(),
+            ready: VecDeque::new(),
+            sweep_at: 0,
+            patience_at: Ms::MAX,
+        }
+    }
 }
 
 impl UdpFlows {
@@ -95,7 +113,7 @@ impl UdpFlows {
     }
 
     pub(super) fn deadline(&self) -> Option<Ms> {
-        (!self.flows.is_empty()).then_some(self.sweep_at)
+        (!self.flows.is_empty()).then_some(self.sweep_at.min(self.patience_at))
     }
 
     pub(super) fn list(&self) -> Vec<Value> {
@@ -109,9 +127,12 @@ impl UdpFlows {
         self.flows.iter().map(one).collect()
     }
 
-    pub(super) fn event(&mut self, token: u64, _flags: EventFlags) {
+    pub(super) fn event(&mut self, token: u64, flags: EventFlags, shared: &mut Shared) {
         let Some(at) = self.flows.find(token) else { return };
         let Some(flow) = self.flows.get_mut(at) else { return };
+        if flags.contains(EventFlags::OUT) && flow.blocked.take().is_some() {
+            shared.watch_input(&flow.socket, token);
+        }
         flow.ready = true;
         if !std::mem::replace(&mut flow.queued, true) {
             self.ready.push_back(at);
@@ -171,6 +192,7 @@ impl UdpFlows {
             queued: false,
             held: VecDeque::new(),
             used: shared.ms,
+            blocked: None,
             overflowed: Some(0),
             forward,
         };

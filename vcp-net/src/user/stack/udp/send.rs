@@ -1,17 +1,19 @@
-//! From guests to sockets: one `sendmsg` out of the guest's memory, for a row of datagrams too.
+//! From guests to sockets: one `sendmsg` out of the guest's memory, for a row of datagrams too. What a socket has no room
+//! for stays in the guest's ring for a moment, as it would in front of a busy network card.
 
+use std::io;
 use std::net::SocketAddr;
 
 use vcp_core::sock::Gather;
 
-use super::{Flow, Key, PEERS_MAX, UdpFlows, socket_is_v6};
+use super::{Flow, Key, PATIENCE_MS, PEERS_MAX, UdpFlows, socket_is_v6};
 use crate::frame::{Gso, OutFrame};
-use crate::uplink::Sender;
+use crate::uplink::{Sender, Sent};
 use crate::user::dns;
 use crate::user::icmp::{self, Why};
 use crate::user::packet::{ICMP, ICMPV6, Link, Packet, finished, udp};
 use crate::user::stack::shared::Shared;
-use crate::user::stack::{HEAD_BYTES, control};
+use crate::user::stack::{HEAD_BYTES, UDP_TOKEN, control};
 
 impl UdpFlows {
     /// Takes a datagram of a guest.
@@ -23,10 +25,10 @@ impl UdpFlows {
         link: Link,
         from: Sender,
         shared: &mut Shared,
-    ) {
+    ) -> Sent {
         let Some(&[a, b, c, d, e, f, _, _]) = l4.first_chunk::<8>() else {
             shared.counters.drops.malformed += 1;
-            return;
+            return Sent::Done;
         };
         let (src, dst) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
         let said = usize::from(u16::from_be_bytes([e, f]));
@@ -34,7 +36,7 @@ impl UdpFlows {
         let len = if row { packet.l4_bytes() } else { said };
         if len < 8 || len > packet.l4_bytes() {
             shared.counters.drops.malformed += 1;
-            return;
+            return Sent::Done;
         }
         let (payload_at, payload) = (packet.l4_at + 8, len - 8);
         let asks = shared.config.is_dns(packet.dst) && dst == dns::PORT;
@@ -43,7 +45,7 @@ impl UdpFlows {
             let message = control::copy(frame, payload_at, payload_at + payload);
             let Some(question) = dns::parse(&message) else {
                 shared.counters.drops.malformed += 1;
-                return;
+                return Sent::Done;
             };
             shared.resolver.look(shared.ms);
             let answer = dns::answer(&message, &question, &shared.config, &shared.leases)
@@ -52,7 +54,7 @@ impl UdpFlows {
                 shared.counters.dns.0 += 1;
                 let us = shared.config.mac;
                 shared.push(udp(us, link, (packet.dst, dst), (packet.src, src), &answer));
-                return;
+                return Sent::Done;
             }
             shared.counters.dns.1 += 1;
             query = Some(question.id);
@@ -62,16 +64,19 @@ impl UdpFlows {
             Err(Why::Port) => {
                 let head = control::copy(frame, 0, packet.end.min(HEAD_BYTES));
                 shared.unreachable(packet, &head, (link, from.port), Why::Port);
-                return;
+                return Sent::Done;
             }
             Err(_) => {
                 shared.counters.drops.bad_target += 1;
-                return;
+                return Sent::Done;
             }
         };
         let key = Key { ping: false, guest: (packet.src, src), vid: link.vid };
-        let Some(at) = self.of(key, target, link, from, shared) else { return };
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(at) = self.of(key, target, link, from, shared) else { return Sent::Done };
+        let Some(flow) = self.flows.get_mut(at) else { return Sent::Done };
+        if query.is_none() && Self::must_wait(flow, shared) {
+            return Sent::Full;
+        }
         (flow.link, flow.used) = (Some(link), shared.ms);
         match query {
             Some(id) => {
@@ -87,14 +92,34 @@ impl UdpFlows {
         if target.is_ipv6() != socket_is_v6(flow) {
             // A name server of the other family: it has a flow of its own.
             let other = Key { vid: key.vid | 0x8000, ..key };
-            let Some(at) = self.of(other, target, link, from, shared) else { return };
+            let Some(at) = self.of(other, target, link, from, shared) else { return Sent::Done };
             if let Some(flow) = self.flows.get_mut(at) {
                 flow.used = shared.ms;
                 Self::send(flow, frame, payload_at, payload, target, packet, link, shared);
             }
-            return;
+            return Sent::Done;
         }
-        Self::send(flow, frame, payload_at, payload, target, packet, link, shared);
+        let sent = Self::send(flow, frame, payload_at, payload, target, packet, link, shared);
+        // Who asks for a name asks again.
+        if query.is_some() { Sent::Done } else { self.waits(at, sent, shared) }
+    }
+
+    /// Whether a frame has to wait for room in the socket of its flow: not for ever, since everything behind it in its
+    /// ring waits with it.
+    fn must_wait(flow: &Flow, shared: &Shared) -> bool {
+        flow.blocked.is_some_and(|since| shared.ms < since + PATIENCE_MS)
+    }
+
+    /// Sees to it that a socket without room says when it has some.
+    fn waits(&mut self, at: u32, sent: Sent, shared: &mut Shared) -> Sent {
+        let token = self.flows.token(UDP_TOKEN, at);
+        if let (Sent::Full, Some(flow)) = (sent, self.flows.get_mut(at)) {
+            shared.counters.udp_send_waits += 1;
+            flow.blocked = Some(shared.ms);
+            self.patience_at = self.patience_at.min(shared.ms + PATIENCE_MS);
+            shared.watch_again(&flow.socket, token);
+        }
+        sent
     }
 
     #[allow(clippy::too_many_arguments)] // What a packet is, in parts.
@@ -107,7 +132,12 @@ impl UdpFlows {
         packet: &Packet,
         link: Link,
         shared: &mut Shared,
-    ) {
+    ) -> Sent {
+        if flow.blocked.is_some() {
+            // It waited long enough, and the socket still has no room.
+            shared.counters.drops.not_sent += 1;
+            return Sent::Done;
+        }
         if !flow.peers.contains(&target.ip()) {
             if flow.peers.len() < PEERS_MAX {
                 flow.peers.push(target.ip());
@@ -146,6 +176,9 @@ impl UdpFlows {
             Ok(0)
         };
         let mut result = one(at, len, row.filter(|&size| usize::from(size) < len), shared);
+        if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            return Sent::Full;
+        }
         if let (Err(_), Some(size)) = (&result, row) {
             // More, or longer ones, than the kernel cuts: one by one.
             let size = usize::from(size);
@@ -174,6 +207,7 @@ impl UdpFlows {
                 }
             }
         }
+        Sent::Done
     }
 
     /// Takes an ICMP message of a guest.
