@@ -68,6 +68,18 @@ fn refuses(kind: Kind, chap: &Chap) -> Result<()> {
     Ok(())
 }
 
+/// By the name that standards and people use.
+#[test]
+fn info_names_the_algorithm() -> Result<()> {
+    let chap = Chap::one_way();
+    let Some(target) = with(Kind::Ours, &chap)? else { return Ok(()) };
+    let files = SecretFiles::new(&chap)?;
+    let text = vcp_iscsi(["info", "--json"])?.args(files.args()).arg(target.url(0)).output(COMMAND)?;
+    let value: serde_json::Value = serde_json::from_str(&text)?;
+    ensure!(value["session"]["chap"] == "SHA3-256", "{text}");
+    Ok(())
+}
+
 #[test]
 fn chap_logs_in_at_tgtd() -> Result<()> {
     logs_in(Kind::Tgtd, &Chap::one_way())

@@ -200,8 +200,8 @@ pub struct ServeArgs {
     /// Most bytes per second for each device (K, M, G), and how many may come at once [default burst: a tenth of it]
     #[arg(long, value_name = "SIZE[,burst=SIZE]")]
     pub limit_bps: Option<Rate>,
-    /// Write the last PDUs of a session to files in this directory (pcapng, for tshark) when a target breaks a rule, a
-    /// command takes too long or a session is lost, and when asked to: {"cmd":"dump"}
+    /// Write the last PDUs of a session to files in this directory (pcapng, for tshark; made if it is missing) when a target
+    /// breaks a rule, a command takes too long or a session is lost, and when asked to: {"cmd":"dump"}
     #[arg(long, value_name = "DIR")]
     pub recorder_dir: Option<PathBuf>,
     /// Leave the beginnings of the data, which are the guest's, out of these files

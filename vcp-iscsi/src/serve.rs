@@ -328,7 +328,7 @@ fn recorder(args: &ServeArgs, index: usize, socket: &Path) -> Result<Option<Stor
     let stem = socket.file_stem().unwrap_or_default().to_string_lossy();
     let mut store = StoreOptions::new(dir.clone(), format!("disk{index}_{stem}"));
     store.with_data = !args.recorder_headers_only;
-    store.check().with_context(|| format!("--recorder-dir {}", dir.display()))?;
+    store.prepare().with_context(|| format!("--recorder-dir {}", dir.display()))?;
     Ok(Some(store))
 }
 

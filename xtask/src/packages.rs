@@ -47,6 +47,8 @@ const TEST: &[&str] = &[
     "librte-net-vhost23",
     "iproute2",
     "iperf3",
+    "libvirt-clients",
+    "libxml2-utils",
 ];
 
 const KERNEL: &[&str] = &["open-iscsi"];

@@ -46,6 +46,23 @@ fn the_description_is_what_qemu_documents() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn the_libvirt_example_is_valid_by_libvirts_schema() -> Result<()> {
+    if !tool::have(&["virt-xml-validate", "xmllint"]) {
+        return Ok(());
+    }
+    let example = contrib("libvirt/vcp-iscsi-disk.xml");
+    let validate = |file: &Path| Cmd::new("virt-xml-validate").arg(file).arg("domain").run(COMMAND);
+    let out = validate(&example)?;
+    ensure!(out.status.success(), "{}{}", out.stdout, out.stderr);
+    // And that it looks at all.
+    let dir = tempfile::tempdir()?;
+    let wrong = dir.path().join("wrong.xml");
+    std::fs::write(&wrong, std::fs::read_to_string(&example)?.replace("'vhostuser'", "'vhost'"))?;
+    ensure!(!validate(&wrong)?.status.success(), "any disk is valid");
+    Ok(())
+}
+
 /// `vcp-iscsi --socket-path=S URL`, without a command: how a management layer starts a backend.
 #[test]
 fn the_command_may_be_left_out() -> Result<()> {

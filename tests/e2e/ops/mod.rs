@@ -31,7 +31,6 @@ struct Server {
 impl Server {
     fn start(url: &str, args: &[&str]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vcp-ops-").tempdir()?;
-        std::fs::create_dir(dir.path().join("captures"))?;
         let proc = serve(&dir.path().join("blk.sock"))?
             .env("NO_COLOR", "1")
             .arg("--control")

@@ -105,7 +105,7 @@ impl LoggedIn {
             tsih: nexus.tsih,
             portal_group_tag: agreed.portal_group_tag,
             target_alias: agreed.target_alias.clone(),
-            chap: agreed.chap_algorithm.map(|a| format!("{a:?}")),
+            chap: agreed.chap_algorithm.map(|a| a.to_string()),
             header_digest: n.digests.header,
             data_digest: n.digests.data,
             max_receive_bytes: n.max_recv_data_segment_bytes,

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -25,7 +25,7 @@ const ENDING: &str = ".pcapng";
 /// Where a device's captures go.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct StoreOptions {
-    /// The directory; it has to exist.
+    /// The directory; [`prepare`](StoreOptions::prepare) makes it if need be.
     pub dir: PathBuf,
     /// The device's name, for the names of files and comments.
     pub device: String,
@@ -46,6 +46,22 @@ impl StoreOptions {
 }
 
 impl StoreOptions {
+    /// Makes the directory for its owner alone, if only it is missing and not the one that it is to be in, and then looks as
+    /// [`check`](Self::check) does. Not for a confined process.
+    ///
+    /// # Errors
+    /// What the system says of the directory.
+    pub fn prepare(&self) -> io::Result<()> {
+        match fs::DirBuilder::new().mode(0o700).create(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists && !self.dir.exists() => {
+                return Err(error);
+            }
+            // One that is there may be in one that is not to be written to.
+            _ => {}
+        }
+        self.check()
+    }
+
     /// Whether files can be written there.
     ///
     /// # Errors
@@ -247,6 +263,18 @@ mod tests {
             entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_missing_directory_is_made_for_its_owner_but_no_path_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = |name: &str| StoreOptions::new(dir.path().join(name), "disk0".into());
+        options("new").prepare().unwrap();
+        options("new").prepare().unwrap();
+        assert_eq!(fs::metadata(dir.path().join("new")).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(options("no/such").prepare().unwrap_err().kind(), io::ErrorKind::NotFound);
+        fs::write(dir.path().join("file"), b"x").unwrap();
+        assert_eq!(options("file").prepare().unwrap_err().kind(), io::ErrorKind::NotADirectory);
     }
 
     #[test]
