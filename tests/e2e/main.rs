@@ -29,6 +29,7 @@ mod msgq_seats;
 mod msgq_upgrade;
 mod multipath;
 mod net;
+mod net_ends;
 mod net_front;
 mod net_guest;
 mod net_ipxe;

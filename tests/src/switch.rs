@@ -29,15 +29,20 @@ impl Switch {
     /// Starts one with two ports (their sockets are `p0` and `p1` in its directory) with these options, with a comma in
     /// front, and further arguments.
     pub fn start(ports: [&str; 2], args: &[&str]) -> Result<Self> {
-        Self::start_with("socket", ports, args)
+        Self::start_with("socket", &ports, args)
     }
 
     /// As [`start`](Self::start), with front ends that listen.
     pub fn start_dialing(ports: [&str; 2], args: &[&str]) -> Result<Self> {
-        Self::start_with("connect", ports, args)
+        Self::start_with("connect", &ports, args)
     }
 
-    fn start_with(key: &str, ports: [&str; 2], args: &[&str]) -> Result<Self> {
+    /// As [`start`](Self::start), with any number of ports.
+    pub fn start_ports(ports: &[&str], args: &[&str]) -> Result<Self> {
+        Self::start_with("socket", ports, args)
+    }
+
+    fn start_with(key: &str, ports: &[&str], args: &[&str]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("vcp-net-").tempdir()?;
         let mut all: Vec<OsString> = vec!["serve".into()];
         for (at, options) in ports.iter().enumerate() {

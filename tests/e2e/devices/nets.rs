@@ -1,5 +1,5 @@
-//! Network devices that come and go under a stock Debian guest in the helper VM: one queue and several, a VCP of the monitor's
-//! and a port of a switch among guests.
+//! Network devices that come and go under a stock Debian guest in the helper VM: one queue and several, split rings and
+//! packed ones, a VCP of the monitor's and a port of a switch among guests, which is killed.
 
 use anyhow::ensure;
 use guest_images::linux::Initramfs;
@@ -40,6 +40,7 @@ fn nets_come_and_go() -> Result<()> {
         "not an address of the switch: {}",
         done.value("MAC")?
     );
+    assert_eq!(done.number("PACKED")?, 1, "the guest was not offered packed rings, or did not take them");
     assert_eq!(done.number("KILLED")?, 0, "a VCP that had nothing to do was killed:\n{}", done.console);
     assert_eq!(done.number("ERRORS")?, 0, "{}", done.console);
     assert_eq!(done.number("RUN")?, 0, "{}", done.console);

@@ -33,6 +33,8 @@ value STAGE none
 
 use_net
 value MAC $(cat /sys/class/net/eth0/address)
+# VIRTIO_F_RING_PACKED is bit 34.
+value PACKED $(cut -c35 /sys/class/net/eth0/device/features)
 value STAGE switched
 until_true '[ "$(wget -q -O - http://10.0.2.2:8080/again 2>/dev/null)" = again ]'
 dmesg | tail -n +$((booted + 1)) >/tmp/said

@@ -32,9 +32,9 @@ value REFUSED $(grep -c 'vcp-net serve --switch lan' /tmp/refused)
 vcp-net serve --switch lan,ports=2 --uplink user >/tmp/switch.log 2>&1 &
 switch=$!
 await '^ready:' /tmp/switch.log
-ctl add-net switch=lan || fail 'add-net switch'
+ctl add-net switch=lan,packed=on || fail 'add-net switch'
 await '@STAGE=switched' /tmp/guest.log
-# The switch is killed, and another one takes its place: the guest goes on.
+# The switch is killed, and another one takes its place: the guest goes on, with packed rings whose place nobody has noted.
 kill -9 $switch
 wait $switch
 vcp-net serve --switch lan,ports=2 --uplink user >/tmp/switch2.log 2>&1 &

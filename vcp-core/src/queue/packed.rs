@@ -49,7 +49,7 @@ impl Place {
     }
 
     /// `slots` further on in a ring of `size`.
-    pub(super) fn advanced(self, slots: u16, size: u16) -> Self {
+    pub(crate) fn advanced(self, slots: u16, size: u16) -> Self {
         let index = u32::from(self.index) + u32::from(slots);
         match index.checked_sub(size.into()) {
             Some(index) => Self { index: index as u16, wrap: !self.wrap },

@@ -54,7 +54,7 @@ pub struct RunArgs {
     #[arg(
         long = "net",
         value_name = "SPEC",
-        help = "Network device: user[,hostfwd=tcp:ADDR:PORT-PORT]..., tap=NAME, switch=NAME or socket=PATH, [,mac=M][,cpu=N][,reconnect=no]"
+        help = "Network device: user[,hostfwd=tcp:ADDR:PORT-PORT]..., tap=NAME, switch=NAME or socket=PATH, [,mac=M][,cpu=N][,packed=on][,reconnect=no]"
     )]
     pub nets: Vec<String>,
     /// Back guest memory with 2 MiB pages

@@ -61,6 +61,9 @@ pub struct NetSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 16, maximum = 4096)]
     pub pids_max: Option<u32>,
+    /// Offer packed rings to the guest; the backend must have them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub packed: bool,
     /// Whether the backend is started or sought again when it dies, which is so if not given; else the run ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect: Option<bool>,
@@ -180,6 +183,7 @@ const KEYS: &[&str] = &[
     "cpu-max",
     "memory-max",
     "pids-max",
+    "packed",
     "reconnect",
 ];
 
@@ -204,6 +208,7 @@ impl NetSpec {
                 (key @ "cpu-max", Some(v)) => spec.cpu_max = Some(number(key, v.trim_end_matches('%'))?),
                 ("memory-max", Some(v)) => spec.memory_max = Some(v.parse()?),
                 (key @ "pids-max", Some(v)) => spec.pids_max = Some(number(key, v)?),
+                (key @ "packed", Some(v)) => spec.packed = switch(key, v)?,
                 (key @ "reconnect", Some(v)) => spec.reconnect = Some(switch(key, v)?),
                 part => return Err(wrong_key("net", part, KEYS)),
             }
@@ -311,8 +316,9 @@ mod tests {
         );
         assert_eq!(NetSpec::parse("tap=tap0").unwrap().kind(), Ok(NetKind::Tap("tap0")));
         assert_eq!(NetSpec::parse("switch=lan.1").unwrap().kind(), Ok(NetKind::Switch("lan.1")));
-        let spec = NetSpec::parse("socket=/s,reconnect=no").unwrap();
+        let spec = NetSpec::parse("socket=/s,packed=on,reconnect=no").unwrap();
         assert_eq!((spec.kind(), spec.reconnect), (Ok(NetKind::Socket(Path::new("/s"))), Some(false)));
+        assert!(spec.packed && !NetSpec::parse("socket=/s,packed=off").unwrap().packed);
     }
 
     #[test]
@@ -347,6 +353,8 @@ mod tests {
             "socket=/s,mac=+2:54:00:12:34:56",
             "socket=/s,mac=52:54:00:12:34:56:77",
             "socket=/s,queue=2",
+            "socket=/s,packed",
+            "socket=/s,packed=perhaps",
         ] {
             assert!(NetSpec::parse(bad).is_err(), "{bad}");
         }

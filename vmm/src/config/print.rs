@@ -71,7 +71,7 @@ mod tests {
             [[disk]]\nurl='iscsi://u%p@h/iqn.a:b/0'\nread-only=true\nqueues=2\ncpu=1\nmsgq='/q'\npacked=true\nreconnect=false\n\
             [[disk]]\nsocket='/s'\n\
             [[net]]\nuser=true\nhostfwd=['tcp:127.0.0.1:2222-22','udp::5-6']\nmac='52:54:00:12:34:56'\ncpu=0\n\
-            [[net]]\ntap='tap0'\n[[net]]\nswitch='lan'\n[[net]]\nsocket='/n'\nreconnect=false\n";
+            [[net]]\ntap='tap0'\n[[net]]\nswitch='lan'\n[[net]]\nsocket='/n'\npacked=true\nreconnect=false\n";
         let vm = VmFile::parse(text).unwrap().finish().unwrap();
         let printed = vm.to_toml().unwrap();
         assert!(printed.starts_with("# Holds secrets"), "{printed}");

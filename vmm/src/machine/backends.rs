@@ -232,7 +232,7 @@ pub(super) fn start_net(
 ) -> Result<Backend> {
     let mac = spec.mac_bytes().map_err(Error::Usage)?.unwrap_or_else(|| net::default_mac(index as u8));
     let pairs = spec.queues.unwrap_or(1);
-    let kind = net::kind(mac, pairs);
+    let kind = net::kind(mac, pairs, spec.packed);
     let queues = kind.queue_max_sizes.len() as u16;
     let uplink = match spec.kind().map_err(Error::Usage)? {
         NetKind::Socket(socket) => {

@@ -35,7 +35,8 @@ fn join_in(name: &str, spec: &NetSpec, switch: &str, dir: &Path) -> Result<Backe
         if !socket.exists() {
             break;
         }
-        let kind = net::kind(given.unwrap_or_else(|| port_mac(switch, port)), spec.queues.unwrap_or(1));
+        let kind =
+            net::kind(given.unwrap_or_else(|| port_mac(switch, port)), spec.queues.unwrap_or(1), spec.packed);
         let joined = Link::connect(name, &socket, kind.queue_max_sizes.len() as u16)
             .and_then(|link| net_behind(name, spec, kind, link, Source::Socket(socket.clone()), None));
         match joined {

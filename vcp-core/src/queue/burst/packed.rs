@@ -10,6 +10,9 @@ use crate::queue::notify::{ArmSteps, arm_then_look};
 use crate::queue::packed::{EVENTS_DESC, EVENTS_OFF, EVENTS_ON, MAX_SIZE, Place};
 use crate::queue::{RingAddresses, RingError};
 
+/// How often a ring is read until its driver leaves it alone.
+const SETTLE_TRIES: usize = 200;
+
 /// See the module. The pointers lead into the memory that the ring above it keeps.
 #[derive(Debug)]
 pub(super) struct PackedBurst {
@@ -24,8 +27,8 @@ pub(super) struct PackedBurst {
     look: Place,
     /// Slots between the two.
     ahead: u16,
-    /// The first used element since the last publication: its second half, which is not written yet.
-    held_back: Option<u64>,
+    /// The first used element since the last publication: its second half and the slots that it stands for, not written yet.
+    held_back: Option<(u64, u16)>,
     /// Where it goes.
     published: Place,
 }
@@ -72,28 +75,91 @@ impl PackedBurst {
 
     /// Goes on where the process before stopped, if it had no time to tell.
     fn recover(&mut self) {
-        let half = |index| u64::from_le(self.half(index).load(Ordering::Acquire));
-        let flags: Vec<u16> = (0..self.at.size).map(|index| (half(index) >> 48) as u16).collect();
-        let recover::Found { next, held_back } = recover::position(&flags, self.next);
-        if let Some(first) = held_back {
-            // The others of its burst were never seen by the driver: all of them come back empty, this one last.
-            let empty = |place: Place| {
-                let word = half(place.index);
-                let flags = place.used_flags() | (word >> 48) as u16 & F_WRITE;
-                let word = word & 0xffff << 32 | u64::from(flags) << 48;
-                self.half(place.index).store(word.to_le(), Ordering::Release);
-            };
-            let mut at = first.advanced(1, self.at.size);
-            while at != next {
-                empty(at);
-                at = at.advanced(1, self.at.size);
+        let size = self.at.size;
+        let mut seen = self.seen();
+        for index in 0..size {
+            // That chain was given back, and its address is lost.
+            if let Some((place, slots)) = seen[usize::from(index)].cut_in(index) {
+                self.empty(place, slots.min(size), &seen);
+                seen = self.seen();
             }
-            empty(first);
+        }
+        let recover::Found { next, held_back, .. } = recover::position(&seen, self.next);
+        if let Some((first, slots)) = held_back {
+            // The others of its burst were never seen by the driver: all of them come back empty, this one last.
+            let mut at = first.advanced(slots, size);
+            let mut left = size - slots.min(size);
+            while at != next && left != 0 {
+                let slots = seen[usize::from(at.index)].slots().clamp(1, left);
+                self.empty_used(at);
+                (at, left) = (at.advanced(slots, size), left - slots);
+            }
+            self.empty(first, slots, &seen);
         }
         if next != self.next || held_back.is_some() {
             tracing::info!(told = ?self.next, found = ?next, ?held_back, "a packed ring goes on where its slots say");
         }
         (self.next, self.look, self.published) = (next, next, next);
+    }
+
+    /// What all slots hold, at a moment at which the driver changed none of them and was not in the middle of a chain.
+    fn seen(&self) -> Vec<recover::Seen> {
+        let look = || {
+            let slot = |index| recover::Seen { half: self.half_at(index), addr: self.addr(index) };
+            (0..self.at.size).map(slot).collect::<Vec<_>>()
+        };
+        let mut seen = look();
+        // Nobody takes what it offers, so it comes to its end; one that does not has itself to blame.
+        for _ in 0..SETTLE_TRIES {
+            let again = look();
+            let is_tidy = recover::position(&again, self.next).is_tidy;
+            if is_tidy && again == seen {
+                break;
+            }
+            seen = again;
+            std::thread::yield_now();
+        }
+        seen
+    }
+
+    fn half_at(&self, index: u16) -> u64 {
+        u64::from_le(self.half(index).load(Ordering::Acquire))
+    }
+
+    /// Gives a chain of so many slots back that was taken and never came back: empty.
+    fn empty(&self, at: Place, slots: u16, seen: &[recover::Seen]) {
+        let last = at.advanced(slots.saturating_sub(1), self.at.size);
+        // The buffer ID is in the last descriptor of a chain (2.8.6).
+        let id = seen[usize::from(last.index)].half & 0xffff << 32;
+        let flags = at.used_flags() | seen[usize::from(at.index)].flags() & F_WRITE;
+        self.mark(at, slots);
+        self.half(at.index).store((id | u64::from(flags) << 48).to_le(), Ordering::Release);
+    }
+
+    /// Makes a used element empty that the driver has not seen.
+    fn empty_used(&self, at: Place) {
+        let word = self.half_at(at.index) & !0xffff_ffff;
+        self.half(at.index).store(word.to_le(), Ordering::Release);
+    }
+
+    /// Leaves word in a chain that is given back of how many slots it has, for who finds this ring after a crash.
+    #[inline]
+    fn mark(&self, at: Place, slots: u16) {
+        if slots > 1 && !self.dialect.in_order {
+            self.mark_slots(at, slots);
+        }
+    }
+
+    fn mark_slots(&self, at: Place, slots: u16) {
+        for n in 0..slots {
+            let place = at.advanced(n, self.at.size);
+            let mark = recover::mark(place, if n == 0 { slots } else { 0 });
+            // SAFETY: as in `half`; the field is the first one of a descriptor, aligned to 16.
+            let addr = unsafe { AtomicU64::from_ptr(self.desc.add(16 * usize::from(place.index)).cast()) };
+            // In this order, and before the flags: so that it is found whole, or found to be unfinished.
+            addr.store(mark.to_le(), Ordering::Release);
+        }
+        fence(Ordering::Release);
     }
 
     /// Finds the ring in memory (again, after the front end changed it).
@@ -235,9 +301,10 @@ impl PackedBurst {
         let flags = self.next.used_flags() | flags;
         let word = (u64::from(len_bytes) | u64::from(id) << 32 | u64::from(flags) << 48).to_le();
         if self.held_back.is_none() {
-            self.held_back = Some(word);
+            self.held_back = Some((word, slots));
             self.published = self.next;
         } else {
+            self.mark(self.next, slots);
             self.half(self.next.index).store(word, Ordering::Relaxed);
         }
         self.next = self.next.advanced(slots, self.at.size);
@@ -247,7 +314,8 @@ impl PackedBurst {
     /// See [`VirtQueue::publish`](crate::queue::VirtQueue::publish).
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let Some(word) = self.held_back.take() else { return false };
+        let Some((word, slots)) = self.held_back.take() else { return false };
+        self.mark(self.published, slots);
         // Release: the elements behind this one are visible before it; the driver stops at the first that is not used.
         self.half(self.published.index).store(word, Ordering::Release);
         // The mirror image of the driver's "set the event structure, fence, look at the flags".

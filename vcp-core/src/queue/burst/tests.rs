@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::mem::GuestMap;
+use crate::queue::packed::Place;
 use crate::queue::tests::packed::PackedDriver;
 use crate::queue::tests::split::DriverRing;
 use crate::queue::{RingAddresses, RingError};
@@ -325,46 +326,86 @@ fn a_split_ring_goes_on_from_its_used_index() {
 }
 
 /// What was under way when the process was killed comes again (or back, empty), whatever the front end remembers, and from
-/// then on the ring goes on as ever.
+/// then on the ring goes on as ever: with chains of one slot and of several.
 #[test]
 fn a_packed_ring_goes_on_from_what_its_slots_say() {
-    for published in [false, true] {
-        for before in 0..3 * usize::from(SIZE) {
-            let map = memory();
-            let mut driver = Driver::new(&map, true);
-            let setup = driver.setup(Direction::FromDriver);
-            let mut batch = Batch::default();
-            let send = |driver: &mut Driver, n: usize| {
-                let at = DATA + STRIDE * (n % usize::from(SIZE)) as u64;
-                driver.add(&pieces(at, &[60], false), None).unwrap()
-            };
-            let mut ring = BurstRing::new(&setup, &map).unwrap();
-            for n in 0..before {
-                send(&mut driver, n);
-                assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 1);
-                ring.give_back(&batch, 1);
-                ring.publish();
-                driver.take_used().unwrap();
-            }
-            let ids: Vec<u16> = (0..5).map(|n| send(&mut driver, before + n)).collect();
-            assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 5);
-            ring.give_back(&batch, 3);
-            if published {
-                ring.publish();
-            }
-            // Killed here.
-            let mut ring = BurstRing::new(&setup, &map).unwrap();
-            for id in &ids[..3] {
-                assert_eq!(driver.take_used().map(|(id, _)| id), Some(*id), "{before} before");
-            }
-            assert!(driver.take_used().is_none());
-            assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 2, "{before} before");
-            ring.give_back(&batch, 2);
-            ring.publish();
-            for id in &ids[3..] {
-                assert_eq!(driver.take_used().map(|(id, _)| id), Some(*id));
+    for lens in [&[60][..], &[12, 60], &[12, 40, 20]] {
+        for published in [false, true] {
+            for before in 0..3 * usize::from(SIZE) {
+                goes_on(lens, published, before);
             }
         }
+    }
+}
+
+fn goes_on(lens: &[u32], published: bool, before: usize) {
+    let map = memory();
+    let mut driver = Driver::new(&map, true);
+    let setup = driver.setup(Direction::FromDriver);
+    let mut batch = Batch::default();
+    let send = |driver: &mut Driver, n: usize| {
+        let at = DATA + STRIDE * (n % usize::from(SIZE)) as u64;
+        driver.add(&pieces(at, lens, false), None).unwrap()
+    };
+    let found = |driver: &mut Driver, ids: &[u16]| {
+        for id in ids {
+            assert_eq!(driver.take_used().map(|(id, _)| id), Some(*id), "{lens:?}, {before} before");
+        }
+    };
+    let mut ring = BurstRing::new(&setup, &map).unwrap();
+    for n in 0..before {
+        let id = send(&mut driver, n);
+        assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 1);
+        ring.give_back(&batch, 1);
+        ring.publish();
+        found(&mut driver, &[id]);
+    }
+    let ids: Vec<u16> = (0..5).map(|n| send(&mut driver, before + n)).collect();
+    assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 5);
+    ring.give_back(&batch, 3);
+    if published {
+        ring.publish();
+    }
+    // Killed here.
+    let mut ring = BurstRing::new(&setup, &map).unwrap();
+    found(&mut driver, &ids[..3]);
+    assert!(driver.take_used().is_none());
+    assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 2, "{lens:?}, {before} before");
+    ring.give_back(&batch, 2);
+    ring.publish();
+    found(&mut driver, &ids[3..]);
+}
+
+/// The process dies while it gives a chain back: the addresses in it are lost, and the chain comes back empty.
+#[test]
+fn a_chain_that_was_half_given_back_comes_back_empty() {
+    for before in 0..2 * u64::from(SIZE) {
+        let map = memory();
+        let mut driver = Driver::new(&map, true);
+        let setup = driver.setup(Direction::FromDriver);
+        let mut batch = Batch::default();
+        let mut ring = BurstRing::new(&setup, &map).unwrap();
+        let chain = pieces(DATA, &[12, 40], false);
+        for _ in 0..before {
+            driver.add(&chain, None).unwrap();
+            ring.fetch(&mut batch, 1).unwrap();
+            ring.give_back(&batch, 1);
+            ring.publish();
+            driver.take_used().unwrap();
+        }
+        let place = Place { index: ring.base() as u16 & 0x7fff, wrap: ring.base() & 0x8000 != 0 };
+        let ids = [driver.add(&chain, None).unwrap(), driver.add(&chain, None).unwrap()];
+        for (n, slots) in [(0, 2), (1, 0)].into_iter().take(1 + before as usize % 2) {
+            let place = place.advanced(n, SIZE);
+            let addr = GuestAddress(setup.at.desc + 16 * u64::from(place.index));
+            map.write_obj(super::recover::mark(place, slots).to_le(), addr).unwrap();
+        }
+        let mut ring = BurstRing::new(&setup, &map).unwrap();
+        assert_eq!(driver.take_used(), Some((ids[0], 0)), "{before} before");
+        assert_eq!(ring.fetch(&mut batch, 64).unwrap(), 1);
+        ring.give_back(&batch, 1);
+        ring.publish();
+        assert_eq!(driver.take_used().map(|(id, _)| id), Some(ids[1]));
     }
 }
 

@@ -39,8 +39,8 @@ const CONTROL: [u32; 4] = [
 const MAX_PAIRS: usize = 8;
 
 /// A network device with `pairs` pairs of a receive and a transmit queue, and with more than one a control queue after
-/// them, which is the backend's too; the guest gets the address `mac`.
-pub fn kind(mac: [u8; 6], pairs: u16) -> Kind {
+/// them, which is the backend's too; the guest gets the address `mac`. `packed`: packed rings, which the backend must have.
+pub fn kind(mac: [u8; 6], pairs: u16, packed: bool) -> Kind {
     let several = pairs > 1;
     let mut features = FEATURES.iter().fold(0, |bits, f| bits | 1u64 << f);
     let mut own_config = vec![(0, mac.to_vec()), (6, LINK_UP.to_le_bytes().to_vec())];
@@ -48,13 +48,15 @@ pub fn kind(mac: [u8; 6], pairs: u16) -> Kind {
         features |= CONTROL.iter().fold(MQ, |bits, f| bits | 1u64 << f);
         own_config.push((MAX_PAIRS, pairs.to_le_bytes().to_vec()));
     }
+    let packed = if packed { crate::virtio::F_RING_PACKED } else { 0 };
     Kind {
         device_type: virtio_bindings::virtio_ids::VIRTIO_ID_NET,
         features: features
+            | packed
             | crate::virtio::F_VERSION_1
             | crate::virtio::F_RING_INDIRECT_DESC
             | crate::virtio::F_RING_EVENT_IDX,
-        needed_features: if several { MQ } else { 0 },
+        needed_features: packed | if several { MQ } else { 0 },
         own_features: 1 << vn::VIRTIO_NET_F_MAC | 1 << vn::VIRTIO_NET_F_STATUS,
         queue_max_sizes: vec![QUEUE_SIZE; usize::from(pairs) * 2 + usize::from(several)],
         needed: VhostUserProtocolFeatures::empty(),
@@ -81,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_net_that_waits_for_frames_has_nothing_to_do() {
-        let kind = kind(default_mac(0), 2);
+        let kind = kind(default_mac(0), 2, false);
         let holds: Vec<u16> = (0..5).filter(|queue| (kind.holds_requests)(*queue)).collect();
         assert_eq!(holds, [1, 3], "the transmit queues");
     }

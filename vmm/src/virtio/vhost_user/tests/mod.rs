@@ -21,7 +21,7 @@ fn backend(answer: impl Fn(u32, &[u8], &[u32]) -> Option<Vec<u8>> + Send + Sync 
 }
 
 fn net(link: Link) -> VhostUserDevice {
-    VhostUserDevice::new("net0", net::kind([2, 0, 0, 0, 0, 1], 1), link, false).unwrap()
+    VhostUserDevice::new("net0", net::kind([2, 0, 0, 0, 0, 1], 1, false), link, false).unwrap()
 }
 
 /// The driver's side: one call descriptor for all queues, and how often the configuration was said to have changed.

@@ -209,7 +209,7 @@ fn without_a_log_only_an_idle_disk_goes_on() {
 
     // A network may lose packets.
     let script = Script { protocol: P_ACK, ..Script::default() };
-    let mut bed = bed_of(net::kind([2, 0, 0, 0, 0, 1], 1), &script);
+    let mut bed = bed_of(net::kind([2, 0, 0, 0, 0, 1], 1, false), &script);
     bed.start();
     bed.set_index(0, 0x2000, 9);
     bed.set_index(0, 0x3000, 5);
