@@ -35,6 +35,7 @@ mod net_guest;
 mod net_ipxe;
 mod net_kill;
 mod net_loss;
+mod net_reset;
 mod operate;
 mod ops;
 mod recovery;

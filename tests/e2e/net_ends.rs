@@ -4,6 +4,7 @@
 //! `VCP_SOAK_NET_KILLS` says how often; `cargo xtask soak net` sets it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -15,7 +16,7 @@ use vcp_tests::{Result, procfs, tool};
 /// How long traffic may take to get going, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Frames that each side must get after each cycle.
-const SOME: u64 = 2_000;
+const SOME: u64 = 300;
 /// Of memory that one cycle after another may not add up to, KiB.
 const GROWN_KIB: u64 = 2048;
 /// The ports under test are `p0` and `p1`, in a VLAN of their own; `p2` and `p3` are the bystanders.
@@ -39,9 +40,13 @@ fn device(switch: &Switch, port: usize, at: usize) -> String {
 }
 
 impl Pmd {
-    /// With ports of the switch, each of which sends to the port `to`.
+    /// With ports of the switch, each of which sends to the port `to`: one port as fast as it can, two by passing a hundred
+    /// frames round and round.
     fn start(switch: &Switch, ports: &[(usize, usize)]) -> Result<Self> {
-        let prefix = format!("--file-prefix=ends{}-{}", std::process::id(), ports[0].0);
+        // Tests of one process run beside each other.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("--file-prefix=ends{}-{number}", std::process::id());
         // Its lines come when they are said.
         let mut command = Cmd::new("stdbuf")
             .args(["-oL", "dpdk-testpmd", "--lcores", "0@0-1,1@0-1", "--no-huge", "-m", "128", "--no-pci"])
@@ -49,13 +54,13 @@ impl Pmd {
         for (at, &(port, _)) in ports.iter().enumerate() {
             command = command.arg(format!("--vdev={}", device(switch, port, at)));
         }
-        command =
-            command.args(["--", "-i", "--total-num-mbufs=4096", "--nb-cores=1", "--forward-mode=flowgen"]);
+        let mode = if ports.len() == 1 { "--forward-mode=flowgen" } else { "--forward-mode=io" };
+        command = command.args(["--", "-i", "--total-num-mbufs=4096", "--nb-cores=1", mode]);
         for (at, &(_, to)) in ports.iter().enumerate() {
             command = command.arg(format!("--eth-peer={at},{}", mac(to)));
         }
         let this = Self(command.keep_stdin().spawn()?);
-        this.say("start")?;
+        this.say(if ports.len() == 1 { "start" } else { "start tx_first 2" })?;
         Ok(this)
     }
 
@@ -147,14 +152,17 @@ impl Bed {
     }
 
     /// No more than before, and nobody is known at a port that has no front end.
-    fn leaves_nothing(&self, before: Held, gone: &[&str]) -> Result<()> {
+    fn leaves_nothing(&self, before: &mut Option<Held>, gone: &[&str]) -> Result<()> {
+        let now = self.held()?;
+        let before = before.get_or_insert(now);
         let end = Instant::now() + PATIENCE;
         // A connection's thread may take a moment to end.
-        while self.held()?.0 != before.0 {
+        while self.held()?.0 > before.0 {
             ensure!(Instant::now() < end, "{} descriptors became {}", before.0, self.held()?.0);
             std::thread::sleep(Duration::from_millis(5));
         }
-        let (_, kib) = self.held()?;
+        let (descriptors, kib) = self.held()?;
+        before.0 = descriptors;
         ensure!(kib <= before.1 + GROWN_KIB, "{} KiB became {kib}", before.1);
         let macs = self.switch.ask(&json!({"cmd": "macs"}))?;
         for station in macs["macs"].as_array().context("no stations")? {
@@ -185,7 +193,9 @@ impl Bed {
         }
         for port in self.switch.counters()?.iter().filter(|port| port["port"] == "p2" || port["port"] == "p3")
         {
-            ensure!(port["drops"].as_object().is_some_and(serde_json::Map::is_empty), "dropped: {port}");
+            // That other VLANs' floods do not come there is counted, too.
+            let drops = port["drops"].as_object().context("no drops")?;
+            ensure!(drops.keys().all(|reason| reason == "to.enqueue.target_vlan"), "dropped: {port}");
         }
         let metrics = self.switch.ask(&json!({"cmd": "metrics"}))?;
         for device in metrics["devices"].as_array().context("no devices")? {
@@ -209,7 +219,7 @@ fn resets_under_load_leave_nothing() -> Result<()> {
     let (tested, sender) = (Pmd::start(&bed.switch, &[(0, 1)])?, Pmd::start(&bed.switch, &[(1, 0)])?);
     bed.moves(&["p0", "p1"])?;
     let mut before = None;
-    for cycle in 0..cycles(5) {
+    for cycle in 0..cycles(2) {
         // Another set of features, without which it would not reset.
         let checksum = ["on", "off"][cycle as usize % 2];
         for command in [
@@ -222,11 +232,10 @@ fn resets_under_load_leave_nothing() -> Result<()> {
             tested.say(command)?;
         }
         bed.moves(&["p0", "p1"])?;
-        let held = bed.held()?;
-        bed.leaves_nothing(*before.get_or_insert(held), &[])?;
+        bed.leaves_nothing(&mut before, &[])?;
     }
     let starts = tested.0.stream(Stream::Out).matches("Configuring Port 0").count();
-    ensure!(starts > cycles(5) as usize, "{starts} starts");
+    ensure!(starts > cycles(2) as usize, "{starts} starts");
     tested.quit()?;
     sender.quit()?;
     bed.ends()
@@ -242,13 +251,12 @@ fn unplugs_under_load_leave_nothing() -> Result<()> {
     let (tested, sender) = (Pmd::start(&bed.switch, &[(0, 1)])?, Pmd::start(&bed.switch, &[(1, 0)])?);
     bed.moves(&["p0", "p1"])?;
     let mut before = None;
-    for _ in 0..cycles(5) {
+    for _ in 0..cycles(2) {
         for command in ["stop", "port stop 0", "port detach 0"] {
             tested.say(command)?;
         }
         bed.attached(0, false)?;
-        let held = bed.held()?;
-        bed.leaves_nothing(*before.get_or_insert(held), &["p0"])?;
+        bed.leaves_nothing(&mut before, &["p0"])?;
         tested.say(&format!("port attach {}", device(&bed.switch, 0, 0)))?;
         tested.say("port start 0")?;
         tested.say(&format!("set eth-peer 0 {}", mac(1)))?;
@@ -269,13 +277,12 @@ fn kills_under_load_leave_nothing() -> Result<()> {
     let bed = Bed::start()?;
     let sender = Pmd::start(&bed.switch, &[(1, 0)])?;
     let mut before = None;
-    for _ in 0..cycles(3) {
+    for _ in 0..cycles(1) {
         let tested = Pmd::start(&bed.switch, &[(0, 1)])?;
         bed.moves(&["p0", "p1"])?;
         tested.0.kill()?;
         bed.attached(0, false)?;
-        let held = bed.held()?;
-        bed.leaves_nothing(*before.get_or_insert(held), &["p0"])?;
+        bed.leaves_nothing(&mut before, &["p0"])?;
     }
     sender.quit()?;
     bed.ends()

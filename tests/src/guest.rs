@@ -23,6 +23,8 @@ pub struct QemuGuest {
     nets: Vec<Net>,
     programs: Vec<String>,
     modules: Vec<String>,
+    /// Further arguments of QEMU.
+    arguments: Vec<String>,
     deadline: Duration,
 }
 
@@ -91,6 +93,7 @@ impl QemuGuest {
             nets: Vec::new(),
             programs: Vec::new(),
             modules: Vec::new(),
+            arguments: Vec::new(),
             deadline: Duration::from_secs(180),
         }
     }
@@ -109,6 +112,13 @@ impl QemuGuest {
     pub fn netdev(mut self, netdev: &str, mac: &str) -> Self {
         let behind = Behind::Qemu(netdev.to_owned());
         self.nets.push(Net { behind, mac: mac.into(), properties: String::new() });
+        self
+    }
+
+    /// Adds arguments of QEMU.
+    #[must_use]
+    pub fn arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments.extend(arguments.iter().map(|&it| it.to_owned()));
         self
     }
 
@@ -232,6 +242,7 @@ impl QemuGuest {
                 format!("virtio-net-pci,netdev=v{n},mac={mac},{place}{properties}"),
             ]);
         }
+        args.extend(self.arguments.iter().cloned());
         let permit = gate::shared();
         Ok(Running { qemu: Qemu::start("the QEMU guest", &args, self.deadline, false)?, _permit: permit })
     }
