@@ -10,42 +10,30 @@
 //! engine has room: the ring is the queue, and nothing is buffered twice.
 
 mod export;
+mod ring_device;
+mod taking;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use vcp_core::ask::Rest;
-use vcp_core::device::{RingDevice, Rings, Wait};
-use vcp_core::handover::Fds;
-use vcp_core::handover::state::{BadState, NotNow};
+use vcp_core::device::Rings;
 use vcp_core::mem::GuestBuf;
-use vcp_core::metrics::{DeviceMetrics, OpMetrics, Samples};
-use vcp_core::queue::{Chain, MAX_CHAIN_DESCRIPTORS, RingError};
-use vcp_core::uring::Ring;
+use vcp_core::metrics::{DeviceMetrics, OpMetrics};
+use vcp_core::queue::Chain;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::backlog::Backlogs;
-use super::config::{CONFIG_BYTES, WRITEBACK_OFFSET, bit, features, space};
-use super::numbers::Numbers;
-use super::request::{HEADER_BYTES, Header, ID_BYTES, Kind, Ranges, Status, read_ranges};
+use super::config::{bit, features};
+use super::request::{Kind, Status};
 use super::slot::Slot;
 use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request};
-use crate::limit::{Change, Limiter, Limits};
+use crate::limit::{Limiter, Limits};
 
-/// Largest virtqueue.
-const QUEUE_SIZE_MAX: u16 = 256;
 /// Most slots of a device: no target takes more commands at a time.
 const MAX_SLOTS: usize = 1024;
-/// Chains taken from one queue before the next one has its turn, and from all queues before other devices have theirs.
-const BATCH: usize = 32;
-const PASS: usize = 64;
-/// Most writable bytes of a request that has no use for them (they are zeroed, while other devices wait).
-const MAX_ROOM_BYTES: usize = 4096;
 /// Pieces that a buffer has storage for from the start: 126 segments, header and status.
 const PIECES: usize = 128;
-/// Bytes for a piece (pointer and length).
-const PIECE_BYTES: u64 = 16;
 
 /// A virtio-blk device on top of an engine.
 #[derive(Debug)]
@@ -135,114 +123,6 @@ impl<E: Engine> BlkDevice<E> {
     /// Whether the unit itself makes that necessary.
     fn must_make_durable(&self) -> bool {
         self.lun.write_cache && self.write_through()
-    }
-
-    /// Turns the chain just taken into a slot under way, or answers it at once.
-    fn begin<R: Rings>(&mut self, rings: &mut R, now: Instant) {
-        let id = self.chain.id;
-        if self.chain.readable.len_bytes() < HEADER_BYTES {
-            rings.fail(id, RingError::Framing("no room for the request header"));
-            return;
-        }
-        if self.chain.writable.is_empty() {
-            rings.fail(id, RingError::Framing("no room for the status byte"));
-            return;
-        }
-        let Some(index) = self.free.pop() else {
-            // `take` is called with a free slot only.
-            rings.fail(id, RingError::Framing("no slot"));
-            return;
-        };
-        let header = Header::read(&self.chain.readable);
-        self.chain.readable.advance(HEADER_BYTES);
-        let slot = &mut self.slots[index as usize];
-        let writable = self.chain.writable.len_bytes();
-        self.chain.writable.split_off_into(writable - 1, &mut slot.status);
-        slot.begin(id, writable as u32, now);
-        self.metrics.inflight.set((self.slots.len() - self.free.len()) as u64);
-        let planned = self.plan(index, header);
-        let slot = &self.slots[index as usize];
-        let ring_wait = self.backlogs.took(id.queue, now);
-        counters(&self.metrics, slot.kind).ring_wait.record_ns(ring_wait);
-        // One that will be refused counts as well: it costs the same here.
-        self.limiter.spend(slot.payload_bytes, now);
-        match planned {
-            Ok(true) => self.unsubmitted.push_back(index),
-            Ok(false) => self.finish(rings, index, now),
-            Err(status) => {
-                self.slots[index as usize].result = status;
-                self.finish(rings, index, now);
-            }
-        }
-    }
-
-    /// Works out what the engine has to do; false if nothing.
-    fn plan(&mut self, index: u32, header: Header) -> Result<bool, Status> {
-        let must_make_durable = self.must_make_durable();
-        let fua = self.lun.fua;
-        let slot = &mut self.slots[index as usize];
-        // Requests that fail before their type is known are counted among the others.
-        slot.kind = Kind::GetId;
-        let kind = header.kind()?;
-        slot.kind = kind;
-        if kind != Kind::Read && self.chain.writable.len_bytes() > MAX_ROOM_BYTES {
-            return Err(Status::IoError);
-        }
-        match kind {
-            Kind::Read => {
-                slot.ranges = Ranges::one(header.range(&self.lun, self.chain.writable.len_bytes())?);
-                std::mem::swap(&mut slot.data, &mut self.chain.writable);
-            }
-            Kind::Write => {
-                let range = header.range(&self.lun, self.chain.readable.len_bytes())?;
-                if self.lun.read_only {
-                    return Err(Status::IoError);
-                }
-                slot.ranges = Ranges::one(range);
-                std::mem::swap(&mut slot.data, &mut self.chain.readable);
-                (slot.fua, slot.flush_after) = (must_make_durable && fua, must_make_durable && !fua);
-            }
-            Kind::Flush => {
-                // Nothing to flush: every write was durable when it completed.
-                if !self.lun.write_cache {
-                    return Ok(false);
-                }
-                slot.ranges = Ranges::default();
-                slot.flush_after = true;
-            }
-            Kind::Discard | Kind::WriteZeroes => {
-                let supported = match kind {
-                    Kind::Discard => self.lun.max_discard_blocks,
-                    _ => self.lun.max_write_zeroes_blocks,
-                };
-                if supported == 0 {
-                    return Err(Status::Unsupported);
-                }
-                if self.lun.read_only {
-                    return Err(Status::IoError);
-                }
-                slot.ranges = read_ranges(&self.lun, kind, &self.chain.readable)?;
-                slot.flush_after = must_make_durable && kind == Kind::WriteZeroes;
-            }
-            Kind::GetId => {
-                let mut id = [0; ID_BYTES];
-                for (byte, from) in id.iter_mut().zip(self.lun.serial.bytes()) {
-                    *byte = from;
-                }
-                let len = self.chain.writable.len_bytes().min(ID_BYTES);
-                self.chain.writable.copy_from(0, &id[..len]);
-                let rest = self.chain.writable.len_bytes() - len;
-                self.chain.writable.fill_zero(len, rest);
-                return Ok(false);
-            }
-        }
-        slot.payload_bytes = slot.data.len_bytes() as u64;
-        if !matches!(kind, Kind::Read) {
-            // Bytes before the status that nobody asked for: defined all the same, the used length covers them.
-            self.chain.writable.fill_zero(0, self.chain.writable.len_bytes());
-        }
-        slot.skip_empty();
-        Ok(slot.flush_after || slot.current().is_some())
     }
 
     /// Submits parts of waiting requests, oldest first, while the engine has room; whether any was submitted.
@@ -405,44 +285,6 @@ impl<E: Engine> BlkDevice<E> {
         self.metrics.inflight.set((self.slots.len() - self.free.len()) as u64);
         rings.complete(id, len);
     }
-
-    /// Whether there is a slot for one more request and the engine can start on it.
-    fn takes_more(&self) -> bool {
-        self.limiter.is_open()
-            && self.unsubmitted.is_empty()
-            && !self.free.is_empty()
-            && self.engine.room() != 0
-    }
-
-    fn take<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
-        let (mut left, first) = (PASS, self.turn);
-        self.limiter.refill(now);
-        for turn in 0..self.queues {
-            let queue = (first + turn) % self.queues;
-            let mut emptied = false;
-            for _ in 0..BATCH.min(left) {
-                if !self.takes_more() {
-                    break;
-                }
-                if !rings.take(queue, &mut self.chain) {
-                    emptied = true;
-                    break;
-                }
-                left -= 1;
-                // The last one that took something has its next turn after all others.
-                self.turn = (queue + 1) % self.queues;
-                self.begin(rings, now);
-                self.submit(rings, now);
-            }
-            // What stays behind is looked at once per pass, so that its wait is known when it is taken.
-            let behind = if emptied { 0 } else { rings.available(queue) };
-            self.backlogs.left(queue, behind, now);
-        }
-        // An idle device holds no mapping.
-        self.chain.readable.clear();
-        self.chain.writable.clear();
-        left != PASS
-    }
 }
 
 fn counters(metrics: &DeviceMetrics, kind: Kind) -> &OpMetrics {
@@ -451,169 +293,6 @@ fn counters(metrics: &DeviceMetrics, kind: Kind) -> &OpMetrics {
         Kind::Write => &metrics.write,
         Kind::Flush => &metrics.flush,
         Kind::Discard | Kind::WriteZeroes | Kind::GetId => &metrics.other,
-    }
-}
-
-impl<E: Engine + Send + 'static> RingDevice for BlkDevice<E> {
-    fn queues(&self) -> u16 {
-        self.queues
-    }
-
-    fn queue_size_max(&self) -> u16 {
-        QUEUE_SIZE_MAX
-    }
-
-    fn features(&self) -> u64 {
-        self.offered
-    }
-
-    fn set_features(&mut self, acked: u64) {
-        self.acked = acked;
-        if acked == 0 {
-            self.backlogs.clear();
-            self.writeback = self.lun.write_cache;
-        }
-    }
-
-    fn read_config(&self, offset: u32, out: &mut [u8]) {
-        let space: [u8; CONFIG_BYTES] = space(&self.lun, self.queues, self.writeback);
-        out.fill(0);
-        let from = space.get(offset as usize..).unwrap_or_default();
-        let len = from.len().min(out.len());
-        out[..len].copy_from_slice(&from[..len]);
-    }
-
-    fn write_config(&mut self, offset: u32, data: &[u8]) {
-        // Monitors write back the whole space; what counts is the one byte that may change.
-        let at = WRITEBACK_OFFSET.checked_sub(offset).map(|at| at as usize);
-        match at.and_then(|at| data.get(at)) {
-            Some(&mode @ (0 | 1)) => self.writeback = mode == 1,
-            _ => self.metrics.refused_config_writes.add(1),
-        }
-    }
-
-    fn poll<R: Rings>(&mut self, rings: &mut R, now: Instant) -> bool {
-        let mut moved = self.submit(rings, now);
-        moved |= self.take(rings, now);
-        let mut done = std::mem::take(&mut self.done);
-        moved |= self.engine.poll(now, &mut done);
-        self.done = done;
-        if !self.done.is_empty() {
-            moved = true;
-            // `now` is from before the engine's system calls: a request may have begun and ended in this very pass.
-            self.reap(rings, Instant::now());
-        }
-        if self.engine.take_change() {
-            let lun = self.engine.lun().clone();
-            if lun.block_bytes == self.lun.block_bytes {
-                if lun != self.lun {
-                    self.config_changed = true;
-                    self.changes += 1;
-                }
-                // From here on requests behind the new end fail; those under way are the target's to refuse.
-                self.shrunk += u64::from(lun.blocks < self.lun.blocks);
-                self.lun = lun;
-            } else {
-                tracing::error!(
-                    was = self.lun.block_bytes,
-                    is = lun.block_bytes,
-                    "the unit changed its block size, which a running guest cannot follow; its size is ignored"
-                );
-            }
-        }
-        moved
-    }
-
-    fn readiness(&mut self, ready: bool) {
-        self.engine.readiness(ready);
-    }
-
-    fn submit_to(&mut self, ring: &mut Ring) -> bool {
-        self.engine.submit_to(ring)
-    }
-
-    fn reap_from(&mut self, ring: &mut Ring) {
-        self.engine.reap_from(ring);
-    }
-
-    fn leave_ring(&mut self) {
-        self.engine.leave_ring();
-    }
-
-    fn moves_long(&self) -> bool {
-        self.engine.moves_long()
-    }
-
-    fn has_room(&self) -> bool {
-        self.takes_more()
-    }
-
-    fn wait(&self) -> Wait<'_> {
-        let wait = self.engine.wait();
-        let limited = self.limiter.closed_until();
-        let deadline = wait.deadline.into_iter().chain(limited).min();
-        Wait { fd: wait.fd, writable: wait.writable, deadline }
-    }
-
-    fn take_config_change(&mut self) -> bool {
-        std::mem::take(&mut self.config_changed)
-    }
-
-    fn export(&self, fds: &mut Fds, now: Instant) -> Result<serde_json::Value, NotNow> {
-        self.make_state(fds, now)
-    }
-
-    fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
-        self.take_state(state, fds, now)
-    }
-
-    fn abandon(&mut self) {
-        self.engine.abandon();
-    }
-
-    fn close(&mut self, limit: Duration) {
-        self.engine.close(limit);
-    }
-
-    fn status(&self) -> serde_json::Value {
-        let mut status =
-            serde_json::json!({ "lun": self.lun, "queues": self.queues, "writeback": self.writeback });
-        status["limits"] = serde_json::json!(self.limiter.limits());
-        status["shrunk"] = self.shrunk.into();
-        status["engine"] = self.engine.status();
-        status
-    }
-
-    fn collect(&self, samples: &mut Samples) {
-        let numbers =
-            Numbers { lun: &self.lun, shrunk: self.shrunk, changes: self.changes, limiter: &self.limiter };
-        numbers.collect(samples);
-        self.engine.collect(samples);
-    }
-
-    fn command(
-        &mut self,
-        name: &str,
-        args: &serde_json::Map<String, serde_json::Value>,
-        now: Instant,
-    ) -> Option<Result<Rest, String>> {
-        match name {
-            "limit" => Some(Change::parse(args).map(|change| {
-                self.limiter.change(change, now);
-                Rest::done(serde_json::json!({ "limits": self.limiter.limits() }))
-            })),
-            _ => self.engine.command(name, args, now),
-        }
-    }
-
-    fn memory_bound_bytes(&self) -> u64 {
-        // Each slot's buffers and the part that may be cut from them, at the longest chain that is accepted.
-        let buffers = 2 * MAX_CHAIN_DESCRIPTORS as u64 * PIECE_BYTES;
-        self.slots.len() as u64 * (size_of::<Slot>() as u64 + buffers + size_of::<Completion>() as u64)
-    }
-
-    fn metrics(&self) -> &Arc<DeviceMetrics> {
-        &self.metrics
     }
 }
 

@@ -14,7 +14,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Doubt, IscsiEngine, Phase, Place, chain};
+use super::path::{Doubt, Place};
+use super::{IscsiEngine, Phase, chain};
 use crate::portal::link::Dial;
 use crate::portal::login::Purpose;
 

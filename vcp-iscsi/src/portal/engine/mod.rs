@@ -16,10 +16,13 @@ mod choose;
 mod close;
 mod doubt;
 mod export;
+mod log;
 mod look;
 mod observe;
+mod opening;
 mod outcomes;
 mod path;
+mod seam;
 mod sessions;
 mod size;
 mod status;
@@ -32,24 +35,20 @@ use std::time::{Duration, Instant};
 
 use iscsi::initiator::{Command, Event};
 use iscsi::scsi;
-use vcp_core::ask::Rest;
-use vcp_core::handover::Fds;
-use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::mem::GuestBuf;
-use vcp_core::metrics::Samples;
-use vcp_core::uring::Ring;
 
-use super::client::{Client, Negotiated};
+use super::Options;
+use super::client::Negotiated;
 use super::job::{Job, Jobs, Payload};
-use super::login::Purpose;
 use super::probe::{Found, PROBE_BUFFER_BYTES};
-use super::wire::{RX_STAGING_BYTES, Wire, WireError};
-use super::{Options, PortalError};
-use crate::engine::{Completion, Engine, Lun, Op, Outcome, Request, Wait};
+use super::wire::{RX_STAGING_BYTES, WireError};
+use crate::engine::{Completion, Lun, Op};
 use crate::recorder::{PDUS, Recorder};
+use log::LogLimit;
+pub(in crate::portal) use log::chain;
 use observe::Observer;
-use path::{Doubt, Path, Phase, Place};
 pub use path::{MAX_PATHS, PathStats};
+use path::{Path, Phase};
 pub use status::Stats;
 use waits::Waits;
 
@@ -61,10 +60,6 @@ const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A session that lived so long was a good one: the back-off starts over.
 const SETTLED: Duration = Duration::from_secs(10);
-/// At most one line of the same kind in the log in this time.
-const LOG_EVERY: Duration = Duration::from_secs(1);
-/// With several paths, a former process's session on one that is not reached within this time is made sure of by a reset.
-const START_PATIENCE: Duration = Duration::from_secs(3);
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -119,118 +114,6 @@ pub struct IscsiEngine {
 }
 
 impl IscsiEngine {
-    /// Opens the unit that the options name; blocks for the connect and login time limits of each path at most, until one
-    /// works. For the time before `ready`; the other paths follow.
-    ///
-    /// # Errors
-    /// It cannot be reached, refuses us, or is not a disk: what was found on the first path.
-    pub fn open(options: Options) -> Result<Self, PortalError> {
-        options.url.require_target()?;
-        let options = Arc::new(options);
-        let mut first = None;
-        for (index, path) in options.each_path().into_iter().enumerate() {
-            match Self::open_by(&options, index, path) {
-                Ok(engine) => return Ok(engine),
-                Err(error) => {
-                    if options.paths.len() + usize::from(options.sessions) > 1 {
-                        tracing::warn!(path = index, error = chain(&error), "not by this path");
-                    }
-                    first.get_or_insert(error);
-                }
-            }
-        }
-        Err(first.unwrap_or(PortalError::Url(crate::url::UrlError::Missing("a target"))))
-    }
-
-    fn open_by(options: &Arc<Options>, index: usize, path: Arc<Options>) -> Result<Self, PortalError> {
-        let wanted = path.url.require_lun()?;
-        let mut client = Client::connect(path, Purpose::Normal)?;
-        let (lun_address, found) = client.find_lun(wanted)?;
-        let identity = found.identity();
-        if let Some(wanted) = options.unit_id.as_ref().filter(|wanted| !wanted.names(&identity)) {
-            let error = PortalError::OtherUnit {
-                target: client.options().url.target.clone().unwrap_or_default(),
-                lun: lun_address.to_string(),
-                portal: client.options().url.portal.to_string(),
-                why: format!("{identity}, not {wanted}"),
-            };
-            client.logout();
-            return Err(error);
-        }
-        let now = Instant::now();
-        let (_, wire, _, negotiated) = client.into_parts();
-        let mut engine = Self::detached(Arc::clone(options), lun_address, found, now);
-        if let Some(path) = engine.paths.get_mut(index) {
-            let fresh = Path::new(Arc::clone(&path.options), lun_address, path.own_slot, now);
-            *path = fresh.with_session(wire, negotiated, &engine.found);
-        }
-        engine.doubts_changed();
-        engine.rank(now);
-        Ok(engine)
-    }
-
-    /// An engine without a session, for a unit that is known from before: `found` is what it was, at `lun_address`. The
-    /// first [`Engine::poll`] at `now` or later begins to log in; requests wait until the unit is there and is the same.
-    pub fn detached(options: Arc<Options>, lun_address: scsi::Lun, found: Found, now: Instant) -> Self {
-        let depth = options.queue_depth;
-        let lun = found.lun(options.read_only);
-        let jitter = options.jitter_seed << 32 ^ u64::from(options.isid()[5]) | 1;
-        let url_lun = options.url.lun.unwrap_or_default();
-        let mut paths: Vec<_> = options
-            .each_path()
-            .into_iter()
-            .zip(depth..)
-            .map(|(path, own_slot)| {
-                let lun = look::address_at(path.url.lun.unwrap_or_default(), url_lun, lun_address);
-                Path::new(path, lun, own_slot, now)
-            })
-            .collect();
-        if paths.len() > 1 {
-            // A process before this one may have left sessions with writes underway. The login of each path ends its own.
-            for path in &mut paths {
-                path.doubt = Some(Doubt::of_a_former_process(now + START_PATIENCE));
-            }
-        }
-        let mut engine = Self {
-            observer: Observer::new(&options, now),
-            jobs: Jobs::new(depth + paths.len() as u16),
-            waits: if paths.len() > 1 { Waits::new() } else { None },
-            wait_serial: 0,
-            watched: None,
-            active: Vec::with_capacity(paths.len()),
-            paths,
-            options,
-            lun_address,
-            found,
-            lun,
-            class: None,
-            ranked: false,
-            turn: 0,
-            run: 0,
-            free: (0..depth).rev().collect(),
-            waiting: VecDeque::with_capacity(usize::from(depth)),
-            backoff: Vec::with_capacity(usize::from(depth)),
-            pinned: Vec::with_capacity(usize::from(depth)),
-            ready: Vec::new(),
-            scratch: Vec::with_capacity(usize::from(depth)),
-            changed: false,
-            closing: false,
-            abandoned: false,
-            in_doubt: false,
-            barrier: false,
-            reset: None,
-            reset_not_before: None,
-            reset_failures: 0,
-            size_read: now,
-            away_since: Some(now),
-            jitter,
-            log: LogLimit::default(),
-            stats: Stats::default(),
-        };
-        engine.doubts_changed();
-        engine
-    }
-
     /// Requests at once; slots from here on are the paths' own.
     fn depth(&self) -> u16 {
         self.options.queue_depth
@@ -383,206 +266,6 @@ impl IscsiEngine {
     }
 }
 
-impl Engine for IscsiEngine {
-    fn lun(&self) -> &Lun {
-        &self.lun
-    }
-
-    fn room(&self) -> usize {
-        self.free.len()
-    }
-
-    fn submit(&mut self, request: Request) {
-        let (slot, (command, payload)) = match (self.build(&request), self.free.pop()) {
-            (Ok(built), Some(slot)) => (slot, built),
-            // No room is against the contract; an error is better than a lost request.
-            (built, slot) => {
-                self.free.extend(slot);
-                let outcome = built.err().unwrap_or(Outcome::IoError);
-                match outcome {
-                    Outcome::Ok => self.stats.completed += 1,
-                    _ => self.stats.failed += 1,
-                }
-                self.ready.push(Completion { tag: request.tag, outcome, data: request.data });
-                return;
-            }
-        };
-        // Somebody waits again; what is still underway from before ends in its own time.
-        self.abandoned = false;
-        let job = Job {
-            command,
-            tag: Some(request.tag),
-            op: request.op,
-            data: request.data,
-            payload,
-            losses: self.stats.sessions_lost,
-            written: None,
-            path: 0,
-            unsent: 0,
-            ended: None,
-            failures: 0,
-            refusals: 0,
-            refused_since: None,
-        };
-        self.jobs.put(slot, job);
-        self.waiting.push_back(slot);
-    }
-
-    fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) -> bool {
-        let mut moved = false;
-        self.observe_pass(now);
-        let mut at = 0;
-        while let Some(&(due, slot)) = self.backoff.get(at) {
-            if due <= now {
-                self.backoff.swap_remove(at);
-                self.waiting.push_back(slot);
-            } else {
-                at += 1;
-            }
-        }
-        moved |= self.reconnect(now);
-        if self.in_doubt || self.reset.is_some() {
-            moved |= self.settle(now);
-        }
-        if !self.ranked {
-            self.rank(now);
-        }
-        self.give_up(now);
-        self.look_again(now);
-        self.read_size(now);
-        self.feed(now);
-        moved |= self.exchange_all(now);
-        self.release_pinned();
-        if self.paths.len() > 1 {
-            self.watch(now);
-        }
-        // What the answers led to (R2Ts, repetitions, the look's next command) goes out now, not with the next wake-up.
-        self.look_again(now);
-        self.feed(now);
-        moved |= self.send_all(now);
-        self.release_pinned();
-        self.update_waits();
-        moved |= !self.ready.is_empty();
-        done.append(&mut self.ready);
-        moved
-    }
-
-    fn submit_to(&mut self, ring: &mut Ring) -> bool {
-        let mut again = false;
-        for wire in self.paths.iter_mut().filter_map(|path| path.wire.as_mut()) {
-            again |= wire.submit_to(&self.jobs, ring);
-        }
-        again
-    }
-
-    fn reap_from(&mut self, ring: &mut Ring) {
-        for wire in self.paths.iter_mut().filter_map(|path| path.wire.as_mut()) {
-            wire.reap_from(&mut self.jobs, ring);
-        }
-    }
-
-    fn leave_ring(&mut self) {
-        self.paths.iter_mut().filter_map(|path| path.wire.as_mut()).for_each(Wire::leave_ring);
-        self.update_waits();
-    }
-
-    fn readiness(&mut self, ready: bool) {
-        let set = match &self.waits {
-            Some(waits) if ready && !waits.is_empty() => waits.ready(),
-            _ => 0,
-        };
-        let many = self.waits.is_some();
-        for (index, path) in self.paths.iter_mut().enumerate() {
-            if let Some(wire) = &mut path.wire {
-                wire.readiness(if many { set >> index & 1 != 0 } else { ready });
-            }
-        }
-    }
-
-    fn moves_long(&self) -> bool {
-        self.paths.iter().any(|path| path.wire.as_ref().is_some_and(Wire::receives_long))
-    }
-
-    fn wait(&self) -> Wait<'_> {
-        let mut deadline = self.backoff.iter().map(|&(at, _)| at).min();
-        let mut sooner = |at: Option<Instant>| deadline = [deadline, at].into_iter().flatten().min();
-        for path in &self.paths {
-            sooner(match &path.phase {
-                Phase::Waiting { until } => Some(*until),
-                Phase::Dialing(dial) => Some(dial.deadline()),
-                Phase::Up | Phase::Probing | Phase::Closed => None,
-            });
-            sooner(path.wire.as_ref().and_then(|wire| wire.session.deadline()));
-        }
-        sooner(self.look_at());
-        sooner(self.size_due());
-        sooner(self.watch_at());
-        if self.in_doubt || self.reset.is_some() {
-            sooner(self.settle_at());
-        }
-        sooner(self.give_up_at().filter(|_| self.someone_waits()));
-        let (fd, writable) = match (&self.waits, &self.paths[..]) {
-            (Some(waits), _) => (Some(waits.fd()).filter(|_| !waits.is_empty()), false),
-            (None, [path, ..]) => match (&path.wire, &path.phase) {
-                (Some(wire), _) if wire.is_in_ring() => (None, false),
-                (Some(wire), _) => (Some(wire.stream().as_fd()), wire.wants_write()),
-                (None, Phase::Dialing(dial)) => (dial.fd(), dial.wants_write()),
-                _ => (None, false),
-            },
-            (None, []) => (None, false),
-        };
-        Wait { fd, writable, deadline }
-    }
-
-    fn abandon(&mut self) {
-        self.abandoned = true;
-        if self.active.is_empty() {
-            self.drop_waiting();
-        } else {
-            for slot in self.take_held() {
-                self.finish(slot, Outcome::IoError);
-            }
-        }
-    }
-
-    fn close(&mut self, limit: Duration) {
-        self.shut_down(limit);
-    }
-
-    fn export(&self, fds: &mut Fds, _now: Instant) -> Result<serde_json::Value, NotNow> {
-        self.make_state(fds)
-    }
-
-    fn import(&mut self, state: serde_json::Value, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
-        self.take_state(state, fds, now)
-    }
-
-    fn losses(&self) -> u64 {
-        self.stats.sessions_lost
-    }
-
-    fn status(&self) -> serde_json::Value {
-        self.describe()
-    }
-
-    fn collect(&self, samples: &mut Samples) {
-        self.collect_samples(samples);
-    }
-
-    fn command(
-        &mut self,
-        name: &str,
-        args: &serde_json::Map<String, serde_json::Value>,
-        now: Instant,
-    ) -> Option<Result<Rest, String>> {
-        self.run_command(name, args, now)
-    }
-
-    fn take_change(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
-    }
-}
-
 /// A command of the engine's own, with memory of its own.
 pub(in crate::portal) fn own_job(command: Command) -> Job {
     Job {
@@ -605,31 +288,3 @@ pub(in crate::portal) fn own_job(command: Command) -> Job {
 #[derive(Debug, thiserror::Error)]
 #[error("the session was logged out")]
 struct LoggedOut;
-
-/// An error and what caused it, on one line.
-pub(in crate::portal) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
-
-/// Keeps a broken target from filling the log.
-#[derive(Debug, Default)]
-struct LogLimit {
-    last: Option<Instant>,
-}
-
-impl LogLimit {
-    fn allow(&mut self, now: Instant) -> bool {
-        let allowed = self.last.is_none_or(|at| now.saturating_duration_since(at) >= LOG_EVERY);
-        if allowed {
-            self.last = Some(now);
-        }
-        allowed
-    }
-}

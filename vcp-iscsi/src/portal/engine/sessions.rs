@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use iscsi::initiator::{SessionError, Violation};
 use iscsi::pdu::framing::FrameError;
 
-use super::{IscsiEngine, MAX_FAILURES, Phase, Place, chain};
+use super::path::Place;
+use super::{IscsiEngine, MAX_FAILURES, Phase, chain};
 use crate::engine::Outcome;
 use crate::portal::PortalError;
 use crate::portal::link::Dial;
