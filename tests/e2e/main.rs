@@ -34,6 +34,7 @@ mod net_front;
 mod net_guest;
 mod net_ipxe;
 mod net_kill;
+mod net_large;
 mod net_loss;
 mod net_reset;
 mod operate;

@@ -117,6 +117,7 @@ fn guests_that_are_reset_and_lose_their_card_leave_nothing() -> Result<()> {
     let cycles =
         std::env::var("VCP_SOAK_NET_GUESTS").ok().and_then(|count| count.parse().ok()).unwrap_or(1u64);
     let switch = Switch::start(["", ""], &["--uplink", "user"])?;
+    let idle = procfs::descriptors(switch.proc().pid())?;
     let qmp = switch.dir().join("qmp");
     let monitor = format!("unix:{},server=on,wait=off", qmp.display());
     let (port, socket) = (echo()?, switch.socket(0).display().to_string());
@@ -156,7 +157,7 @@ fn guests_that_are_reset_and_lose_their_card_leave_nothing() -> Result<()> {
         guest.wait_value(&format!("BACK{cycle}"))?;
     }
     guest.wait_value("ERRORS")?;
-    // The machine is gone: nothing is left of it but the sockets that listen.
+    // The machine is gone: nothing is left of it.
     drop(guest);
     let end = Instant::now() + PATIENCE;
     while flows(&switch)? != 0 {
@@ -167,8 +168,16 @@ fn guests_that_are_reset_and_lose_their_card_leave_nothing() -> Result<()> {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
+    // Of a connection that ended, its descriptor and that of its gate are there until the next one.
+    let idle = idle + 2;
+    while procfs::descriptors(pid)? > idle {
+        ensure!(Instant::now() < end, "{idle} descriptors became {}", procfs::descriptors(pid)?);
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let macs = switch.ask(&json!({"cmd": "macs"}))?;
     ensure!(!macs.to_string().contains(MAC), "its station is left: {macs}");
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    ensure!(!maps.contains("memory-backend-memfd"), "it still has the guest's memory:\n{maps}");
     switch.counters()?;
     Ok(())
 }

@@ -224,7 +224,29 @@ fn a_tap_uplink_reaches_the_host() -> Result<()> {
     Ok(())
 }
 
-/// A driver that breaks the rules of its ring: its port stops, and the others' traffic goes on.
+/// Frames for stations that nobody knows go everywhere, but not to another switch of the same process.
+#[test]
+fn switches_of_one_process_are_apart() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    let switch = Switch::start(["", ",switch=1"], &["--uplink", "none", "--uplink", "none"])?;
+    let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &Options::default())?;
+    switch.wait_for("p0", "in_frames", MANY, TRAFFIC)?;
+    testpmd.end(TRAFFIC)?;
+    let answer = switch.ask(&json!({"cmd": "counters"}))?;
+    let switches = answer["switches"].as_array().context("no switches")?;
+    assert_eq!(switches.len(), 2);
+    for (switch, name) in switches.iter().zip(["p0", "p1"]) {
+        ensure!(switch["balanced"] == true, "{switch}");
+        let ports = switch["ports"].as_array().context("no ports")?;
+        let port = ports.iter().find(|port| port["port"] == name).context("not its port")?;
+        ensure!(port["in_frames"].as_u64() > Some(0) && port["out_frames"] == 0, "{port}");
+    }
+    Ok(())
+}
+
+/// A front end that is killed in the middle of its frames takes nothing with it.
 #[test]
 fn a_killed_front_end_disturbs_nobody() -> Result<()> {
     if !have_dpdk() {

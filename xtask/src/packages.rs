@@ -47,6 +47,7 @@ const TEST: &[&str] = &[
     "librte-net-vhost23",
     "iproute2",
     "iperf3",
+    "curl",
     "libvirt-clients",
     "libxml2-utils",
 ];

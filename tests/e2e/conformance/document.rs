@@ -1,4 +1,5 @@
-//! The list in `docs/conformance-initiator.md` is true: what it names exists, and nothing is missing from it.
+//! The lists in `docs/conformance-initiator.md` and `docs/conformance-net.md` are true: what they name exists, and nothing is
+//! missing from them.
 
 use std::collections::HashSet;
 use std::fs;
@@ -88,5 +89,28 @@ fn every_line_and_every_case_has_a_row() -> Result<()> {
         let why = cells.last().is_some_and(|last| last.starts_with("does not apply:"));
         ensure!(why == names.is_empty(), "case {}: a test or a reason: {cells:?}", cells[0]);
     }
+    Ok(())
+}
+
+#[test]
+fn every_promise_of_the_network_has_a_test_or_a_reason() -> Result<()> {
+    let text = fs::read_to_string(root().join("docs/conformance-net.md"))?;
+    let mut known = HashSet::new();
+    for dir in ["tests/e2e", "vcp-net/src", "vcp-net/tests", "vcp-core/src", "vmm/src"] {
+        functions(&root().join(dir), &mut known)?;
+    }
+    let mut promises = 0;
+    for (cells, names) in rows(&text) {
+        if cells[0] == "promise" {
+            continue;
+        }
+        promises += 1;
+        for name in &names {
+            ensure!(known.contains(name), "row {:?} names {name}, which does not exist", cells[0]);
+        }
+        let reason = cells.last().is_some_and(|last| last.starts_with("no test:"));
+        ensure!(reason == names.is_empty(), "{:?}: a test or a reason: {cells:?}", cells[0]);
+    }
+    ensure!(promises >= 65, "{promises} rows");
     Ok(())
 }

@@ -81,6 +81,8 @@ impl Connection {
             if let Err(error) = lock(&theirs).ask(What::Detach) {
                 tracing::error!(device = &*name, %error, "cannot detach the front end");
             }
+            // Who waits for the next front end keeps this handler; the guest's memory is not to stay with it.
+            lock(&theirs).forget_memory();
             let _ = peeker.shutdown(Shutdown::Both);
             match end {
                 VhostError::Disconnected | VhostError::SocketBroken(_) | VhostError::PartialMessage => {

@@ -93,6 +93,11 @@ impl Handler {
         Self { memory, status, ..Self::new(device, facts, mailbox) }
     }
 
+    /// Lets go of the guest's memory.
+    pub(crate) fn forget_memory(&mut self) {
+        self.memory = MemTable::default();
+    }
+
     /// The memory table.
     pub(crate) fn memory(&self) -> &MemTable {
         &self.memory

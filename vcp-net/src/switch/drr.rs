@@ -49,3 +49,36 @@ impl Credit {
         self.0 != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two that always have something to send get the same in the long run, whatever the lengths of their frames; one
+    /// that has been silent gets no more than that afterwards.
+    #[test]
+    fn senders_get_the_same_whatever_they_send() {
+        let lens = [60u64, 1514, 65_550];
+        let mut credits = [Credit::default(); 3];
+        let mut spent = [0u64; 3];
+        for _ in 0..1000 {
+            for ((credit, spent), len) in credits.iter_mut().zip(&mut spent).zip(lens) {
+                credit.begin();
+                while credit.has_any() {
+                    let frames = credit.afford([len; 64]) as u64;
+                    *spent += frames * (len + FRAME_COST);
+                    credit.spend(frames, frames * len);
+                }
+            }
+        }
+        let (least, most) = (spent.iter().min().unwrap(), spent.iter().max().unwrap());
+        assert!(*most <= *least * 2, "{spent:?}");
+        let mut silent = Credit::default();
+        for _ in 0..1000 {
+            silent.begin();
+            silent.end();
+        }
+        silent.begin();
+        assert!(silent.afford([1000; 1000]) as u64 <= QUANTUM / 1000 + 1);
+    }
+}

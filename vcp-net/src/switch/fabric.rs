@@ -167,6 +167,8 @@ impl SwitchFabric {
             if let Some(switch) = self.switches.get_mut(usize::from(member.spec.switch)) {
                 let port = PortId(at as u8);
                 if !attached {
+                    // It may hold the memory of that very guest.
+                    self.batch.release();
                     switch.line.flush(port);
                 }
                 switch.uplink.attached(port, attached);

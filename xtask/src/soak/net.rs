@@ -26,13 +26,16 @@ pub(crate) struct Args {
     /// Resets of a stock guest, and removals of its network card; each takes seconds
     #[arg(long, default_value_t = 5)]
     guests: u32,
+    /// MiB of a file that a stock guest fetches, and fetches and sends back
+    #[arg(long, default_value_t = 1024)]
+    mib: u64,
     /// Connections
     #[arg(long, default_value_t = 1_000_000)]
     connections: u64,
 }
 
 /// Kills, resets and removes DPDK's front ends under vcp-net, and kills vcp-net under DPDK's front ends, `kills` times each, resets
-/// stock guests, and opens and ends connections. What is given as 0 is left out.
+/// stock guests, has one fetch and send a large file, and opens and ends connections. What is given as 0 is left out.
 ///
 /// # Errors
 /// Traffic did not come back, the books do not balance, or a connection left something.
@@ -51,6 +54,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.guests != 0 {
         tests.push("net_reset::guests_that_are_reset_and_lose_their_card_leave_nothing");
     }
+    if args.mib != 0 {
+        tests.push("net_large::a_large_file_is_whole_in_either_direction");
+    }
     if tests.is_empty() {
         return Ok(());
     }
@@ -61,7 +67,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 .args(["test", "-p", "vcp-tests", "--test", "e2e", "--", test, "--exact", "--nocapture"])
                 .env("VCP_BIN_DIR", &programs)
                 .env("VCP_SOAK_NET_KILLS", args.kills.to_string())
-                .env("VCP_SOAK_NET_GUESTS", args.guests.to_string()),
+                .env("VCP_SOAK_NET_GUESTS", args.guests.to_string())
+                .env("VCP_SOAK_NET_MIB", args.mib.to_string()),
         )?;
     }
     Ok(())

@@ -117,6 +117,23 @@ fn a_port_that_drops_holds_nobody_up() {
 }
 
 #[test]
+fn a_frame_that_is_too_long_for_a_port_is_dropped_there_alone() {
+    let spec = PortSpec { mtu: Some(1000), ..PortSpec::default() };
+    let plain = (PortSpec::default(), ALL_FEATURES);
+    let mut bed = Bed::new(&[plain.clone(), (spec, ALL_FEATURES), plain], None);
+    bed.guests[1].offer(4);
+    bed.guests[2].offer(4);
+    for (len, arrives) in [(1000, true), (1001, false)] {
+        let frame = ether(mac(0), Mac::BROADCAST, &vec![7; len]);
+        bed.guests[0].send(PLAIN, &frame);
+        bed.run();
+        assert_eq!(bed.guests[1].receive().is_some(), arrives, "{len} bytes");
+        assert_eq!(bed.guests[2].receive().map(|(_, bytes)| bytes), Some(frame));
+    }
+    assert_eq!((bed.drops(PortId(1), Reason::Mtu), bed.drops(PortId(2), Reason::Mtu)), (1, 0));
+}
+
+#[test]
 fn vlans_are_apart_and_trunks_carry_tags() {
     let port = |vlan| (PortSpec { vlan, ..PortSpec::default() }, ALL_FEATURES);
     let trunk = Vlan::Trunk { native: None, allowed: vec![5, 6] };
