@@ -1,4 +1,4 @@
-//! Bounds of a VCP's control group as the user gives them, for disks and nets alike.
+//! Bounds of a VCP as the user gives them, for disks and nets alike: its control group, its share of a hardware thread.
 
 use super::size::Size;
 use crate::vcp::cgroup::{Bounds, MIN_CPU_PERCENT};
@@ -13,6 +13,22 @@ const DEFAULT_TASKS: u32 = 128;
 const TASKS: std::ops::RangeInclusive<u32> = 16..=4096;
 /// Most percent: a hundred threads.
 const MAX_CPU_PERCENT: u32 = 10_000;
+
+/// Shares of a hardware thread, 100 if nothing was said.
+const WEIGHTS: std::ops::RangeInclusive<u32> = 1..=10_000;
+
+/// Checks the range of `weight=`.
+///
+/// # Errors
+/// In words for the user.
+pub(super) fn check_weight(given: Option<u32>) -> Result<(), String> {
+    match given {
+        Some(weight) if !WEIGHTS.contains(&weight) => {
+            Err(format!("weight={weight} is out of range: {} to {}", WEIGHTS.start(), WEIGHTS.end()))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// What was given; `None`: the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::bounds::BoundSpec;
+use super::bounds::{BoundSpec, check_weight};
 use super::size::Size;
 use super::words::{number, parts, switch, wrong_key};
 use crate::placement::Policy;
@@ -284,9 +284,7 @@ impl DiskSpec {
         {
             return Err(format!("sessions={n} is out of range: 1 to {MAX_PATHS}"));
         }
-        if self.weight.is_some_and(|weight| !(1..=10_000).contains(&weight)) {
-            return Err("weight= is out of range: 1 to 10000".into());
-        }
+        check_weight(self.weight)?;
         if self.watchdog.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
             return Err("watchdog= is out of range: 1 to 3600 seconds".into());
         }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use vcp_core::process::named::is_switch_name;
 
-use super::bounds::BoundSpec;
+use super::bounds::{BoundSpec, check_weight};
 use super::size::Size;
 use super::words::{number, parts, switch, wrong_key};
 use crate::placement::Policy;
@@ -238,9 +238,7 @@ impl NetSpec {
         if let Some(pairs) = self.queues.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
             return Err(format!("queues={pairs} is out of range: 1 to {MAX_PAIRS}"));
         }
-        if self.weight.is_some_and(|weight| !(1..=10_000).contains(&weight)) {
-            return Err("weight= is 1 to 10000".into());
-        }
+        check_weight(self.weight)?;
         let kind = self.kind()?;
         if !self.hostfwd.is_empty() && !self.user {
             return Err("hostfwd= needs user: other networks reach the guest by its own address".into());
