@@ -10,8 +10,8 @@ use crate::queue::notify::{ArmSteps, arm_then_look};
 use crate::queue::packed::{EVENTS_DESC, EVENTS_OFF, EVENTS_ON, MAX_SIZE, Place};
 use crate::queue::{RingAddresses, RingError};
 
-/// How often a ring is read until its driver leaves it alone.
-const SETTLE_TRIES: usize = 200;
+/// How often a ring is read until its driver leaves it alone: of the longest, a millisecond or so.
+const SETTLE_TRIES: usize = 50;
 
 /// See the module. The pointers lead into the memory that the ring above it keeps.
 #[derive(Debug)]
@@ -77,12 +77,11 @@ impl PackedBurst {
     fn recover(&mut self) {
         let size = self.at.size;
         let mut seen = self.seen();
-        for index in 0..size {
-            // That chain was given back, and its address is lost.
-            if let Some((place, slots)) = seen[usize::from(index)].cut_in(index) {
-                self.empty(place, slots.min(size), &seen);
-                seen = self.seen();
-            }
+        // A process dies once, so there is one such chain. It was given back, and its address is lost.
+        let cut = (0..size).find_map(|index| seen[usize::from(index)].cut_in(index));
+        if let Some((place, slots)) = cut {
+            self.empty(place, slots.min(size), &seen);
+            seen = self.seen();
         }
         let recover::Found { next, held_back, .. } = recover::position(&seen, self.next);
         if let Some((first, slots)) = held_back {
