@@ -10,7 +10,7 @@ const QUEUE_SIZE: u16 = 256;
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
 
-const FEATURES: [u32; 13] = [
+const FEATURES: [u32; 14] = [
     vn::VIRTIO_NET_F_CSUM,
     vn::VIRTIO_NET_F_GUEST_CSUM,
     vn::VIRTIO_NET_F_GUEST_TSO4,
@@ -24,6 +24,7 @@ const FEATURES: [u32; 13] = [
     vn::VIRTIO_NET_F_MRG_RXBUF,
     vn::VIRTIO_NET_F_GUEST_USO4,
     vn::VIRTIO_NET_F_GUEST_USO6,
+    vn::VIRTIO_NET_F_HOST_USO,
 ];
 
 /// What several queue pairs need besides `MQ`: a control queue, by which the driver says how many it uses.
@@ -80,6 +81,13 @@ pub fn default_mac(index: u8) -> [u8; 6] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_of_datagrams_may_go_both_ways() {
+        // VIRTIO_NET_F_GUEST_USO4, GUEST_USO6, HOST_USO (virtio 1.2, 5.1.3).
+        let both = 0b111 << 54;
+        assert_eq!(kind(default_mac(0), 1, false).features & both, both);
+    }
 
     #[test]
     fn a_net_that_waits_for_frames_has_nothing_to_do() {
