@@ -4,9 +4,11 @@
 //! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
 //! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
 //! beside passt and libslirp; [`datagrams`]: what of a guest's datagrams is lost with each of them, and where.
+//! [`operations`]: what each operation takes by itself.
 
 mod datagrams;
 mod guests;
+mod operations;
 mod rates;
 
 use std::path::{Path, PathBuf};
@@ -50,6 +52,8 @@ pub(crate) enum Part {
     Guests,
     /// UDP from a Debian guest at the same offered rates, beside passt and libslirp, and where datagrams are lost
     Datagrams,
+    /// Each operation of the switch by itself, nanoseconds per frame
+    Operations,
 }
 
 /// Measures and reports: everything, or a part.
@@ -65,6 +69,9 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
     }
     if chosen(Part::Rates) {
         rates::run(bin, rounds, Duration::from_secs_f64(secs.max(0.1) / 4.0))?;
+    }
+    if chosen(Part::Operations) {
+        operations::run(rounds)?;
     }
     if chosen(Part::Guests) {
         guests::run(bin, rounds, whole)?;
