@@ -9,8 +9,9 @@ use std::time::Instant;
 use vcp_core::vu::port::Port;
 use vcp_net::port::{NetPort, PortSpec, features};
 use vcp_net::switch::account::Account;
+use vcp_net::switch::back::Member;
 use vcp_net::switch::enqueue::{Enqueue, Targets};
-use vcp_net::switch::line::{From, Member};
+use vcp_net::switch::line::From;
 use vcp_net::switch::work::{Fate, PortId, PortSet, Work};
 use vcp_net::uplink::none::NoUplink;
 
@@ -47,7 +48,7 @@ impl Bed {
         Self {
             enqueue: Enqueue::default(),
             work,
-            members: drivers.iter().map(|_| Member::new(spec.clone(), now)).collect(),
+            members: drivers.iter().map(|_| Member::new(spec.clone())).collect(),
             ports: drivers.iter().map(port).collect(),
             account: Account::new(drivers.iter().map(|_| 1)),
             drivers,
@@ -79,13 +80,7 @@ fn main() {
     for (name, targets, mtu) in
         [("enqueue", 1, None), ("enqueue, with an MTU", 1, Some(1500)), ("enqueue, three targets", 3, None)]
     {
-        bed::each(
-            &mut criterion,
-            name,
-            bed::unchanged,
-            |burst| Bed::new(burst, targets, mtu),
-            Bed::run,
-        );
+        bed::each(&mut criterion, name, bed::unchanged, |burst| Bed::new(burst, targets, mtu), Bed::run);
     }
     criterion.final_summary();
 }

@@ -10,8 +10,7 @@ fn main() {
     let many = |at: usize, frame: &mut Vec<u8>| {
         frame[6..12].copy_from_slice(&bed::station(100 + at as u64).bytes());
     };
-    let change: [(&str, bed::Change<'_>); 2] =
-        [("learn", &bed::unchanged), ("learn, many stations", &many)];
+    let change: [(&str, bed::Change<'_>); 2] = [("learn", &bed::unchanged), ("learn, many stations", &many)];
     for (name, change) in change {
         bed::each(
             &mut criterion,

@@ -5,7 +5,7 @@ mod bed;
 use std::time::Instant;
 
 use vcp_net::port::{PortSpec, Rate};
-use vcp_net::switch::line::Member;
+use vcp_net::switch::line::Sender;
 use vcp_net::switch::police::Police;
 use vcp_net::switch::table::MacTable;
 
@@ -27,9 +27,9 @@ fn main() {
                 if spec.protect {
                     table.fix(0, bed::station(0), bed::FROM);
                 }
-                (Police::default(), burst.parsed(), Member::new(spec.clone(), now), table)
+                (Police::default(), burst.parsed(), Sender::new(spec.clone(), now), table)
             },
-            |(police, work, member, table), _| police.run(work, bed::FROM, member, table, now),
+            |(police, work, sender, table), _| police.run(work, bed::FROM, sender, table, now),
         );
     }
     criterion.final_summary();

@@ -12,8 +12,7 @@ fn main() {
         frame[23] = 2;
         frame[34..42].copy_from_slice(&[0x16, 0, 0, 0, 239, 1, 2, at as u8 % 16]);
     };
-    let change: [(&str, bed::Change<'_>); 2] =
-        [("snoop", &bed::unchanged), ("snoop, reports", &report)];
+    let change: [(&str, bed::Change<'_>); 2] = [("snoop", &bed::unchanged), ("snoop, reports", &report)];
     for (name, change) in change {
         bed::each(
             &mut criterion,

@@ -82,6 +82,10 @@ pub struct ServeArgs {
     /// Hardware thread for the data path
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
+    /// A second hardware thread: under load it takes frames from the guests and decides where they go, and the first one
+    /// carries that out. Without it, or when little is to be done, the first one does everything
+    #[arg(long, value_name = "N")]
+    pub second_cpu: Option<usize>,
     /// Microseconds that an idle data thread looks before it sleeps; 0: sleeps at once, `always`: never sleeps
     #[arg(long, value_name = "N|always", default_value = "adaptive")]
     pub poll_us: PollMode,
@@ -122,6 +126,9 @@ impl ServeArgs {
             let dir = switch.dir()?;
             self.port = switch.ports(&dir);
             self.control = Some(dir.join(vcp_core::process::named::CONTROL));
+        }
+        if self.second_cpu.is_some() && self.second_cpu == self.cpu {
+            return Err("--cpu and --second-cpu are one hardware thread: give another one, or none".into());
         }
         if self.port.len() > PORTS_MAX {
             return Err(format!("{} ports ({PORTS_MAX} at most)", self.port.len()));

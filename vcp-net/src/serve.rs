@@ -37,6 +37,9 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
     if let Some(cpu) = args.cpu {
         vcp_core::poll::check_cpu(cpu).context("--cpu")?;
     }
+    if let Some(cpu) = args.second_cpu {
+        vcp_core::poll::check_cpu(cpu).context("--second-cpu")?;
+    }
     if let Some(switch) = &args.switch {
         switch.create_dir()?;
     }
@@ -71,6 +74,9 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
     let devices = devices.collect();
     ready.push_str(&format!(" uplink={} confined={}", kinds.join(","), report.summary()));
     let mut fabric = SwitchFabric::new(&specs, uplinks, secret, Instant::now());
+    if args.second_cpu.is_some() {
+        fabric.place_on_second(args.second_cpu).context("--second-cpu")?;
+    }
     if let Some(dir) = &args.capture_dir {
         fabric.capture_in(dir);
     }
@@ -83,6 +89,7 @@ pub fn run(args: &ServeArgs, log: Option<&str>, signals: &Signals) -> Result<End
     let needed = needs(args);
     let offer = Offer {
         cpu: args.cpu,
+        second_cpu: args.second_cpu,
         poll_us: args.poll_us.to_string(),
         log: log.map(str::to_owned).or_else(|| std::env::var("RUST_LOG").ok()),
         confine: args.confine,

@@ -159,6 +159,30 @@ impl RingSet {
         vring.ring.as_mut()?.burst()
     }
 
+    /// Takes the ring of queue `queue` out, if it runs and is run in bursts: for another thread, which serves it while this one
+    /// is in the same pass. Until it [comes back](Self::take_back), before the pass ends, the queue looks as if it did
+    /// not run.
+    pub fn lend(&mut self, queue: u16) -> Option<BurstRing> {
+        self.burst(queue)?;
+        let place = &mut self.vrings.get_mut(usize::from(queue))?.ring;
+        match place.take() {
+            Some(Ring::Burst(ring)) => Some(ring),
+            other => {
+                *place = other;
+                None
+            }
+        }
+    }
+
+    /// A ring that was [lent](Self::lend) comes back.
+    pub fn take_back(&mut self, queue: u16, ring: BurstRing) {
+        if let Some(vring) = self.vrings.get_mut(usize::from(queue))
+            && vring.ring.is_none()
+        {
+            vring.ring = Some(Ring::Burst(ring));
+        }
+    }
+
     /// The driver of queue `queue` broke a rule: the queue stops.
     #[cold]
     pub fn broke(&mut self, queue: u16, error: &RingError) {

@@ -46,20 +46,24 @@ pub(crate) fn station(at: u64) -> Mac {
     Mac(0x0200_0000_0010 + at)
 }
 
+/// A guest's memory.
+pub(crate) fn memory(bytes: u64) -> Arc<GuestMap> {
+    Arc::new(GuestMap::from_ranges(&[(GuestAddress(0), bytes as usize)]).expect("memory"))
+}
+
 /// A ring that a driver filled with buffers, one for each entry; memory for all of it begins at `base`.
 pub(crate) struct Driver {
     pub(crate) map: Arc<GuestMap>,
     base: u64,
     size: u16,
     given: u16,
+    used: u16,
 }
 
 impl Driver {
     /// In memory of its own.
     pub(crate) fn new(size: u16, writable: bool) -> Self {
-        let bytes = Self::memory_bytes(size);
-        let map = Arc::new(GuestMap::from_ranges(&[(GuestAddress(0), bytes as usize)]).expect("memory"));
-        Self::at(&map, 0, size, writable)
+        Self::at(&memory(Self::memory_bytes(size)), 0, size, writable)
     }
 
     pub(crate) fn memory_bytes(size: u16) -> u64 {
@@ -68,7 +72,7 @@ impl Driver {
 
     /// In memory that is there.
     pub(crate) fn at(map: &Arc<GuestMap>, base: u64, size: u16, writable: bool) -> Self {
-        let this = Self { map: Arc::clone(map), base, size, given: 0 };
+        let this = Self { map: Arc::clone(map), base, size, given: 0, used: 0 };
         for at in 0..size {
             let flags = if writable { F_WRITE } else { 0 };
             this.describe(at, BUFFER_BYTES as u32, flags);
@@ -102,6 +106,15 @@ impl Driver {
     pub(crate) fn give(&mut self, count: u16) {
         self.given = self.given.wrapping_add(count);
         self.map.write_obj(self.given, GuestAddress(self.base + AVAIL + 2)).expect("in memory");
+    }
+
+    /// Gives again what the device has used; how many buffers.
+    pub(crate) fn give_used(&mut self) -> u16 {
+        let used: u16 = self.map.read_obj(GuestAddress(self.base + USED + 2)).expect("in memory");
+        let count = used.wrapping_sub(self.used);
+        self.used = used;
+        self.give(count);
+        count
     }
 
     /// Where it is.

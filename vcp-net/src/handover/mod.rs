@@ -17,6 +17,9 @@ use crate::port::PortSpec;
 pub struct Offer {
     /// `--cpu`.
     pub cpu: Option<usize>,
+    /// `--second-cpu`.
+    #[serde(default)]
+    pub second_cpu: Option<usize>,
     /// `--poll-us`.
     pub poll_us: String,
     /// What is logged.

@@ -106,6 +106,9 @@ fn prepare(
     let report = confine::confine(offer.confine, needs)?;
     let uplinks = (0..offer.switches).map(|_| Box::new(NoUplink) as Box<dyn Uplink>).collect();
     let mut fabric = SwitchFabric::new(&offer.ports, uplinks, secret, Instant::now());
+    if offer.second_cpu.is_some() {
+        fabric.place_on_second(offer.second_cpu).context("the second thread")?;
+    }
     if let Some(dir) = &offer.capture_dir {
         fabric.capture_in(dir);
     }

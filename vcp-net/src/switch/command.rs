@@ -9,9 +9,10 @@ use vcp_core::metrics::{Family, Samples, Unit};
 use vcp_core::vu::port::Port;
 
 use super::account::Tally;
+use super::back::Member;
 use super::cost::Stage;
 use super::fabric::{Switch, SwitchFabric};
-use super::line::Member;
+use super::line::{Line, Sender};
 use super::work::PortId;
 use crate::port::{NetPort, OnFull, PortSpec, Rate, Vlan};
 
@@ -39,13 +40,16 @@ static TIMED_NS: Family = Family::counter(
     Unit::None,
     "Nanoseconds that an operation took with the frames that were timed",
 );
+static SECOND_PASSES: Family =
+    Family::counter("vcp_net_second_thread_passes", Unit::None, "Passes in which a second thread decided");
+static SECOND_BURSTS: Family =
+    Family::counter("vcp_net_second_thread_bursts", Unit::None, "Bursts that a second thread decided about");
 static STATIONS: Family = Family::gauge("vcp_net_stations", Unit::None, "Stations that are known, by switch");
 
 /// See [`Fabric::status`](vcp_core::fabric::Fabric::status).
 pub(super) fn status(fabric: &SwitchFabric, ports: &[Port<NetPort>]) -> Value {
     let now = fabric.now();
-    let switches = fabric.switches.iter().enumerate().map(|(at, switch)| {
-        let line = &switch.line;
+    let switches = fabric.switches.iter().zip(&fabric.front.lines).enumerate().map(|(at, (switch, line))| {
         let own =
             fabric.members.iter().zip(ports).filter(|(member, _)| usize::from(member.spec.switch) == at);
         json!({
@@ -53,7 +57,7 @@ pub(super) fn status(fabric: &SwitchFabric, ports: &[Port<NetPort>]) -> Value {
             "uplink": switch.uplink.status(),
             "ports": own.map(|(member, port)| port_json(member, port)).collect::<Vec<_>>(),
             "stations": line.table.stations(line.seconds(now)).count(),
-            "operations": operations(switch),
+            "operations": operations(switch, line),
         })
     });
     switches.collect()
@@ -67,8 +71,8 @@ fn port_json(member: &Member, port: &Port<NetPort>) -> Value {
 }
 
 /// The counters of the operations that are not drops.
-fn operations(switch: &Switch) -> Value {
-    let line = &switch.line;
+fn operations(switch: &Switch, line: &Line) -> Value {
+    let enqueue = &switch.back.enqueue;
     json!({
         "parse": { "unfinished": line.parse.unfinished },
         "police": { "seen": line.police.seen },
@@ -76,21 +80,34 @@ fn operations(switch: &Switch) -> Value {
         "snoop": { "reports": line.snoop.reports, "queries": line.snoop.queries },
         "lookup": { "known": line.lookup.known, "unknown": line.lookup.unknown, "group": line.lookup.group },
         "rewrite": {
-            "tagged": line.enqueue.rewrite.tagged, "untagged": line.enqueue.rewrite.untagged,
-            "retagged": line.enqueue.rewrite.retagged,
+            "tagged": enqueue.rewrite.tagged, "untagged": enqueue.rewrite.untagged,
+            "retagged": enqueue.rewrite.retagged,
         },
-        "enqueue": { "held": line.enqueue.held },
+        "enqueue": { "held": enqueue.held },
         // Of one burst in many: nanoseconds in each operation, and the frames that went through it then.
         "timed": {
             "frames": line.costs.frames(),
-            "ns": Stage::ALL.map(|stage| (stage.name(), line.costs.ns(stage))).into_iter().collect::<BTreeMap<_, _>>(),
+            "ns": Stage::ALL.map(|stage| (stage.name(), ns(switch, line, stage))).into_iter().collect::<BTreeMap<_, _>>(),
         },
+    })
+}
+
+/// What an operation took with the bursts that were timed.
+fn ns(switch: &Switch, line: &Line, stage: Stage) -> u64 {
+    line.costs.ns(stage) + switch.back.costs.ns(stage)
+}
+
+/// What the second thread did, if there is one.
+fn second(fabric: &SwitchFabric) -> Value {
+    fabric.second.as_ref().map_or(Value::Null, |second| {
+        let counts = second.counts;
+        json!({ "passes": counts.passes, "bursts": counts.bursts, "asleep": counts.asleep })
     })
 }
 
 /// See [`Fabric::collect`](vcp_core::fabric::Fabric::collect).
 pub(super) fn collect(fabric: &SwitchFabric, samples: &mut Samples) {
-    for (number, switch) in fabric.switches.iter().enumerate() {
+    for (number, (switch, line)) in fabric.switches.iter().zip(&fabric.front.lines).enumerate() {
         let number = number.to_string();
         for (name, pair, tally) in tallies(fabric, switch, &number) {
             let pair = pair.to_string();
@@ -114,13 +131,17 @@ pub(super) fn collect(fabric: &SwitchFabric, samples: &mut Samples) {
                 samples.add(&DROPS, &labels, count);
             }
         }
-        let stations = switch.line.table.stations(switch.line.seconds(fabric.now())).count();
+        let stations = line.table.stations(line.seconds(fabric.now())).count();
         samples.add(&STATIONS, &[("switch", &number)], stations as u64);
-        samples.add(&TIMED_FRAMES, &[("switch", &number)], switch.line.costs.frames());
+        samples.add(&TIMED_FRAMES, &[("switch", &number)], line.costs.frames());
         for stage in Stage::ALL {
             let labels = [("switch", number.as_str()), ("operation", stage.name())];
-            samples.add(&TIMED_NS, &labels, switch.line.costs.ns(stage));
+            samples.add(&TIMED_NS, &labels, ns(switch, line, stage));
         }
+    }
+    if let Some(second) = &fabric.second {
+        samples.add(&SECOND_PASSES, &[], second.counts.passes);
+        samples.add(&SECOND_BURSTS, &[], second.counts.bursts);
     }
 }
 
@@ -150,7 +171,7 @@ pub(super) fn command(
     now: Instant,
 ) -> Option<Result<Rest, String>> {
     let answer = match name {
-        "ports" => Ok(json!({ "switches": status(fabric, ports) })),
+        "ports" => Ok(json!({ "switches": status(fabric, ports), "second_thread": second(fabric) })),
         "macs" => Ok(macs(fabric, now)),
         "groups" => Ok(groups(fabric, now)),
         "counters" => counters(fabric),
@@ -174,8 +195,8 @@ fn name_of(fabric: &SwitchFabric, port: PortId) -> &str {
 
 fn macs(fabric: &SwitchFabric, now: Instant) -> Value {
     let mut all = Vec::new();
-    for (number, switch) in fabric.switches.iter().enumerate() {
-        for station in switch.line.table.stations(switch.line.seconds(now)) {
+    for (number, line) in fabric.front.lines.iter().enumerate() {
+        for station in line.table.stations(line.seconds(now)) {
             all.push(json!({
                 "switch": number, "vlan": station.vid, "mac": station.mac.to_string(),
                 "port": name_of(fabric, station.port), "age_s": station.age_s, "fixed": station.fixed,
@@ -187,8 +208,8 @@ fn macs(fabric: &SwitchFabric, now: Instant) -> Value {
 
 fn groups(fabric: &SwitchFabric, now: Instant) -> Value {
     let mut all = Vec::new();
-    for (number, switch) in fabric.switches.iter().enumerate() {
-        for group in switch.line.snoop.groups(switch.line.seconds(now)) {
+    for (number, line) in fabric.front.lines.iter().enumerate() {
+        for group in line.snoop.groups(line.seconds(now)) {
             let ports: Vec<&str> = group.ports.iter().map(|&port| name_of(fabric, port)).collect();
             all.push(
                 json!({ "switch": number, "vlan": group.vid, "mac": group.mac.to_string(), "ports": ports }),
@@ -224,8 +245,8 @@ fn flush(fabric: &mut SwitchFabric, args: &Map<String, Value>) -> Result<Value, 
         None => None,
         Some(_) => Some(find(fabric, args)?),
     };
-    for switch in &mut fabric.switches {
-        switch.line.table.flush(port);
+    for line in &mut fabric.front.lines {
+        line.table.flush(port);
     }
     Ok(Value::Null)
 }
@@ -264,13 +285,14 @@ fn set(
     spec.check()?;
     let member = &mut fabric.members[at];
     let partial = std::mem::take(&mut member.partial);
-    *member = Member { partial, attached: member.attached, ..Member::new(spec.clone(), now) };
+    *member = Member { partial, attached: member.attached, ..Member::new(spec.clone()) };
+    fabric.front.senders[at] = Sender::new(spec.clone(), now);
     let switch = usize::from(spec.switch);
     let (device, _) = ports[at].parts();
     device.change(spec);
-    if let Some(switch) = fabric.switches.get_mut(switch) {
-        switch.line.table.unfix(PortId(at as u8));
-        switch.line.flush(PortId(at as u8));
+    if let Some(line) = fabric.front.lines.get_mut(switch) {
+        line.table.unfix(PortId(at as u8));
+        line.flush(PortId(at as u8));
     }
     fabric.fix_addresses();
     Ok(serde_json::to_value(&fabric.members[at].spec).unwrap_or_default())

@@ -11,7 +11,7 @@ const ONE_IN: u32 = 128;
 pub enum Stage {
     /// [`Parse`](super::parse::Parse).
     Parse,
-    /// [`Police`](super::police::Police), and the choice of queues.
+    /// [`Police`](super::police::Police).
     Police,
     /// [`Learn`](super::learn::Learn).
     Learn,
@@ -19,7 +19,7 @@ pub enum Stage {
     Snoop,
     /// [`Lookup`](super::lookup::Lookup).
     Lookup,
-    /// [`Enqueue`](super::enqueue::Enqueue), which copies.
+    /// [`Enqueue`](super::enqueue::Enqueue), which copies, and the choice of queues.
     Enqueue,
 }
 
@@ -45,6 +45,14 @@ impl Stage {
 /// A burst that is timed.
 #[derive(Debug)]
 pub struct Lap(Option<Instant>);
+
+impl Lap {
+    /// Whether it is one of those.
+    #[must_use]
+    pub fn is_timed(&self) -> bool {
+        self.0.is_some()
+    }
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -78,6 +86,13 @@ impl Costs {
         self.until_next = ONE_IN - 1;
         self.frames += frames as u64;
         Lap(Some(Instant::now()))
+    }
+
+    /// A burst comes that others have begun with (and counted), if `timed` to be timed.
+    #[inline]
+    #[must_use]
+    pub fn go_on(&self, timed: bool) -> Lap {
+        Lap(timed.then(Instant::now))
     }
 
     /// An operation is done with it.

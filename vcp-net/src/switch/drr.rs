@@ -37,6 +37,11 @@ impl Credit {
         self.0 != 0
     }
 
+    /// Frames that it spent credit on were not sent after all.
+    pub fn put_back(&mut self, frames: u64, bytes: u64) {
+        self.0 = (self.0 + bytes + frames * FRAME_COST).min(2 * QUANTUM);
+    }
+
     /// It had nothing more to send: credit is not saved up.
     pub fn end(&mut self) {
         self.0 = 0;

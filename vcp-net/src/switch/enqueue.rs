@@ -7,7 +7,8 @@ use vcp_core::queue::burst::{BurstRing, Out, Put};
 use vcp_core::vu::port::Port;
 
 use super::account::{Account, Reason};
-use super::line::{From, Member};
+use super::back::Member;
+use super::line::From;
 use super::rewrite::{Head, Rewrite};
 use super::work::{Fate, Frames, Item, PortId, Work};
 use crate::capture::Capture;

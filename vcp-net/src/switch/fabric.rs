@@ -10,26 +10,32 @@ use vcp_core::fabric::Fabric;
 use vcp_core::handover::Fds;
 use vcp_core::handover::state::{BadState, NotNow};
 use vcp_core::metrics::Samples;
-use vcp_core::queue::burst::{Batch, MAX_BURST};
+use vcp_core::poll::{check_cpu, pin_to};
+use vcp_core::queue::burst::MAX_BURST;
 use vcp_core::vu::port::Port;
 
 use super::account::Account;
+use super::back::{Back, Member};
 use super::command;
 use super::enqueue::Targets;
-use super::line::{From, Line, Member};
+use super::front::{Burst, Front};
+use super::inlet::Inlet;
+use super::line::{From, Line, Sender};
+use super::second::{Answer, Lent, Pass, Second};
 use super::table::Station;
 use super::watch::Watch;
-use super::work::{Frames, PortId, PortSet};
-use crate::capture::Capture;
-use crate::frame::{Mac, Offloads, OutFrame};
-use crate::port::{NetPort, PortSpec, Vlan, receive_queue, transmit_queue};
-use crate::uplink::none::NoUplink;
-use crate::uplink::{self, Direct, Ingress, Room, Taken, Uplink};
+use super::work::{PortId, PortSet};
+use crate::frame::Mac;
+use crate::port::{NetPort, PortSpec, Vlan, transmit_queue};
+use crate::uplink::{self, Uplink};
 
-/// One switch.
+/// Usual value of [`SwitchFabric::busy_from`]: below it, lending costs more than it gains.
+const BUSY: usize = 2 * MAX_BURST;
+
+/// One switch, but for its [`Line`].
 pub(super) struct Switch {
-    /// Its operations and tables.
-    pub(super) line: Line,
+    /// What carries out.
+    pub(super) back: Back,
     /// Its uplink.
     pub(super) uplink: Box<dyn Uplink>,
     /// Its counters.
@@ -40,11 +46,19 @@ pub(super) struct Switch {
 pub struct SwitchFabric {
     pub(super) switches: Vec<Switch>,
     pub(super) members: Vec<Member>,
+    /// What decides; whole between two passes.
+    pub(super) front: Front,
+    /// What decides in passes of many frames, if there is one.
+    pub(super) second: Option<Second>,
     /// Who looks at frames.
     pub(super) watch: Watch,
-    batch: Batch,
+    burst: Burst,
     /// Whose turn is first.
     turn: usize,
+    /// Frames that the last pass moved.
+    busy: usize,
+    /// From how many on the next one is worth a second thread.
+    pub(super) busy_from: usize,
     now: Instant,
 }
 
@@ -59,21 +73,50 @@ impl SwitchFabric {
     #[must_use]
     pub fn new(ports: &[PortSpec], uplinks: Vec<Box<dyn Uplink>>, secret: u64, now: Instant) -> Self {
         let account = Account::new(ports.iter().map(|port| port.pairs));
-        let switch = |(at, uplink): (usize, Box<dyn Uplink>)| {
+        let line = |(at, uplink): (usize, &dyn Uplink)| {
             let own = ports.iter().enumerate().filter(|(_, port)| usize::from(port.switch) == at);
             let mut members: PortSet = own.map(|(port, _)| PortId(port as u8)).collect();
             if uplink.kind() != "none" {
                 members = members.with(PortId::UPLINK);
             }
-            let line = Line::new(members, secret ^ at as u64, now);
-            Switch { line, uplink, account: account.clone() }
+            Line::new(members, secret ^ at as u64, now)
         };
-        let switches = uplinks.into_iter().enumerate().map(switch).collect();
-        let members = ports.iter().map(|spec| Member::new(spec.clone(), now)).collect();
-        let watch = Watch::default();
-        let mut this = Self { switches, members, watch, batch: Batch::default(), turn: 0, now };
+        let lines = uplinks.iter().map(|uplink| &**uplink).enumerate().map(line).collect();
+        let switch = |uplink| Switch { back: Back::default(), uplink, account: account.clone() };
+        let mut this = Self {
+            switches: uplinks.into_iter().map(switch).collect(),
+            members: ports.iter().map(|spec| Member::new(spec.clone())).collect(),
+            front: Front {
+                lines,
+                senders: ports.iter().map(|spec| Sender::new(spec.clone(), now)).collect(),
+            },
+            second: None,
+            watch: Watch::default(),
+            burst: Burst::default(),
+            turn: 0,
+            busy: 0,
+            busy_from: BUSY,
+            now,
+        };
         this.fix_addresses();
         this
+    }
+
+    /// Gives the first half of the line a thread of its own, which runs on hardware thread `cpu` if given.
+    ///
+    /// # Errors
+    /// There is no such hardware thread, or no thread at all to be had.
+    pub fn place_on_second(&mut self, cpu: Option<usize>) -> std::io::Result<()> {
+        if let Some(cpu) = cpu {
+            check_cpu(cpu).map_err(std::io::Error::other)?;
+        }
+        let place = move || {
+            if let Some(Err(error)) = cpu.map(pin_to) {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the second thread runs anywhere");
+            }
+        };
+        self.second = Some(Second::start(place)?);
+        Ok(())
     }
 
     /// When it last moved.
@@ -86,72 +129,129 @@ impl SwitchFabric {
         for (at, member) in self.members.iter().enumerate() {
             let spec = &member.spec;
             if let (true, Some(mac)) = (spec.protect, spec.mac)
-                && let Some(switch) = self.switches.get_mut(usize::from(spec.switch))
+                && let Some(line) = self.front.lines.get_mut(usize::from(spec.switch))
             {
                 let vid = match spec.vlan {
                     Vlan::Access(vid) => vid,
                     Vlan::Trunk { .. } => 0,
                 };
-                switch.line.table.fix(vid, mac, PortId(at as u8));
+                line.table.fix(vid, mac, PortId(at as u8));
             }
         }
     }
 
-    /// Lets port `at` send.
-    fn serve(&mut self, at: usize, ports: &mut [Port<NetPort>], now: Instant) -> bool {
-        let Self { switches, members, watch, batch, .. } = self;
-        let Some(switch) = switches.get_mut(usize::from(members[at].spec.switch)) else { return false };
+    /// Lets port `at` send, on this thread; how many frames moved.
+    fn serve(&mut self, at: usize, ports: &mut [Port<NetPort>], now: Instant) -> usize {
+        let Self { switches, members, front, watch, burst, .. } = self;
+        let Some(switch) = switches.get_mut(usize::from(members[at].spec.switch)) else { return 0 };
         let port = PortId(at as u8);
         let device = ports[at].device();
-        let header = device.header_bytes();
-        let host = device.host_offloads();
-        let mut moved = false;
-        members[at].credit.begin();
+        let (header, host) = (device.header_bytes(), device.host_offloads());
+        let mut moved = 0;
+        front.senders[at].credit.begin();
         for pair in 0..device.pairs() {
+            let from = From { port, pair, host };
+            let (_, rings) = ports[at].parts();
+            if let Some(ring) = transmit_queue(rings, pair) {
+                ring.rewind();
+            }
             loop {
                 let (_, rings) = ports[at].parts();
                 let Some(ring) = transmit_queue(rings, pair) else { break };
-                let fetched = match ring.fetch(batch, MAX_BURST) {
-                    Ok(0) => {
+                match front.take(ring, from, header, burst, now) {
+                    Ok(true) => {}
+                    Ok(false) => {
                         ring.want(true);
                         break;
                     }
-                    Ok(fetched) => fetched,
                     Err(error) => {
                         rings.broke(2 * pair + 1, &error);
                         break;
                     }
-                };
-                let lens = (0..fetched).map(|at| batch.frame(at).len_bytes() as u64);
-                let afford = members[at].credit.afford(lens);
-                batch.truncate(afford);
-                let from = From { port, pair, host };
-                let frames = Frames::Ring(batch, header);
-                let Switch { line, uplink, account } = switch;
+                }
+                let Switch { back, uplink, account } = switch;
                 let (uplink, capture) = (&mut **uplink, watch.capture());
                 let mut targets = Targets { members, ports, uplink, account, capture, from: port, now };
-                let done = line.run(from, &frames, &mut targets);
-                let bytes: u64 = (0..done).map(|at| batch.frame(at).len_bytes() as u64).sum();
+                let done = back.deliver(&burst.work, &burst.frames(), from, burst.timed, &mut targets);
                 let (_, rings) = ports[at].parts();
                 // It may have been stopped meanwhile: a frame to itself does not happen, so only by its own fault.
                 let Some(ring) = transmit_queue(rings, pair) else { break };
-                ring.give_back(batch, done);
-                // One that waits for room elsewhere is not woken by its own driver.
-                ring.want(done == afford);
+                front.settle(ring, burst, done);
                 if done != 0 {
-                    moved = true;
+                    moved += done;
                     ports[at].touch();
                 }
-                let more = members[at].credit.spend(done as u64, bytes);
-                if done < afford || fetched < MAX_BURST || !more {
+                if done < burst.len() || !burst.more {
                     break;
                 }
             }
         }
-        if !moved {
-            members[at].credit.end();
+        if moved == 0 {
+            front.senders[at].credit.end();
         }
         moved
+    }
+
+    /// Lets all ports send, the second thread deciding. `None` if it does not take part.
+    fn serve_with_second(&mut self, ports: &mut [Port<NetPort>], now: Instant) -> Option<usize> {
+        // What is captured shows each frame with what became of it, burst by burst: on one thread.
+        if self.busy < self.busy_from || self.watch.capture().is_some() {
+            return None;
+        }
+        let Self { switches, members, front, second, turn, .. } = self;
+        let second = second.as_mut().filter(|_| switches.len() == front.lines.len())?;
+        if !second.engage() {
+            return None;
+        }
+        let mut pass = Pass { front: std::mem::take(front), rings: std::mem::take(&mut second.spare), now };
+        let count = ports.len();
+        for at in (0..count).map(|at| (*turn + at) % count) {
+            let (device, rings) = ports[at].parts();
+            let (header, host) = (device.header_bytes(), device.host_offloads());
+            for pair in 0..device.pairs() {
+                if let Some(ring) = rings.lend(2 * pair + 1) {
+                    let from = From { port: PortId(at as u8), pair, host };
+                    pass.rings.push(Lent::new(ring, from, header));
+                }
+            }
+        }
+        second.begin(pass);
+        let mut moved = 0;
+        let mut pass = loop {
+            let burst = match second.next() {
+                Answer::Burst(burst) => burst,
+                Answer::End(pass) => break pass,
+            };
+            let at = burst.from.port.index();
+            let switch = members.get(at).and_then(|member| switches.get_mut(usize::from(member.spec.switch)));
+            // What was taken behind a burst that is held comes back as it is.
+            let done = match switch.filter(|_| !second.held.contains(&burst.ring)) {
+                Some(Switch { back, uplink, account }) => {
+                    let (uplink, from) = (&mut **uplink, burst.from);
+                    let mut targets =
+                        Targets { members, ports, uplink, account, capture: None, from: from.port, now };
+                    back.deliver(&burst.work, &burst.frames(), from, burst.timed, &mut targets)
+                }
+                None => 0,
+            };
+            if done < burst.len() {
+                second.held.push(burst.ring);
+            }
+            if done != 0 {
+                moved += done;
+                ports[at].touch();
+            }
+            second.done(burst, done);
+        };
+        for Lent { ring, from, error, .. } in pass.rings.drain(..) {
+            let (_, rings) = ports[from.port.index()].parts();
+            rings.take_back(2 * from.pair + 1, ring);
+            if let Some(error) = error {
+                rings.broke(2 * from.pair + 1, &error);
+            }
+        }
+        (second.spare, *front) = (pass.rings, pass.front);
+        Some(moved)
     }
 
     /// Notes ports whose front end came or went.
@@ -167,9 +267,11 @@ impl SwitchFabric {
             if let Some(switch) = self.switches.get_mut(usize::from(member.spec.switch)) {
                 let port = PortId(at as u8);
                 if !attached {
-                    // It may hold the memory of that very guest.
-                    self.batch.release();
-                    switch.line.flush(port);
+                    // It may hold the memory of that very guest; those of a second thread hold none between passes.
+                    self.burst.release();
+                    if let Some(line) = self.front.lines.get_mut(usize::from(member.spec.switch)) {
+                        line.flush(port);
+                    }
                 }
                 switch.uplink.attached(port, attached);
             }
@@ -203,16 +305,19 @@ impl Fabric<NetPort> for SwitchFabric {
         self.note_attached(ports);
         let mut moved = ports.iter_mut().fold(false, |moved, port| port.poll(now) | moved);
         let count = ports.len();
-        for at in 0..count {
-            moved |= self.serve((self.turn + at) % count, ports, now);
-        }
+        self.busy = match self.serve_with_second(ports, now) {
+            Some(frames) => frames,
+            None => (0..count).map(|at| self.serve((self.turn + at) % count, ports, now)).sum(),
+        };
+        moved |= self.busy != 0;
         self.turn = if self.turn + 1 < count { self.turn + 1 } else { 0 };
-        let Self { switches, members, watch, .. } = self;
-        for switch in switches {
-            let Switch { line, uplink, account } = switch;
+        let Self { switches, members, front, watch, burst, .. } = self;
+        for (switch, line) in switches.iter_mut().zip(&mut front.lines) {
+            let Switch { back, uplink, account } = switch;
             uplink.flush(now);
-            let capture = watch.capture();
-            moved |= uplink.receive(&mut Inlet { line, account, capture, members, ports, now }, now);
+            let (capture, work) = (watch.capture(), &mut burst.work);
+            let mut inlet = Inlet { line, work, back, account, capture, members, ports, now };
+            moved |= uplink.receive(&mut inlet, now);
         }
         self.watch.turn(now);
         if moved {
@@ -252,7 +357,7 @@ impl Fabric<NetPort> for SwitchFabric {
 
     fn export(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
         let switches: Result<Vec<Value>, NotNow> =
-            self.switches.iter().map(|switch| switch.export(fds, now)).collect();
+            self.switches.iter().zip(&self.front.lines).map(|(it, line)| it.export(line, fds, now)).collect();
         let members: Vec<&PortSpec> = self.members.iter().map(|member| &member.spec).collect();
         let partial: Vec<&[u32]> = self.members.iter().map(|member| &member.partial[..]).collect();
         Ok(json!({ "switches": switches?, "ports": members, "partial": partial }))
@@ -275,10 +380,11 @@ impl Fabric<NetPort> for SwitchFabric {
             if spec.pairs != member.spec.pairs || partial.len() != member.partial.len() {
                 return Err(BadState::Text(format!("port {at} has other queues than the offer says")));
             }
-            *member = Member { partial, ..Member::new(spec, now) };
+            *member = Member { partial, ..Member::new(spec.clone()) };
+            self.front.senders[at] = Sender::new(spec, now);
         }
-        for (switch, state) in self.switches.iter_mut().zip(switches) {
-            switch.import(state, fds, now)?;
+        for ((switch, line), state) in self.switches.iter_mut().zip(&mut self.front.lines).zip(switches) {
+            switch.import(line, state, fds, now)?;
         }
         self.fix_addresses();
         Ok(())
@@ -301,8 +407,8 @@ struct SwitchState {
 }
 
 impl Switch {
-    fn export(&self, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
-        let stations = self.line.table.stations(self.line.seconds(now)).filter(|station| !station.fixed);
+    fn export(&self, line: &Line, fds: &mut Fds, now: Instant) -> Result<Value, NotNow> {
+        let stations = line.table.stations(line.seconds(now)).filter(|station| !station.fixed);
         let state = SwitchState {
             kind: self.uplink.kind().to_owned(),
             uplink: self.uplink.export(fds, now)?,
@@ -312,91 +418,26 @@ impl Switch {
         serde_json::to_value(state).map_err(|error| NotNow::Never(error.to_string()))
     }
 
-    fn import(&mut self, state: SwitchState, fds: &mut Fds, now: Instant) -> Result<(), BadState> {
+    fn import(
+        &mut self,
+        line: &mut Line,
+        state: SwitchState,
+        fds: &mut Fds,
+        now: Instant,
+    ) -> Result<(), BadState> {
         let SwitchState { kind, uplink, stations, account } = state;
         if !account.is_like(&self.account) {
             return Err(BadState::Text("counters of other ports".into()));
         }
         self.account = account;
         self.uplink = uplink::restore(&kind, uplink, fds)?;
-        let now_s = self.line.seconds(now);
+        let now_s = line.seconds(now);
         for (vid, mac, port, age_s) in stations {
             let port = PortId(port);
-            if self.line.members.has(port) && port.0 < 128 && mac.is_station() {
-                self.line.table.restore(&Station { vid, mac, port, age_s, fixed: false }, now_s);
+            if line.members.has(port) && port.0 < 128 && mac.is_station() {
+                line.table.restore(&Station { vid, mac, port, age_s, fixed: false }, now_s);
             }
         }
         Ok(())
-    }
-}
-
-/// A switch, as its uplink sees it.
-struct Inlet<'a> {
-    line: &'a mut Line,
-    account: &'a mut Account,
-    capture: Option<&'a mut Capture>,
-    members: &'a mut [Member],
-    ports: &'a mut [Port<NetPort>],
-    now: Instant,
-}
-
-impl Ingress for Inlet<'_> {
-    fn frame(&mut self, frame: &OutFrame<'_>) -> Taken {
-        let from = From { port: PortId::UPLINK, pair: 0, host: Some(Offloads::ALL) };
-        let Self { line, account, capture, members, ports, now } = self;
-        let capture = capture.as_deref_mut();
-        // Nothing that an uplink brings goes back to it.
-        let uplink = &mut NoUplink;
-        let mut targets = Targets { members, ports, uplink, account, capture, from: from.port, now: *now };
-        match line.run(from, &Frames::One(frame), &mut targets) {
-            0 => Taken::Full,
-            _ => Taken::Done,
-        }
-    }
-
-    fn find(&self, vid: u16, mac: Mac) -> Option<PortId> {
-        self.line.table.get(vid, mac, self.line.seconds(self.now)).filter(|port| *port != PortId::UPLINK)
-    }
-
-    fn offloads(&self, port: PortId) -> Offloads {
-        self.ports.get(port.index()).map_or(Offloads::NONE, |port| port.device().offloads())
-    }
-
-    fn direct(&mut self, port: PortId, len_bytes: usize) -> Room<'_> {
-        let Some(member) = self.members.get_mut(port.index()) else { return Room::Unfit };
-        // What is captured takes the line.
-        if self.capture.is_some() {
-            return Room::Unfit;
-        }
-        let simple = member.spec.vlan == Vlan::default() && member.spec.link && self.line.members.has(port);
-        let Some(target) = self.ports.get_mut(port.index()) else { return Room::Unfit };
-        target.touch();
-        let (device, rings) = target.parts();
-        if !simple || device.pairs() != 1 || device.filters().is_some() {
-            return Room::Unfit;
-        }
-        let (header, count_at) = (device.header_bytes(), device.count_at());
-        let mut error = None;
-        let reserved =
-            receive_queue(rings, 0).map(|ring| match ring.reserve(header + len_bytes, count_at.is_some()) {
-                Ok(Ok(chains)) => Some(chains),
-                Ok(Err(_)) => {
-                    ring.want(true);
-                    None
-                }
-                Err(broken) => {
-                    error = Some(broken);
-                    None
-                }
-            });
-        if let Some(error) = error {
-            rings.broke(0, &error);
-            return Room::Unfit;
-        }
-        let (Some(chains), Some(ring)) = (reserved.flatten(), receive_queue(rings, 0)) else {
-            return Room::Full;
-        };
-        ring.want(false);
-        Room::Ready(Direct { ring, header, count_at, chains, len_bytes, port, account: self.account })
     }
 }

@@ -1,55 +1,42 @@
-//! The line: the operations in their order, and what they know of the members of a switch.
+//! [`Line`]: the operations that decide where a frame goes, in their order, with their tables; and what they know of those
+//! that send.
 
 use std::time::Instant;
 
 use super::cost::{Costs, Stage};
 use super::drr::Credit;
-use super::enqueue::{Enqueue, Targets};
 use super::learn::Learn;
 use super::lookup::Lookup;
 use super::parse::Parse;
 use super::police::{Limiter, Police};
 use super::snoop::Snoop;
-use super::steer::Steer;
 use super::table::MacTable;
-use super::work::{Fate, Frames, PortId, PortSet, Work};
+use super::work::{Frames, PortId, PortSet, Work};
 use crate::frame::Offloads;
-use crate::port::PortSpec;
+use crate::port::{PortSpec, Vlan};
 
-/// What the line knows of a port.
+/// What the line knows of a port that sends.
 #[derive(Debug)]
-pub struct Member {
+pub struct Sender {
     /// As the user described it.
     pub spec: PortSpec,
     /// What it may send.
     pub limiter: Limiter,
-    /// When it began to have no room.
-    pub full_since: Option<Instant>,
     /// Its turn.
     pub credit: Credit,
-    /// Pieces of the first frame of each of its transmit queues that its target has got already.
-    pub partial: Vec<u32>,
-    /// Which of its queues a flow uses.
-    pub steer: Steer,
-    /// A front end was there at the last pass.
-    pub attached: bool,
     /// It may send what it likes, without a tag at least.
-    pub(super) plain: bool,
+    plain: bool,
 }
 
-impl Member {
+impl Sender {
     /// A port as `spec` describes it.
     #[must_use]
     pub fn new(spec: PortSpec, now: Instant) -> Self {
         Self {
             limiter: Limiter::new(spec.rate, now),
-            plain: spec.vlan == crate::port::Vlan::default() && !spec.protect,
-            partial: vec![0; spec.pairs.into()],
+            plain: spec.vlan == Vlan::default() && !spec.protect,
             spec,
-            full_since: None,
             credit: Credit::default(),
-            steer: Steer::default(),
-            attached: false,
         }
     }
 
@@ -58,18 +45,6 @@ impl Member {
     #[must_use]
     pub fn is_plain(&self) -> bool {
         self.plain
-    }
-
-    /// Whether it has been without room for so long that it holds nobody up any more.
-    #[must_use]
-    pub fn is_stuck(&self, now: Instant) -> bool {
-        self.full_since.is_some_and(|since| now.saturating_duration_since(since) >= super::PATIENCE)
-    }
-
-    /// When it will be, if it has no room.
-    #[must_use]
-    pub fn stuck_at(&self, now: Instant) -> Option<Instant> {
-        self.full_since.map(|since| since + super::PATIENCE).filter(|at| *at > now)
     }
 }
 
@@ -84,10 +59,9 @@ pub struct From {
     pub host: Option<Offloads>,
 }
 
-/// One switch's operations and tables.
+/// See the module. There is one for each switch.
 #[derive(Debug)]
 pub struct Line {
-    work: Work,
     /// Its members, the uplink included.
     pub members: PortSet,
     /// The operations.
@@ -100,8 +74,6 @@ pub struct Line {
     pub snoop: Snoop,
     /// See [`parse`](Self::parse).
     pub lookup: Lookup,
-    /// See [`parse`](Self::parse).
-    pub enqueue: Enqueue,
     /// Stations.
     pub table: MacTable,
     /// What the operations take.
@@ -114,14 +86,12 @@ impl Line {
     #[must_use]
     pub fn new(members: PortSet, secret: u64, now: Instant) -> Self {
         Self {
-            work: Work::default(),
             members,
             parse: Parse::default(),
             police: Police::default(),
             learn: Learn::default(),
             snoop: Snoop::default(),
             lookup: Lookup::default(),
-            enqueue: Enqueue::default(),
             table: MacTable::new(secret),
             costs: Costs::default(),
             start: now,
@@ -135,22 +105,24 @@ impl Line {
         super::table::AGE_S + now.saturating_duration_since(self.start).as_secs() as u32
     }
 
-    /// Takes a burst along the line; returns how many of its frames are done with. The rest stays with its sender, because
-    /// the first of them waits for room.
-    pub fn run(&mut self, from: From, frames: &Frames<'_>, targets: &mut Targets<'_>) -> usize {
-        let now = targets.now;
+    /// Decides about a burst, from a port (`sender`) or from the uplink; what was decided is in `work`. Returns whether it
+    /// is one of those that are timed.
+    pub fn decide(
+        &mut self,
+        work: &mut Work,
+        frames: &Frames<'_>,
+        from: From,
+        sender: Option<&mut Sender>,
+        now: Instant,
+    ) -> bool {
         let now_s = self.seconds(now);
-        let (work, costs) = (&mut self.work, &mut self.costs);
+        let costs = &mut self.costs;
         let mut lap = costs.begin(frames.len());
         self.parse.run(work, frames, from.host);
         costs.lap(&mut lap, Stage::Parse);
-        if let Some(member) = targets.members.get_mut(from.port.index()) {
-            self.police.run(work, from.port, member, &self.table, now);
-            if member.spec.pairs > 1 {
-                member.steer.sent(work, frames, from.pair);
-            }
-        } else {
-            self.police.run_uplink(work, from.port, &self.table);
+        match sender {
+            Some(sender) => self.police.run(work, from.port, sender, &self.table, now),
+            None => self.police.run_uplink(work, from.port, &self.table),
         }
         costs.lap(&mut lap, Stage::Police);
         self.learn.run(work, from.port, &mut self.table, now_s);
@@ -159,34 +131,7 @@ impl Line {
         costs.lap(&mut lap, Stage::Snoop);
         self.lookup.run(work, from.port, self.members, &self.table, &self.snoop, now_s);
         costs.lap(&mut lap, Stage::Lookup);
-        let done = self.enqueue.run(work, frames, from, targets);
-        costs.lap(&mut lap, Stage::Enqueue);
-        if done < work.items().len()
-            && let Some(member) = targets.members.get_mut(from.port.index())
-        {
-            self.police.undo(work, done, member);
-        }
-        if let Some(capture) = &mut targets.capture {
-            capture.decided(from.port, &work.items()[..done], frames, targets.ports.len(), now);
-        }
-        let tally = targets.account.of(from.port, from.pair);
-        for item in &work.items()[..done] {
-            tally.in_frames += 1;
-            tally.in_bytes += u64::from(item.len_bytes);
-            match item.fate {
-                Fate::Drop(reason) => tally.drop_from(reason),
-                Fate::Many(targets) => {
-                    tally.delivered += 1;
-                    tally.targets += u64::from(targets.len());
-                }
-                // `Open` does not come out of `lookup`.
-                Fate::To(_) | Fate::Open => {
-                    tally.delivered += 1;
-                    tally.targets += 1;
-                }
-            }
-        }
-        done
+        lap.is_timed()
     }
 
     /// A port's front end came or went: what was learned behind it may be elsewhere.

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::account::Reason;
-use super::line::Member;
+use super::line::Sender;
 use super::table::MacTable;
 use super::work::{Fate, Item, PortId, Work};
 use crate::frame::gso::MAX_SEGMENTS;
@@ -114,20 +114,20 @@ impl Police {
         &mut self,
         work: &mut Work,
         port: PortId,
-        member: &mut Member,
+        sender: &mut Sender,
         table: &MacTable,
         now: Instant,
     ) {
         self.seen += work.items().len() as u64;
-        let limited = !member.limiter.is_off();
+        let limited = !sender.limiter.is_off();
         if limited {
-            member.limiter.begin(now);
+            sender.limiter.begin(now);
         }
-        if !member.spec.link {
+        if !sender.spec.link {
             work.open().for_each(|item| item.fate = Fate::Drop(Reason::LinkDown));
             return;
         }
-        let plain = member.is_plain() && !table.has_fixed();
+        let plain = sender.is_plain() && !table.has_fixed();
         for item in work.open() {
             // The usual port: any VLAN as it comes, any address.
             if plain && item.ether.tag.is_none() {
@@ -135,11 +135,11 @@ impl Police {
                     item.fate = Fate::Drop(Reason::BadSource);
                     continue;
                 }
-            } else if let Err(reason) = admit(item, port, member, table) {
+            } else if let Err(reason) = admit(item, port, sender, table) {
                 item.fate = Fate::Drop(reason);
                 continue;
             }
-            if limited && !member.limiter.take(item) {
+            if limited && !sender.limiter.take(item) {
                 item.fate = Fate::Drop(Reason::RateLimit);
             }
         }
@@ -166,28 +166,28 @@ impl Police {
     }
 
     /// The frames from number `from` on stay with their sender: they cost nothing yet.
-    pub fn undo(&mut self, work: &Work, from: usize, member: &mut Member) {
-        if member.limiter.is_off() {
+    pub fn undo(&mut self, work: &Work, from: usize, sender: &mut Sender) {
+        if sender.limiter.is_off() {
             return;
         }
         for item in work.items().iter().skip(from) {
             if item.fate != Fate::Drop(Reason::RateLimit) {
-                member.limiter.put_back(item);
+                sender.limiter.put_back(item);
             }
         }
     }
 }
 
-fn admit(item: &mut Item, port: PortId, member: &Member, table: &MacTable) -> Result<(), Reason> {
+fn admit(item: &mut Item, port: PortId, sender: &Sender, table: &MacTable) -> Result<(), Reason> {
     if !item.ether.src.is_station() {
         return Err(Reason::BadSource);
     }
-    item.vid = vlan_of(item, &member.spec.vlan).ok_or(Reason::Vlan)?;
+    item.vid = vlan_of(item, &sender.spec.vlan).ok_or(Reason::Vlan)?;
     let owner = table.owner(item.vid, item.ether.src).or_else(|| table.owner(0, item.ether.src));
     match owner {
         Some(owner) if owner != port => Err(Reason::Spoofed),
         Some(_) => Ok(()),
-        None if member.spec.protect => Err(Reason::Spoofed),
+        None if sender.spec.protect => Err(Reason::Spoofed),
         None => Ok(()),
     }
 }

@@ -174,16 +174,30 @@ impl BurstRing {
     /// The driver broke a rule.
     #[inline]
     pub fn fetch(&mut self, batch: &mut Batch, max: usize) -> Result<usize, RingError> {
+        self.rewind();
+        self.fetch_more(batch, max)
+    }
+
+    /// What was fetched and not given back is fetched again by the next call.
+    #[inline]
+    pub fn rewind(&mut self) {
+        match &mut self.format {
+            Format::Split(ring) => ring.rewind(),
+            Format::Packed(ring) => ring.rewind(),
+        }
+    }
+
+    /// As [`fetch`](Self::fetch), but goes on behind what was fetched already: several batches may be out at once. They
+    /// are given back in the order in which they were fetched.
+    ///
+    /// # Errors
+    /// The driver broke a rule.
+    #[inline]
+    pub fn fetch_more(&mut self, batch: &mut Batch, max: usize) -> Result<usize, RingError> {
         batch.begin(&self.memory);
         let count = match &mut self.format {
-            Format::Split(ring) => {
-                ring.rewind();
-                ring.fetch(&self.memory, batch, max, false)?
-            }
-            Format::Packed(ring) => {
-                ring.rewind();
-                ring.fetch(&self.memory, batch, max, false)?
-            }
+            Format::Split(ring) => ring.fetch(&self.memory, batch, max, false)?,
+            Format::Packed(ring) => ring.fetch(&self.memory, batch, max, false)?,
         };
         for at in 0..count {
             near(batch, at, prefetch);
@@ -231,10 +245,7 @@ impl BurstRing {
     /// Forgets what was read ahead; it is read again.
     #[cold]
     fn read_again(&mut self) {
-        match &mut self.format {
-            Format::Split(ring) => ring.rewind(),
-            Format::Packed(ring) => ring.rewind(),
-        }
+        self.rewind();
         self.ahead.begin(&self.memory);
         self.ahead_at = 0;
     }

@@ -83,6 +83,15 @@ impl Guest {
         self.tx.add(&pieces).expect("room in the ring");
     }
 
+    /// Sends frame `number` in one piece.
+    pub(super) fn send_whole(&mut self, number: u16, bytes: &[u8]) {
+        let at = TX_DATA + 0x1000 * u64::from(number);
+        let header = self.header_bytes();
+        self.map.write_slice(&[0; 12][..header], GuestAddress(at)).unwrap();
+        self.map.write_slice(bytes, GuestAddress(at + header as u64)).unwrap();
+        self.tx.add(&[(at, (header + bytes.len()) as u32, false)]).expect("room in the ring");
+    }
+
     fn header_bytes(&self) -> usize {
         if self.features & (features::VERSION_1 | features::MRG_RXBUF) == 0 { SHORT_HEADER_BYTES } else { 12 }
     }
@@ -195,7 +204,11 @@ impl Bed {
         };
         let mut specs: Vec<PortSpec> = ports.iter().map(|(spec, _)| spec.clone()).collect();
         specs.iter_mut().enumerate().for_each(|(at, spec)| spec.name = format!("p{at}"));
-        let fabric = SwitchFabric::new(&specs, vec![up], 42, now);
+        let mut fabric = SwitchFabric::new(&specs, vec![up], 42, now);
+        if super::second::is_wanted() {
+            fabric.place_on_second(None).unwrap();
+            fabric.busy_from = 0;
+        }
         let guests: Vec<Guest> = ports.iter().map(|(_, features)| Guest::new(*features)).collect();
         let port = |(spec, (guest, (_, features))): (&PortSpec, (&Guest, &(PortSpec, u64)))| {
             let mut port = Port::new(Arc::from(&*spec.name), NetPort::new(spec.clone()));
@@ -218,6 +231,9 @@ impl Bed {
     /// One pass of the data thread; whether anything moved. The books must balance after each.
     pub(super) fn pass(&mut self) -> bool {
         self.now += Duration::from_micros(10);
+        if let Some(second) = &mut self.fabric.second {
+            second.wait_for();
+        }
         let moved = self.fabric.poll(&mut self.ports, self.now);
         self.ports.iter_mut().for_each(Port::settle_for_test);
         for switch in &self.fabric.switches {

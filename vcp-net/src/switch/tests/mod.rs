@@ -5,5 +5,6 @@ mod bed;
 mod offloads;
 #[path = "../../../../vcp-core/tests/support/mod.rs"]
 mod ring;
+mod second;
 mod watch;
 mod ways;

@@ -69,7 +69,7 @@ fn check(bed: &mut Bed, receiver: u64, packet: &Packet) {
 }
 
 #[test]
-fn every_pair_of_subsets_understands_each_other() {
+pub(super) fn every_pair_of_subsets_understands_each_other() {
     let senders: Vec<u64> = std::iter::once(0).chain(subsets(&HOST_BITS).map(|bits| bits | CSUM)).collect();
     let receivers: Vec<u64> =
         std::iter::once(0).chain(subsets(&GUEST_BITS).map(|bits| bits | GUEST_CSUM)).collect();
@@ -95,7 +95,7 @@ fn every_pair_of_subsets_understands_each_other() {
 }
 
 #[test]
-fn an_uplink_gets_what_it_takes_and_its_frames_are_finished_for_guests() {
+pub(super) fn an_uplink_gets_what_it_takes_and_its_frames_are_finished_for_guests() {
     for offloads in [Offloads::NONE, Offloads { csum: true, ..Offloads::NONE }, Offloads::ALL] {
         let all = CSUM | HOST_BITS.iter().sum::<u64>() | ALL_FEATURES;
         let mut bed = Bed::new(&[(PortSpec::default(), all)], Some(offloads));
@@ -127,7 +127,7 @@ fn an_uplink_gets_what_it_takes_and_its_frames_are_finished_for_guests() {
 }
 
 #[test]
-fn metadata_that_lies_is_dropped_at_the_sender() {
+pub(super) fn metadata_that_lies_is_dropped_at_the_sender() {
     let all = CSUM | HOST_BITS.iter().sum::<u64>() | ALL_FEATURES;
     let mut bed = Bed::new(&[(PortSpec::default(), all), (PortSpec::default(), ALL_FEATURES)], None);
     bed.guests[1].offer(32);
@@ -152,7 +152,7 @@ fn metadata_that_lies_is_dropped_at_the_sender() {
 }
 
 #[test]
-fn a_sender_that_may_leave_nothing_undone_is_not_believed_to_have() {
+pub(super) fn a_sender_that_may_leave_nothing_undone_is_not_believed_to_have() {
     let plain = (PortSpec::default(), ALL_FEATURES);
     let mut bed = Bed::new(&[plain.clone(), plain], None);
     bed.guests[1].offer(4);
@@ -166,7 +166,7 @@ fn a_sender_that_may_leave_nothing_undone_is_not_believed_to_have() {
 }
 
 #[test]
-fn a_row_of_segments_that_meets_a_full_port_goes_on_where_it_stopped() {
+pub(super) fn a_row_of_segments_that_meets_a_full_port_goes_on_where_it_stopped() {
     let all = CSUM | HOST_BITS.iter().sum::<u64>() | ALL_FEATURES;
     let mut bed = Bed::new(&[(PortSpec::default(), all), (PortSpec::default(), ALL_FEATURES)], None);
     bed.introduce(1);

@@ -40,7 +40,7 @@ fn packets(file: &serde_json::Value) -> Vec<(u32, usize, Vec<u8>, String)> {
 }
 
 #[test]
-fn a_port_is_seen_in_both_directions_with_what_was_left_undone() {
+pub(super) fn a_port_is_seen_in_both_directions_with_what_was_left_undone() {
     let dir = tempfile::tempdir().unwrap();
     // The second port has a VLAN of its own: what it is given has no tag any more.
     let access = PortSpec { vlan: Vlan::Access(5), ..PortSpec::default() };
@@ -72,7 +72,7 @@ fn a_port_is_seen_in_both_directions_with_what_was_left_undone() {
 }
 
 #[test]
-fn an_operation_is_seen_with_what_it_decided() {
+pub(super) fn an_operation_is_seen_with_what_it_decided() {
     let dir = tempfile::tempdir().unwrap();
     let protected = PortSpec { protect: true, mac: Some(mac(0)), ..PortSpec::default() };
     let features = ALL_FEATURES | crate::port::features::HOST_OFFLOADS;

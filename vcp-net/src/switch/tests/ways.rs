@@ -15,7 +15,7 @@ const PLAIN: VnetHeader =
     VnetHeader { flags: 0, gso_type: 0, hdr_len: 0, gso_size: 0, csum_start: 0, csum_offset: 0 };
 
 #[test]
-fn an_unknown_station_is_looked_for_everywhere_and_a_known_one_is_not() {
+pub(super) fn an_unknown_station_is_looked_for_everywhere_and_a_known_one_is_not() {
     let mut bed = Bed::plain(3);
     let hello = ether(mac(0), mac(1), b"hello");
     bed.guests[0].send(PLAIN, &hello);
@@ -36,7 +36,7 @@ fn an_unknown_station_is_looked_for_everywhere_and_a_known_one_is_not() {
 }
 
 #[test]
-fn frames_arrive_in_order_once_and_whole() {
+pub(super) fn frames_arrive_in_order_once_and_whole() {
     let mut bed = Bed::plain(2);
     bed.introduce(1);
     let mut expected = 0u32;
@@ -60,7 +60,7 @@ fn frames_arrive_in_order_once_and_whole() {
 }
 
 #[test]
-fn a_full_port_holds_its_senders_up_and_nothing_is_lost() {
+pub(super) fn a_full_port_holds_its_senders_up_and_nothing_is_lost() {
     let mut bed = Bed::plain(3);
     bed.introduce(1);
     bed.introduce(2);
@@ -86,7 +86,7 @@ fn a_full_port_holds_its_senders_up_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_port_that_stands_still_holds_nobody_up_for_long() {
+pub(super) fn a_port_that_stands_still_holds_nobody_up_for_long() {
     let mut bed = Bed::plain(3);
     bed.introduce(1);
     bed.introduce(2);
@@ -103,7 +103,7 @@ fn a_port_that_stands_still_holds_nobody_up_for_long() {
 }
 
 #[test]
-fn a_port_that_drops_holds_nobody_up() {
+pub(super) fn a_port_that_drops_holds_nobody_up() {
     let spec = PortSpec { on_full: OnFull::Drop, ..PortSpec::default() };
     let plain = (PortSpec::default(), ALL_FEATURES);
     let mut bed = Bed::new(&[plain, (spec, ALL_FEATURES)], None);
@@ -117,7 +117,7 @@ fn a_port_that_drops_holds_nobody_up() {
 }
 
 #[test]
-fn a_frame_that_is_too_long_for_a_port_is_dropped_there_alone() {
+pub(super) fn a_frame_that_is_too_long_for_a_port_is_dropped_there_alone() {
     let spec = PortSpec { mtu: Some(1000), ..PortSpec::default() };
     let plain = (PortSpec::default(), ALL_FEATURES);
     let mut bed = Bed::new(&[plain.clone(), (spec, ALL_FEATURES), plain], None);
@@ -134,7 +134,7 @@ fn a_frame_that_is_too_long_for_a_port_is_dropped_there_alone() {
 }
 
 #[test]
-fn vlans_are_apart_and_trunks_carry_tags() {
+pub(super) fn vlans_are_apart_and_trunks_carry_tags() {
     let port = |vlan| (PortSpec { vlan, ..PortSpec::default() }, ALL_FEATURES);
     let trunk = Vlan::Trunk { native: None, allowed: vec![5, 6] };
     let mut bed =
@@ -163,7 +163,7 @@ fn vlans_are_apart_and_trunks_carry_tags() {
 }
 
 #[test]
-fn an_address_is_its_owners_alone() {
+pub(super) fn an_address_is_its_owners_alone() {
     let own = PortSpec { mac: Some(mac(0)), protect: true, ..PortSpec::default() };
     let plain = PortSpec::default();
     let mut bed = Bed::new(&[(own, ALL_FEATURES), (plain, ALL_FEATURES)], Some(Offloads::ALL));
@@ -184,7 +184,7 @@ fn an_address_is_its_owners_alone() {
 }
 
 #[test]
-fn a_rate_is_kept_over_time() {
+pub(super) fn a_rate_is_kept_over_time() {
     let rate = Rate { bytes: None, frames: Some(10_000) };
     let limited = PortSpec { rate, ..PortSpec::default() };
     let drop = PortSpec { on_full: OnFull::Drop, ..PortSpec::default() };
@@ -212,7 +212,7 @@ fn a_rate_is_kept_over_time() {
 }
 
 #[test]
-fn a_broken_ring_stops_its_port_and_no_other() {
+pub(super) fn a_broken_ring_stops_its_port_and_no_other() {
     let mut bed = Bed::plain(3);
     bed.introduce(1);
     bed.introduce(2);
@@ -236,7 +236,7 @@ fn a_broken_ring_stops_its_port_and_no_other() {
 }
 
 #[test]
-fn an_uplink_that_is_full_holds_frames_back() {
+pub(super) fn an_uplink_that_is_full_holds_frames_back() {
     let plain = (PortSpec::default(), ALL_FEATURES);
     let mut bed = Bed::new(&[plain], Some(Offloads::ALL));
     bed.wire.lock().unwrap().bring.push_back((PLAIN, ether(mac(9), Mac::BROADCAST, b"I am outside")));
@@ -254,7 +254,7 @@ fn an_uplink_that_is_full_holds_frames_back() {
 }
 
 #[test]
-fn ports_are_changed_while_they_run() {
+pub(super) fn ports_are_changed_while_they_run() {
     let mut bed = Bed::plain(2);
     let mut set = |args: serde_json::Value| {
         let args: Map<_, _> = args.as_object().unwrap().clone();
