@@ -36,6 +36,7 @@ mod net_ipxe;
 mod net_kill;
 mod net_large;
 mod net_loss;
+mod net_native;
 mod net_reset;
 mod operate;
 mod ops;

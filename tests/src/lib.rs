@@ -18,6 +18,7 @@ pub mod bad_target;
 pub mod front;
 pub mod guest;
 pub mod load;
+pub mod native;
 pub mod pattern;
 pub mod pcap;
 pub mod port;

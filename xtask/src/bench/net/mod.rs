@@ -3,11 +3,12 @@
 //! Here: beside DPDK's own vhost back end, each passing frames between two ports of one testpmd with virtio_user, which
 //! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
 //! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
-//! beside passt and libslirp; [`datagrams`]: what of a guest's datagrams is lost with each of them, and where.
-//! [`operations`]: what each operation takes by itself.
+//! beside passt and libslirp; [`native`]: the same behind a guest at native speed; [`datagrams`]: what of a guest's datagrams is
+//! lost with each of them, and where. [`operations`]: what each operation takes by itself.
 
 mod datagrams;
 mod guests;
+mod native;
 mod operations;
 mod rates;
 
@@ -52,6 +53,8 @@ pub(crate) enum Part {
     Guests,
     /// UDP from a Debian guest at the same offered rates, beside passt and libslirp, and where datagrams are lost
     Datagrams,
+    /// TCP of a guest at native speed, beside passt
+    Native,
     /// Each operation of the switch by itself, nanoseconds per frame
     Operations,
 }
@@ -72,6 +75,9 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
     }
     if chosen(Part::Operations) {
         operations::run(rounds)?;
+    }
+    if chosen(Part::Native) {
+        native::run(bin, rounds, secs / 2.0)?;
     }
     if chosen(Part::Guests) {
         guests::run(bin, rounds, whole)?;

@@ -26,7 +26,7 @@ pub(super) fn run(rounds: u32) -> Result<()> {
         let mut found = Vec::new();
         gather(&cmd::target_dir().join("criterion"), begin, &mut found)?;
         ensure!(!found.is_empty(), "the benchmarks left no figures");
-        found.sort_by_key(|figure| figure.order());
+        found.sort_by_key(Figure::order);
         for Figure { operation, length, burst, ns } in found {
             let case = format!("{operation}, {length}");
             let contender = format!("bursts of {burst}");

@@ -1,11 +1,10 @@
 //! `enqueue`: frames for one port, the usual way and the one with all its checks, and for three ports. The publication of
 //! the used ring is a part of it; the driver gives its buffers back at once, without looking at them.
 
-mod bed;
-
 use std::sync::Arc;
 use std::time::Instant;
 
+use criterion::Criterion;
 use vcp_core::vu::port::Port;
 use vcp_net::port::{NetPort, PortSpec, features};
 use vcp_net::switch::account::Account;
@@ -14,6 +13,8 @@ use vcp_net::switch::enqueue::{Enqueue, Targets};
 use vcp_net::switch::line::From;
 use vcp_net::switch::work::{Fate, PortId, PortSet, Work};
 use vcp_net::uplink::none::NoUplink;
+
+use super::bed;
 
 /// Entries of a receive queue.
 const RING: u16 = 256;
@@ -75,12 +76,11 @@ impl Bed {
     }
 }
 
-fn main() {
-    let mut criterion = bed::criterion();
+/// See the module.
+pub(super) fn bench(criterion: &mut Criterion) {
     for (name, targets, mtu) in
         [("enqueue", 1, None), ("enqueue, with an MTU", 1, Some(1500)), ("enqueue, three targets", 3, None)]
     {
-        bed::each(&mut criterion, name, bed::unchanged, |burst| Bed::new(burst, targets, mtu), Bed::run);
+        bed::each(criterion, name, bed::unchanged, |burst| Bed::new(burst, targets, mtu), Bed::run);
     }
-    criterion.final_summary();
 }

@@ -1,18 +1,18 @@
 //! The whole line between two ports that send to each other, on one hardware thread and on two. The drivers are in the
 //! same process and look at no frame, so that the line itself is what is measured. What is told is the time of one frame.
 
-mod bed;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::BenchmarkId;
+use criterion::{BenchmarkId, Criterion};
 use vcp_core::fabric::Fabric;
 use vcp_core::poll::{check_cpu, pin_to};
 use vcp_core::vu::port::Port;
 use vcp_net::port::{NetPort, PortSpec, features};
 use vcp_net::switch::SwitchFabric;
 use vcp_net::uplink::none::NoUplink;
+
+use super::bed;
 
 /// Entries of each queue.
 const RING: u16 = 1024;
@@ -68,8 +68,8 @@ impl Bed {
     }
 }
 
-fn main() {
-    let mut criterion = bed::criterion();
+/// See the module.
+pub(super) fn bench(criterion: &mut Criterion) {
     // The front end of a real switch needs a third one.
     let two = check_cpu(0).is_ok() && check_cpu(1).is_ok() && pin_to(1).is_ok();
     let mut group = criterion.benchmark_group("line");
@@ -90,5 +90,4 @@ fn main() {
         }
     }
     group.finish();
-    criterion.final_summary();
 }

@@ -1,15 +1,16 @@
 //! `rewrite`: frames that stay as they are, from an access port to a trunk (a tag is put in), and the other way.
 
-mod bed;
-
 use std::hint::black_box;
 
+use criterion::Criterion;
 use vcp_net::frame::layers::HEADERS_BYTES;
 use vcp_net::port::Vlan;
 use vcp_net::switch::rewrite::{Head, Rewrite};
 
-fn main() {
-    let mut criterion = bed::criterion();
+use super::bed;
+
+/// See the module.
+pub(super) fn bench(criterion: &mut Criterion) {
     let trunk = Vlan::Trunk { native: None, allowed: Vec::new() };
     let cases = [
         ("rewrite", Vlan::default(), 0, false),
@@ -18,7 +19,7 @@ fn main() {
     ];
     for (name, vlan, vid, tagged) in cases {
         bed::each(
-            &mut criterion,
+            criterion,
             name,
             |_, frame| {
                 if tagged {
@@ -40,5 +41,4 @@ fn main() {
             },
         );
     }
-    criterion.final_summary();
 }

@@ -3,7 +3,6 @@
 //!
 //! All of it is hot: the same burst comes again and again, so that what is measured is the operation and not the way of
 //! cache lines between processors. `cargo xtask bench net --part frames` measures that.
-#![allow(dead_code)] // Each benchmark uses a part of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -126,7 +125,6 @@ impl Driver {
 
 /// A burst that was fetched from a transmit queue.
 pub(crate) struct Burst {
-    driver: Driver,
     batch: Batch,
 }
 
@@ -148,7 +146,7 @@ impl Burst {
         let mut batch = Batch::default();
         let fetched = ring.fetch(&mut batch, MAX_BURST).expect("a good ring");
         assert_eq!(fetched, frames.len());
-        Self { driver, batch }
+        Self { batch }
     }
 
     /// As operations see it.

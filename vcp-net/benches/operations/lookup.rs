@@ -1,15 +1,16 @@
 //! `lookup`: bursts for one station, and bursts in which each frame is for another one. Setting the fates of the burst back
 //! is a part of what is measured.
 
-mod bed;
-
+use criterion::Criterion;
 use vcp_net::switch::lookup::Lookup;
 use vcp_net::switch::snoop::Snoop;
 use vcp_net::switch::table::{AGE_S, MacTable};
 use vcp_net::switch::work::Fate;
 
-fn main() {
-    let mut criterion = bed::criterion();
+use super::bed;
+
+/// See the module.
+pub(super) fn bench(criterion: &mut Criterion) {
     let many = |at: usize, frame: &mut Vec<u8>| {
         frame[..6].copy_from_slice(&bed::station(1 + at as u64).bytes());
     };
@@ -18,7 +19,7 @@ fn main() {
     let all = [bed::FROM, bed::TO].into_iter().collect();
     for (name, change) in change {
         bed::each(
-            &mut criterion,
+            criterion,
             name,
             change,
             |burst| {
@@ -34,5 +35,4 @@ fn main() {
             },
         );
     }
-    criterion.final_summary();
 }

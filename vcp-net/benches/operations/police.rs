@@ -1,16 +1,17 @@
 //! `police`: the usual port, one that may use its own address alone, and one with a rate.
 
-mod bed;
-
 use std::time::Instant;
 
+use criterion::Criterion;
 use vcp_net::port::{PortSpec, Rate};
 use vcp_net::switch::line::Sender;
 use vcp_net::switch::police::Police;
 use vcp_net::switch::table::MacTable;
 
-fn main() {
-    let mut criterion = bed::criterion();
+use super::bed;
+
+/// See the module.
+pub(super) fn bench(criterion: &mut Criterion) {
     let now = Instant::now();
     let plain = PortSpec::default();
     let own = PortSpec { mac: Some(bed::station(0)), protect: true, ..plain.clone() };
@@ -19,7 +20,7 @@ fn main() {
     let limited = PortSpec { rate, ..plain.clone() };
     for (name, spec) in [("police", plain), ("police, own address", own), ("police, rate", limited)] {
         bed::each(
-            &mut criterion,
+            criterion,
             name,
             bed::unchanged,
             |burst| {
@@ -32,5 +33,4 @@ fn main() {
             |(police, work, sender, table), _| police.run(work, bed::FROM, sender, table, now),
         );
     }
-    criterion.final_summary();
 }
