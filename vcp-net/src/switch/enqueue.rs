@@ -180,7 +180,9 @@ impl Enqueue {
         }
         let (header, count_at) = (device.header_bytes(), device.count_at());
         let Some(ring) = receive_queue(rings, 0) else { return 0 };
-        if let Err(error) = ring.look_ahead(items.len()) {
+        // The first one's length stands for all.
+        let near = header + items.first().map_or(0, |item| item.len_bytes as usize);
+        if let Err(error) = ring.look_ahead(items.len(), near) {
             // The frames go the long way, and find nobody there.
             rings.broke(0, &error);
             return 0;

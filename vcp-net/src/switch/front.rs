@@ -96,7 +96,9 @@ impl Front {
         if !sender.credit.has_any() {
             return Ok(false);
         }
-        let fetched = ring.fetch_more(&mut burst.batch, MAX_BURST)?;
+        // Headers that are not read stay where they are.
+        let unread = if from.host.is_none() { header } else { 0 };
+        let fetched = ring.fetch_more(&mut burst.batch, MAX_BURST, unread)?;
         if fetched == 0 {
             return Ok(false);
         }

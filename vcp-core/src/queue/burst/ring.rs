@@ -63,7 +63,8 @@ pub struct BurstSetup {
 pub struct Out<'a> {
     /// The device's header.
     pub header: &'a [u8],
-    /// Where in it the number of chains goes, as 16 bits in little-endian order. Without it one chain has to do.
+    /// Where in it the number of chains goes, as 16 bits in little-endian order, if it is not one (which is what the header says
+    /// there). Without it one chain has to do.
     pub count_at: Option<usize>,
     /// Bytes in place of the frame's first.
     pub prefix: &'a [u8],
@@ -175,7 +176,7 @@ impl BurstRing {
     #[inline]
     pub fn fetch(&mut self, batch: &mut Batch, max: usize) -> Result<usize, RingError> {
         self.rewind();
-        self.fetch_more(batch, max)
+        self.fetch_more(batch, max, 0)
     }
 
     /// What was fetched and not given back is fetched again by the next call.
@@ -188,19 +189,19 @@ impl BurstRing {
     }
 
     /// As [`fetch`](Self::fetch), but goes on behind what was fetched already: several batches may be out at once. They
-    /// are given back in the order in which they were fetched.
+    /// are given back in the order in which they were fetched. The first `unread` bytes of each chain need not come near.
     ///
     /// # Errors
     /// The driver broke a rule.
     #[inline]
-    pub fn fetch_more(&mut self, batch: &mut Batch, max: usize) -> Result<usize, RingError> {
+    pub fn fetch_more(&mut self, batch: &mut Batch, max: usize, unread: usize) -> Result<usize, RingError> {
         batch.begin(&self.memory);
         let count = match &mut self.format {
             Format::Split(ring) => ring.fetch(&self.memory, batch, max, false)?,
             Format::Packed(ring) => ring.fetch(&self.memory, batch, max, false)?,
         };
         for at in 0..count {
-            near(batch, at, prefetch);
+            near(batch, at, unread, NEAR_BYTES, prefetch);
         }
         Ok(count)
     }
@@ -214,12 +215,13 @@ impl BurstRing {
         }
     }
 
-    /// Reads chains ahead, so that `count` frames find them read and their memory near.
+    /// Reads chains ahead, so that `count` frames find them read and their memory near, as far as `len_bytes` bytes with their
+    /// header need it.
     ///
     /// # Errors
     /// The driver broke a rule.
     #[inline]
-    pub fn look_ahead(&mut self, count: usize) -> Result<(), RingError> {
+    pub fn look_ahead(&mut self, count: usize, len_bytes: usize) -> Result<(), RingError> {
         let have = self.ahead.len() - self.ahead_at;
         if have >= count {
             return Ok(());
@@ -237,7 +239,7 @@ impl BurstRing {
             Format::Packed(ring) => ring.fetch(&self.memory, &mut self.ahead, wanted, true)?,
         };
         for at in before..before + read {
-            near(&self.ahead, at, prefetch_write);
+            near(&self.ahead, at, 0, len_bytes.min(NEAR_BYTES), prefetch_write);
         }
         Ok(())
     }
@@ -267,15 +269,14 @@ impl BurstRing {
         {
             // The usual case: one piece takes all.
             let mut at = seg.ptr;
-            for bytes in [out.header, out.prefix] {
-                // SAFETY: the piece has room for `len_bytes` bytes, of which these are the first.
-                unsafe {
-                    copy(bytes.as_ptr(), at, bytes.len());
-                    at = at.add(bytes.len());
+            // SAFETY: the piece has room for `len_bytes` bytes, of which these are the first.
+            unsafe {
+                copy_header(out.header, at);
+                at = at.add(out.header.len());
+                if !out.prefix.is_empty() {
+                    copy(out.prefix.as_ptr(), at, out.prefix.len());
+                    at = at.add(out.prefix.len());
                 }
-            }
-            if let Some(count_at) = out.count_at {
-                self.store_count(count_at, chains);
             }
             out.frame.for_each(out.skip, out.len_bytes, |ptr, len| {
                 // SAFETY: as above; `for_each` gives `len_bytes` bytes at most in all. A hostile driver may make source
@@ -301,7 +302,9 @@ impl BurstRing {
             offset += gather_into(&space, offset, frame, 0, frame.len_bytes());
         }
         gather_into(&space, offset, out.frame, out.skip, out.len_bytes);
-        if let Some(count_at) = out.count_at {
+        if let Some(count_at) = out.count_at
+            && chains != 1
+        {
             self.store_count(count_at, chains);
         }
     }
@@ -327,7 +330,7 @@ impl BurstRing {
     #[inline]
     pub fn reserve(&mut self, len_bytes: usize, merge: bool) -> Result<Result<usize, Put>, RingError> {
         if self.ahead_at >= self.ahead.len() {
-            self.look_ahead(1)?;
+            self.look_ahead(1, len_bytes)?;
         }
         let Some(first) = self.ahead.chain(self.ahead_at) else { return Ok(Err(Put::Full)) };
         if first.len_bytes as usize >= len_bytes {
@@ -352,7 +355,7 @@ impl BurstRing {
             if have >= MAX_BURST {
                 return Ok(Err(Put::TooLong));
             }
-            self.look_ahead(MAX_BURST)?;
+            self.look_ahead(MAX_BURST, NEAR_BYTES)?;
             if self.ahead.len() - self.ahead_at <= have {
                 // A ring that is smaller than the frame will never have the room.
                 let whole = have >= usize::from(self.addresses().size);
@@ -491,12 +494,15 @@ impl BurstRing {
     }
 }
 
-/// Brings the first bytes of a chain near.
+/// Brings the first `bytes` bytes of a chain near, but for the `skip` before them: a line that nobody looks at is not worth
+/// its way from another processor.
 #[inline]
-fn near(batch: &Batch, at: usize, fetch: impl Fn(*const u8)) {
+fn near(batch: &Batch, at: usize, skip: usize, bytes: usize, fetch: impl Fn(*const u8)) {
     let Some(chain) = batch.chain(at) else { return };
     let [Seg { ptr, len_bytes }, ..] = *batch.segs(chain) else { return };
-    let (first, len) = (ptr as usize % LINE_BYTES, (len_bytes as usize).min(NEAR_BYTES));
+    let ptr = ptr.wrapping_add(skip);
+    let len = (len_bytes as usize).saturating_sub(skip).min(bytes);
+    let first = ptr as usize % LINE_BYTES;
     let mut line = 0;
     while line < first + len {
         fetch(ptr.wrapping_sub(first).wrapping_add(line));
@@ -517,6 +523,27 @@ fn gather_into(space: &Space<'_>, offset: usize, frame: Frame<'_>, skip: usize, 
         done += copied;
     });
     done
+}
+
+/// Copies the header in front of a frame: 12 bytes or 10, without a call.
+///
+/// # Safety
+/// `to` is valid for writes of `from.len()` bytes. Others may write to it meanwhile.
+#[inline(always)]
+unsafe fn copy_header(from: &[u8], to: *mut u8) {
+    // SAFETY: the caller's promise; each store is as long as what was taken from the slice.
+    unsafe {
+        if let Some((&word, rest)) = from.split_first_chunk::<8>() {
+            to.cast::<[u8; 8]>().write_unaligned(word);
+            let to = to.add(8);
+            match *rest {
+                [a, b, c, d] => return to.cast::<[u8; 4]>().write_unaligned([a, b, c, d]),
+                [a, b] => return to.cast::<[u8; 2]>().write_unaligned([a, b]),
+                _ => {}
+            }
+        }
+        copy(from.as_ptr(), to, from.len());
+    }
 }
 
 /// Copies from one piece of memory to another, which may overlap where a hostile driver arranged that.

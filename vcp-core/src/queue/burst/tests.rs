@@ -150,7 +150,8 @@ proptest! {
             if let Some(id) = driver.add(&buffers, table) {
                 room.push_back((id, buffers));
             }
-            let header = [n as u8; 12];
+            let mut header = [n as u8; 12];
+            header[10..].copy_from_slice(&[1, 0]);
             let prefix = &[0x55u8; 7][..*skip];
             let out = Out {
                 header: &header,

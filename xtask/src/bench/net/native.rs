@@ -7,6 +7,7 @@
 //! nothing: it sends zeroes), and it is spared that the guest checks what it sends.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -100,6 +101,7 @@ pub(super) fn run(bin: &Path, rounds: u32, secs: f64) -> Result<()> {
     let guest = ["build", "--release", "-p", "vcp-tests", "--bin", "native-guest"];
     cmd::run(cmd::cargo().args(guest))?;
     let scratch = tempfile::tempdir().context("no directory for sockets")?;
+    interface()?;
     // passt does not stay root.
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
     std::fs::set_permissions(scratch.path(), open).context("cannot open the directory for passt")?;
@@ -147,6 +149,19 @@ pub(super) fn run(bin: &Path, rounds: u32, secs: f64) -> Result<()> {
     let name = "net-native-times";
     let about = preface("requests of 64 bytes through user-mode stacks at native speed")?;
     Report { name, preface: about, metrics, rows: rows([AT_ONCE, AFTER_GAPS]), goals }.finish(judge_times)
+}
+
+/// passt takes its routes from an interface; in a namespace of its own there is none yet.
+fn interface() -> Result<()> {
+    let ip = |words: &str| cmd::run(Command::new("ip").args(words.split(' ')));
+    if cmd::output(Command::new("ip").args(["route", "show", "default"]))?.trim().is_empty() {
+        ip("link add native0 type veth peer name native1")?;
+        ip("address add 192.0.2.2/24 dev native0")?;
+        ip("link set native0 up")?;
+        ip("link set native1 up")?;
+        ip("route add default via 192.0.2.1")?;
+    }
+    Ok(())
 }
 
 fn one(bin: &Path, dir: &Path, contender: &str, secs: f64) -> Result<Seen> {
