@@ -2,7 +2,7 @@
 //! the network interfaces of the kernel.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use rustix::process::Signal;
@@ -65,6 +65,34 @@ fn passes(ports: [&str; 2], options: &Options) -> Result<()> {
 #[test]
 fn dpdk_split_rings_in_order() -> Result<()> {
     variant("")
+}
+
+/// A second thread takes part in what many frames do, and the books of the process balance.
+#[test]
+fn a_second_thread_takes_part_under_load() -> Result<()> {
+    if !have_dpdk() {
+        return Ok(());
+    }
+    for port in ["", ",packed_vq=1,in_order=0"] {
+        let switch = Switch::start(["", ""], &["--second-cpu", "0"])?;
+        let options = Options { port: port.into(), ..Options::default() };
+        let testpmd = Testpmd::start([&switch.socket(0), &switch.socket(1)], &options)?;
+        let end = Instant::now() + TRAFFIC;
+        loop {
+            both_ways(&switch, MANY)?;
+            let told = switch.ask(&json!({"cmd": "ports"}))?;
+            let passes = told["second_thread"]["passes"].as_u64().context("no second thread")?;
+            if passes > 100 {
+                break;
+            }
+            ensure!(Instant::now() < end, "it took part in {passes} passes: {told}");
+        }
+        no_broken_queue(&switch)?;
+        testpmd.end(TRAFFIC)?;
+        let counters = switch.ask(&json!({"cmd": "counters"}))?;
+        ensure!(counters["switches"][0]["balanced"] == true, "{counters}");
+    }
+    Ok(())
 }
 
 #[test]
