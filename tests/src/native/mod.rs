@@ -2,7 +2,7 @@
 //! vhost-user or over QEMU's stream socket, and is the server behind the back end as well. It looks at both all the time and
 //! copies no payload, so that the back end is what ends its rates; an emulated guest ends them itself.
 //!
-//! [`link`] is the way to the back end, [`tcp`] the guest's TCP, which does as little as a TCP can.
+//! `link` is the way to the back end, `tcp` the guest's TCP, which does as little as a TCP can.
 
 mod link;
 mod tcp;

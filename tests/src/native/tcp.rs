@@ -63,6 +63,8 @@ pub(super) struct Conn {
     /// The next byte of the peer.
     expected: u32,
     same: u32,
+    /// Where sending again ends: duplicates that it causes do not begin it anew (RFC 6582).
+    recover: u32,
     progress: Instant,
     /// Bytes that came in order.
     pub(super) received: u64,
@@ -88,6 +90,7 @@ impl Conn {
             scale: 0,
             expected: 0,
             same: 0,
+            recover: 1000,
             // It asks at once.
             progress: Instant::now().checked_sub(STALL).unwrap_or_else(Instant::now),
             received: 0,
@@ -134,6 +137,7 @@ impl Conn {
             State::Opening => self.send_segment(SYN, self.una, 0),
             State::Open if self.una != self.next => {
                 self.resent += 1;
+                self.recover = self.most;
                 self.next = self.una;
                 self.refill()
             }
@@ -262,8 +266,9 @@ impl Conn {
         } else if acked == 0 && payload == 0 && self.una != self.next {
             let moved = self.window != window << self.scale;
             self.same = if moved { 0 } else { self.same + 1 };
-            if self.same == 3 {
+            if self.same == 3 && self.una.wrapping_sub(self.recover) < 1 << 31 {
                 self.resent += 1;
+                self.recover = self.most;
                 self.next = self.una;
                 self.refill()?;
             }

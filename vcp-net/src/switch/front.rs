@@ -1,5 +1,5 @@
 //! [`Front`]: the first half of the way of a frame, from transmit queues to what was decided about each frame. It is one
-//! value, with everything that it needs, so that it can be another thread's during a pass ([`super::second`]).
+//! value, with everything that it needs, so that it can be another thread's during a pass (`second`).
 
 use std::time::Instant;
 

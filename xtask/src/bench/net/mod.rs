@@ -4,7 +4,7 @@
 //! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
 //! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
 //! beside passt and libslirp; [`native`]: the same behind a guest at native speed; [`datagrams`]: what of a guest's datagrams is
-//! lost with each of them, and where. [`operations`]: what each operation takes by itself.
+//! lost with each of them, and where. [`mod@operations`]: what each operation takes by itself.
 
 mod datagrams;
 mod guests;
@@ -148,7 +148,7 @@ fn operations(socket: &Path) -> Result<Costs> {
     Ok(each.map(|(name, ns)| (name.clone(), ns.as_f64().unwrap_or(0.0) / frames)).collect())
 }
 
-/// Medians of what [`operations`] told in each round, in words.
+/// Medians of what [`operations()`] told in each round, in words.
 fn in_words(rounds: &[Costs]) -> String {
     let names = rounds.first().into_iter().flatten().map(|(name, _)| name);
     let median = |name: &String| {
