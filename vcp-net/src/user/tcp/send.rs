@@ -318,7 +318,8 @@ impl Conn {
         if self.retx && seq == self.retx_at {
             self.retx_at = end;
             if self.recovering {
-                self.rtx = end;
+                // Only what is sent from now on can show that this was lost as well.
+                (self.rtx, self.round) = (end, self.max);
             }
             if !before(end, self.retx_to) {
                 self.retx = false;

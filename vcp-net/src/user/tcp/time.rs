@@ -97,7 +97,9 @@ impl Timer {
     /// How long the end of what was sent may go without an answer, if that is less than what is waited anyway.
     pub(super) fn tail(&self) -> Option<Ms> {
         let after = (self.srtt8 / 4).max(TAIL_MIN_MS);
-        (self.srtt8 != 0 && self.backoff == 0 && after < self.rto()).then_some(after.into())
+        // The answer, and what it shows to be missing, take another round trip: not if a time-out is as fast.
+        let answered = after + self.srtt8 / 8;
+        (self.srtt8 != 0 && self.backoff == 0 && answered < self.rto()).then_some(after.into())
     }
 
     /// Repetitions since the guest was heard.
@@ -106,7 +108,8 @@ impl Timer {
     }
 
     fn rto(&self) -> u32 {
-        let base = if self.srtt8 == 0 { RTO_FIRST_MS } else { self.srtt8 / 8 + self.var4.max(10) };
+        // As Linux has it, the minimum is that of what is added: a long way is not an even one.
+        let base = if self.srtt8 == 0 { RTO_FIRST_MS } else { self.srtt8 / 8 + self.var4.max(RTO_MIN_MS) };
         base.clamp(RTO_MIN_MS, RTO_MAX_MS).saturating_mul(1 << self.backoff.min(10)).min(RTO_MAX_MS)
     }
 
