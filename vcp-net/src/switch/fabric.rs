@@ -30,7 +30,7 @@ use crate::port::{NetPort, PortSpec, Vlan, transmit_queue};
 use crate::uplink::{self, Uplink};
 
 /// Usual value of [`SwitchFabric::busy_from`]: below it, lending costs more than it gains.
-const BUSY: usize = 2 * MAX_BURST;
+const BUSY: usize = MAX_BURST;
 
 /// One switch, but for its [`Line`].
 pub(super) struct Switch {
