@@ -1,4 +1,4 @@
-//! [`IscsiEngine`]: a logical unit of an iSCSI target as an [`Engine`].
+//! [`IscsiEngine`]: a logical unit of an iSCSI target as an [`Engine`](crate::engine::Engine).
 //!
 //! What it promises: a request is answered once and with the truth. Whatever goes wrong on the way - a lost
 //! connection, a unit attention, a busy target, a command that takes too long, an answer that does not account for every

@@ -72,7 +72,7 @@ impl IscsiEngine {
     }
 
     /// An engine without a session, for a unit that is known from before: `found` is what it was, at `lun_address`. The
-    /// first [`Engine::poll`] at `now` or later begins to log in; requests wait until the unit is there and is the same.
+    /// first [`Engine::poll`](crate::engine::Engine::poll) at `now` or later begins to log in; requests wait until the unit is there and is the same.
     pub fn detached(options: Arc<Options>, lun_address: scsi::Lun, found: Found, now: Instant) -> Self {
         let depth = options.queue_depth;
         let lun = found.lun(options.read_only);
