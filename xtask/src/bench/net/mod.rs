@@ -4,12 +4,14 @@
 //! sends to itself as fast as it gets rid of frames. The back end is on one hardware thread, the front end on another.
 //! [`mod@rates`]: the same two under a front end that offers frames at a rate (RFC 2544). [`guests`]: the user-mode stack
 //! beside passt and libslirp; [`native`]: the same behind a guest at native speed; [`datagrams`]: what of a guest's datagrams is
-//! lost with each of them, and where. [`mod@operations`]: what each operation takes by itself.
+//! lost with each of them, and where. [`pairs`]: two guests to each other beside vhost-net, in the helper VM; only when
+//! asked for. [`mod@operations`]: what each operation takes by itself.
 
 mod datagrams;
 mod guests;
 mod native;
 mod operations;
+mod pairs;
 mod rates;
 
 use std::path::{Path, PathBuf};
@@ -57,6 +59,8 @@ pub(crate) enum Part {
     Native,
     /// Each operation of the switch by itself, nanoseconds per frame
     Operations,
+    /// TCP between two guests in the helper VM, beside vhost-net and the kernel's bridge; only when asked for
+    Pairs,
 }
 
 /// Measures and reports: everything, or a part.
@@ -84,6 +88,9 @@ pub(crate) fn run(bin: &Path, part: Option<Part>, rounds: u32, secs: f64) -> Res
     }
     if chosen(Part::Datagrams) {
         datagrams::run(bin, rounds, whole)?;
+    }
+    if part == Some(Part::Pairs) {
+        pairs::run(bin, rounds, whole)?;
     }
     Ok(())
 }
