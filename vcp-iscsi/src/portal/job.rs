@@ -136,6 +136,25 @@ impl Jobs {
 }
 
 impl Job {
+    /// One that nothing has happened to yet, without a name of the device model's.
+    pub(super) fn new(command: Command, op: Op, data: GuestBuf, payload: Payload) -> Self {
+        Self {
+            command,
+            tag: None,
+            op,
+            data,
+            payload,
+            losses: 0,
+            written: None,
+            path: 0,
+            unsent: 0,
+            ended: None,
+            failures: 0,
+            refusals: 0,
+            refused_since: None,
+        }
+    }
+
     /// Where its data lies.
     pub(super) fn data(&self) -> Data<'_> {
         match &self.payload {

@@ -268,21 +268,7 @@ impl IscsiEngine {
 
 /// A command of the engine's own, with memory of its own.
 pub(in crate::portal) fn own_job(command: Command) -> Job {
-    Job {
-        command,
-        tag: None,
-        op: Op::Read,
-        data: GuestBuf::for_test(PROBE_BUFFER_BYTES),
-        payload: Payload::Guest,
-        losses: 0,
-        written: None,
-        path: 0,
-        unsent: 0,
-        ended: None,
-        failures: 0,
-        refusals: 0,
-        refused_since: None,
-    }
+    Job::new(command, Op::Read, GuestBuf::for_test(PROBE_BUFFER_BYTES), Payload::Guest)
 }
 
 #[derive(Debug, thiserror::Error)]

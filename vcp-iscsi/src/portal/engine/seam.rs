@@ -42,19 +42,9 @@ impl Engine for IscsiEngine {
         // Somebody waits again; what is still underway from before ends in its own time.
         self.abandoned = false;
         let job = Job {
-            command,
             tag: Some(request.tag),
-            op: request.op,
-            data: request.data,
-            payload,
             losses: self.stats.sessions_lost,
-            written: None,
-            path: 0,
-            unsent: 0,
-            ended: None,
-            failures: 0,
-            refusals: 0,
-            refused_since: None,
+            ..Job::new(command, request.op, request.data, payload)
         };
         self.jobs.put(slot, job);
         self.waiting.push_back(slot);

@@ -5,7 +5,7 @@ use super::super::tcp::Ms;
 use crate::switch::work::PortId;
 
 /// Errors that a port is told at once; a traceroute has three packets for each of a few hops on the way.
-pub(super) const BURST: u32 = 32;
+const BURST: u32 = 32;
 /// From then on one in so many milliseconds.
 const EACH_MS: Ms = 5;
 
